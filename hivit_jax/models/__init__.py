@@ -1,0 +1,71 @@
+"""Every model that `create_model` can build, by name."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from hivit_jax.errors import UserError
+from hivit_jax.models.hivit import HiViT
+from hivit_jax.models.mae import MaskedAutoencoder
+
+# Table 1 of arXiv 2205.14949; large follows its scaling, the paper gives none.
+_SIZES = {
+  'tiny': {'embed_dim': 384, 'depths': (1, 1, 10), 'num_heads': 6},
+  'small': {'embed_dim': 384, 'depths': (2, 2, 20), 'num_heads': 6},
+  'base': {'embed_dim': 512, 'depths': (2, 2, 20), 'num_heads': 8},
+  'large': {'embed_dim': 768, 'depths': (2, 2, 40), 'num_heads': 12},
+}
+
+# name -> (class, arguments of this variant)
+MODELS: dict[str, tuple[Callable[..., nnx.Module], dict[str, Any]]] = {
+  **{f'hivit_{size}': (HiViT, arguments) for size, arguments in _SIZES.items()},
+  **{f'mae_hivit_{size}': (MaskedAutoencoder, arguments) for size, arguments in _SIZES.items()},
+}
+
+
+def suggest(word: str, known) -> str:
+  """'; did you mean "x"' when one of the known words is close, else ''."""
+  close = difflib.get_close_matches(word, list(known), n=1)
+  return f'; did you mean "{close[0]}"' if close else ''
+
+
+def list_models() -> list[str]:
+  """Names that `create_model` accepts."""
+  return sorted(MODELS)
+
+
+def create_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
+  """Builds a model with freshly initialised parameters.
+
+  Args:
+    name: one of `list_models()`.
+    seed: of the initialisation.
+    **overrides: arguments of the model's class, instead of the variant's: `image_size` (one side
+      or (height, width) in pixels), `num_classes`, `drop_path_rate`, `dtype`, ...
+
+  Returns:
+    A `flax.nnx.Module`.
+
+  Raises:
+    UserError: unknown name or argument.
+    ValueError: arguments that do not fit together, such as a size that is not a multiple of 16.
+  """
+  if name not in MODELS:
+    raise UserError(
+      f'unknown model "{name}"{suggest(name, MODELS)}. Known: {", ".join(list_models())}'
+    )
+  cls, arguments = MODELS[name]
+  accepted = set(inspect.signature(cls.__init__).parameters) - {'self', 'rngs'}
+  for key in overrides:
+    if key not in accepted:
+      raise UserError(
+        f'{name} has no argument "{key}"{suggest(key, accepted)}. It takes: '
+        + ', '.join(sorted(accepted))
+      )
+  arguments = {**arguments, **overrides}
+  if isinstance(arguments.get('image_size'), int):
+    arguments['image_size'] = (arguments['image_size'],) * 2
+  return cls(**arguments, rngs=nnx.Rngs(seed))

@@ -1,0 +1,320 @@
+"""HiViT: a hierarchical vision transformer whose units meet only in the main stage.
+
+Source: "HiViT: Hierarchical Vision Transformer Meets Masked Image Modeling", arXiv 2205.14949.
+
+An image is a grid of 16x16-pixel *units*. Each unit starts as 4x4 sub-patches of 4x4 pixels; two
+stages of MLP blocks, each followed by a 2x2 merge, turn them into one token per unit. No unit sees
+another before the main stage, so units can be dropped from the raw pixels.
+
+The sub-patches of a unit are kept in an order in which both merges are reshapes and move no data:
+see `unit_patches`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hivit_jax.models import layers, positions
+
+UNIT = 16  # pixels: side of a unit, the stride of the tokens
+PATCH = 4  # pixels: side of a sub-patch
+CELLS = UNIT // PATCH  # side of a unit's grid of sub-patches
+
+
+def unit_grid(image_size: tuple[int, int]) -> tuple[int, int]:
+  """(rows, columns) of units in an image of (height, width) pixels."""
+  height, width = image_size
+  if height % UNIT or width % UNIT or min(height, width) < UNIT:
+    raise ValueError(f'image_size must be multiples of {UNIT} pixels, got {height}x{width}')
+  return height // UNIT, width // UNIT
+
+
+def split_units(images: jax.Array) -> jax.Array:
+  """Cuts images into units.
+
+  Args:
+    images: (B, H, W, C); H and W multiples of 16.
+
+  Returns:
+    (B, N, 16, 16, C), units in row-major order.
+  """
+  b, h, w, c = images.shape
+  rows, columns = unit_grid((h, w))
+  x = images.reshape(b, rows, UNIT, columns, UNIT, c).swapaxes(2, 3)
+  return x.reshape(b, rows * columns, UNIT, UNIT, c)
+
+
+def join_units(units: jax.Array, grid: tuple[int, int]) -> jax.Array:
+  """Inverse of `split_units`: (B, N, 16, 16, C) -> (B, H, W, C)."""
+  b, _, _, _, c = units.shape
+  x = units.reshape(b, *grid, UNIT, UNIT, c).swapaxes(2, 3)
+  return x.reshape(b, grid[0] * UNIT, grid[1] * UNIT, c)
+
+
+def gather_units(units: jax.Array, ids: jax.Array) -> jax.Array:
+  """Picks units: (B, N, ...) and (B, K) -> (B, K, ...)."""
+  return jnp.take_along_axis(units, ids.reshape(*ids.shape, *(1,) * (units.ndim - 2)), axis=1)
+
+
+def unit_patches(units: jax.Array) -> jax.Array:
+  """Sub-patches of each unit in merge order.
+
+  A merge concatenates the 2x2 neighbours (0,0), (1,0), (0,1), (1,1) as (row, column). With the
+  sub-patches nested that way twice, four consecutive ones are always what a merge concatenates.
+
+  Args:
+    units: (B, K, 16, 16, C).
+
+  Returns:
+    (B, K, 16, 4 * 4 * C): pixels of a sub-patch in (row, column, channel) order.
+  """
+  b, k, _, _, c = units.shape
+  # row = (r2, r1, pixel row), column = (c2, c1, pixel column); the second merge joins r2 and c2.
+  x = units.reshape(b, k, 2, 2, PATCH, 2, 2, PATCH, c)
+  x = x.transpose(0, 1, 5, 2, 6, 3, 4, 7, 8)  # (B, K, c2, r2, c1, r1, row, column, C)
+  return x.reshape(b, k, CELLS * CELLS, PATCH * PATCH * c)
+
+
+def to_rows_and_columns(x: jax.Array) -> jax.Array:
+  """From merge order to a grid: (B, K, 16 | 4 | 1, C) -> (B, K, side, side, C)."""
+  b, k, cells, c = x.shape
+  if cells == 16:
+    x = x.reshape(b, k, 2, 2, 2, 2, c)  # (c2, r2, c1, r1)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6).reshape(b, k, 4, 4, c)
+  if cells == 4:
+    return x.reshape(b, k, 2, 2, c).swapaxes(2, 3)
+  return x.reshape(b, k, 1, 1, c)
+
+
+class PatchEmbed(nnx.Module):
+  """4x4 convolution of stride 4 within each unit, then LayerNorm."""
+
+  def __init__(self, channels: int, features: int, *, rngs: nnx.Rngs, dtype: Any):
+    init = layers.torch_conv_init(PATCH * PATCH * channels)
+    self.proj = nnx.Conv(
+      channels,
+      features,
+      (PATCH, PATCH),
+      strides=PATCH,
+      padding='VALID',
+      kernel_init=init,
+      bias_init=init,
+      dtype=dtype,
+      rngs=rngs,
+    )
+    self.norm = layers.layer_norm(features, rngs=rngs, dtype=dtype)
+    self.dtype = dtype
+
+  def __call__(self, units: jax.Array) -> jax.Array:
+    """(B, K, 16, 16, channels) -> (B, K, 16, features), sub-patches in merge order."""
+    patches = unit_patches(units.astype(self.dtype))
+    kernel = self.proj.kernel[...].astype(self.dtype)
+    # The patches do not overlap: the convolution is a product with its reshaped kernel.
+    x = patches @ kernel.reshape(-1, kernel.shape[-1])
+    return self.norm(x + self.proj.bias[...].astype(self.dtype))
+
+
+class PatchMerge(nnx.Module):
+  """Joins 2x2 neighbours: concatenation, LayerNorm, Linear(4c -> 2c) without bias."""
+
+  def __init__(self, features: int, *, rngs: nnx.Rngs, dtype: Any):
+    self.norm = layers.layer_norm(4 * features, rngs=rngs, dtype=dtype)
+    self.reduction = layers.linear(
+      4 * features, 2 * features, use_bias=False, rngs=rngs, dtype=dtype
+    )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """(B, K, cells, c) -> (B, K, cells / 4, 2c)."""
+    b, k, cells, c = x.shape
+    return self.reduction(self.norm(x.reshape(b, k, cells // 4, 4 * c)))
+
+
+class HiViTEncoder(nnx.Module):
+  """The encoder: everything up to the last main block.
+
+  `blocks` is one flat list, as in the reference: `2 * depths[0]` MLP blocks, a merge,
+  `2 * depths[1]` MLP blocks, a merge, `depths[2]` transformer blocks.
+
+  Args:
+    image_size: (height, width) in pixels, multiples of 16.
+    channels: input channels.
+    embed_dim: channels C of the main stage, a multiple of 4 and of `num_heads`.
+    depths: see above.
+    num_heads: heads of the main stage.
+    stem_mlp_ratio: hidden width of the MLP blocks, as a multiple of their channels.
+    mlp_ratio: the same for the main stage.
+    rpe: learn a relative position bias in every main block.
+    drop_path_rate: maximum; rates rise linearly from 0 over all blocks.
+    remat: recompute activations in the backward pass.
+    scan: run the main blocks as a `lax.scan`, see `layers.apply_blocks`.
+    dtype: of the computation; parameters are float32.
+    pos_embed_init, table_init: initialisers of the two position parameters.
+    rngs: `nnx.Rngs` with a `params` stream.
+  """
+
+  def __init__(
+    self,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    embed_dim: int,
+    depths: Sequence[int],
+    num_heads: int,
+    stem_mlp_ratio: float,
+    mlp_ratio: float,
+    rpe: bool,
+    drop_path_rate: float,
+    remat: bool,
+    scan: bool,
+    dtype: Any,
+    pos_embed_init: Callable,
+    table_init: Callable,
+    rngs: nnx.Rngs,
+  ):
+    if embed_dim % 4:
+      raise ValueError(f'embed_dim must be a multiple of 4, got {embed_dim}')
+    self.grid = unit_grid(image_size)
+    self.channels = channels
+    self.embed_dim = embed_dim
+    self.depths = tuple(depths)
+    self.remat = remat
+    self.scan = scan
+    self.patch_embed = PatchEmbed(channels, embed_dim // 4, rngs=rngs, dtype=dtype)
+    units = self.grid[0] * self.grid[1]
+    self.absolute_pos_embed = nnx.Param(pos_embed_init(rngs.params(), (1, units, embed_dim)))
+    options = {'rngs': rngs, 'dtype': dtype}
+    blocks: list[nnx.Module] = []
+    for stage in range(2):
+      width = embed_dim // 4 * 2**stage
+      blocks += [
+        layers.MlpBlock(width, mlp_ratio=stem_mlp_ratio, **options)
+        for _ in range(2 * depths[stage])
+      ]
+      blocks.append(PatchMerge(width, **options))
+    blocks += [
+      layers.Block(
+        embed_dim,
+        num_heads,
+        mlp_ratio=mlp_ratio,
+        grid=self.grid if rpe else None,
+        table_init=table_init,
+        **options,
+      )
+      for _ in range(depths[2])
+    ]
+    self.blocks = nnx.List(blocks)
+    count = 2 * depths[0] + 2 * depths[1] + depths[2]
+    self.drop_path_rates = tuple(drop_path_rate * i / max(count - 1, 1) for i in range(count))
+
+  def encode(
+    self, images: jax.Array, *, ids: jax.Array | None = None, rng: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Encodes all units, or only those in `ids`; the others are never computed.
+
+    Args:
+      images: (B, H, W, channels) of this model's image size, normalised.
+      ids: (B, K) integer positions of the units to keep, in the row-major grid.
+      rng: PRNG key for drop path; None switches it off.
+
+    Returns:
+      Outputs of the three stages, each before its merge, K = N without ids: (B, K, 16, C/4) and
+      (B, K, 4, C/2), cells in merge order (`to_rows_and_columns`), and (B, K, C).
+    """
+    if images.ndim != 4 or images.shape[3] != self.channels:
+      raise ValueError(f'images must be (B, H, W, {self.channels}), got {images.shape}')
+    if unit_grid(images.shape[1:3]) != self.grid:
+      size = tuple(UNIT * side for side in self.grid)
+      raise ValueError(f'this model takes images of {size} pixels, got {images.shape[1:3]}')
+    units = split_units(images)
+    position = self.absolute_pos_embed[...]
+    if ids is not None:
+      units = gather_units(units, ids)
+      position = position[0][ids]  # (B, K, C)
+    x = self.patch_embed(units)
+
+    rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+    first, second = 2 * self.depths[0], 2 * self.depths[1]
+    rates = self.drop_path_rates
+    stages = []
+    start = 0
+    for i, depth in enumerate((first, second)):
+      x = layers.apply_blocks(
+        self.blocks[start + i : start + i + depth],
+        x,
+        rates=rates[start : start + depth],
+        rng=rngs[i],
+        remat=self.remat,
+        scan=False,
+      )
+      stages.append(x)
+      start += depth
+      x = self.blocks[start + i](x)
+    x = x[:, :, 0] + position.astype(x.dtype)
+    x = layers.apply_blocks(
+      self.blocks[start + 2 :],
+      x,
+      ids,
+      rates=rates[start:],
+      rng=rngs[2],
+      remat=self.remat,
+      scan=self.scan,
+    )
+    return (*stages, x)
+
+
+class HiViT(HiViTEncoder):
+  """HiViT classifier: encoder, mean over the tokens, LayerNorm, Linear."""
+
+  def __init__(
+    self,
+    *,
+    image_size: tuple[int, int] = (224, 224),
+    channels: int = 3,
+    num_classes: int = 1000,
+    embed_dim: int,
+    depths: Sequence[int],
+    num_heads: int,
+    stem_mlp_ratio: float = 3.0,
+    mlp_ratio: float = 4.0,
+    rpe: bool = True,
+    drop_path_rate: float = 0.0,
+    remat: bool = False,
+    scan: bool = False,
+    dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    super().__init__(
+      image_size=image_size,
+      channels=channels,
+      embed_dim=embed_dim,
+      depths=depths,
+      num_heads=num_heads,
+      stem_mlp_ratio=stem_mlp_ratio,
+      mlp_ratio=mlp_ratio,
+      rpe=rpe,
+      drop_path_rate=drop_path_rate,
+      remat=remat,
+      scan=scan,
+      dtype=dtype,
+      pos_embed_init=nnx.initializers.normal(0.02),
+      table_init=nnx.initializers.normal(0.02),
+      rngs=rngs,
+    )
+    self.fc_norm = layers.layer_norm(embed_dim, rngs=rngs, dtype=dtype)
+    self.head = layers.linear(embed_dim, num_classes, rngs=rngs, dtype=dtype)
+
+  def pooled(self, images: jax.Array, *, rng: jax.Array | None = None) -> jax.Array:
+    """(B, H, W, channels) normalised images -> (B, C) mean of the main stage's tokens."""
+    return self.encode(images, rng=rng)[-1].mean(axis=1)
+
+  def __call__(self, images: jax.Array, *, rng: jax.Array | None = None) -> jax.Array:
+    """(B, H, W, channels) normalised images -> (B, num_classes) float32 logits.
+
+    Args:
+      images: of this model's image size.
+      rng: PRNG key for drop path in training; None (evaluation) switches it off.
+    """
+    return self.head(self.fc_norm(self.pooled(images, rng=rng))).astype(jnp.float32)

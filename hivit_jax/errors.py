@@ -1,4 +1,7 @@
-"""The one exception for mistakes that a user can mend."""
+"""Exceptions that end a program with one line for a person instead of a stack trace."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -7,3 +10,13 @@ class UserError(ValueError):
   The message is one line for a person: what is at fault, the value seen, and the way out. `main.py`
   and the tools print it without a stack trace and exit with status 2.
   """
+
+
+class Stopped(Exception):
+  """A signal stopped the program after it had saved its work; the message says where."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+  """'; did you mean "x"?' when one of the known words is close, else ''."""
+  close = difflib.get_close_matches(word, list(known), n=1)
+  return f'; did you mean "{close[0]}"?' if close else ''

@@ -1,13 +1,12 @@
 """Every model that `create_model` can build, by name."""
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
-from hivit_jax.errors import UserError
+from hivit_jax.errors import UserError, suggest
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.mae import MaskedAutoencoder
 
@@ -24,12 +23,6 @@ MODELS: dict[str, tuple[Callable[..., nnx.Module], dict[str, Any]]] = {
   **{f'hivit_{size}': (HiViT, arguments) for size, arguments in _SIZES.items()},
   **{f'mae_hivit_{size}': (MaskedAutoencoder, arguments) for size, arguments in _SIZES.items()},
 }
-
-
-def suggest(word: str, known) -> str:
-  """'; did you mean "x"' when one of the known words is close, else ''."""
-  close = difflib.get_close_matches(word, list(known), n=1)
-  return f'; did you mean "{close[0]}"' if close else ''
 
 
 def list_models() -> list[str]:
@@ -51,18 +44,18 @@ def create_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
 
   Raises:
     UserError: unknown name or argument.
-    ValueError: arguments that do not fit together, such as a size that is not a multiple of 16.
+    UserError: also for values that do not fit, such as a size that is not a multiple of 16.
   """
   if name not in MODELS:
     raise UserError(
-      f'unknown model "{name}"{suggest(name, MODELS)}. Known: {", ".join(list_models())}'
+      f'unknown model "{name}"{suggest(name, MODELS)} Known: {", ".join(list_models())}'
     )
   cls, arguments = MODELS[name]
   accepted = set(inspect.signature(cls.__init__).parameters) - {'self', 'rngs'}
   for key in overrides:
     if key not in accepted:
       raise UserError(
-        f'{name} has no argument "{key}"{suggest(key, accepted)}. It takes: '
+        f'{name} has no argument "{key}"{suggest(key, accepted)} It takes: '
         + ', '.join(sorted(accepted))
       )
   arguments = {**arguments, **overrides}

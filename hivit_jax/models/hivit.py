@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hivit_jax.errors import UserError
 from hivit_jax.models import layers, positions
 
 UNIT = 16  # pixels: side of a unit, the stride of the tokens
@@ -28,7 +29,7 @@ def unit_grid(image_size: tuple[int, int]) -> tuple[int, int]:
   """(rows, columns) of units in an image of (height, width) pixels."""
   height, width = image_size
   if height % UNIT or width % UNIT or min(height, width) < UNIT:
-    raise ValueError(f'image_size must be multiples of {UNIT} pixels, got {height}x{width}')
+    raise UserError(f'image_size must be multiples of {UNIT} pixels, got {height}x{width}')
   return height // UNIT, width // UNIT
 
 
@@ -175,7 +176,7 @@ class HiViTEncoder(nnx.Module):
     rngs: nnx.Rngs,
   ):
     if embed_dim % 4:
-      raise ValueError(f'embed_dim must be a multiple of 4, got {embed_dim}')
+      raise UserError(f'embed_dim must be a multiple of 4, got {embed_dim}')
     self.grid = unit_grid(image_size)
     self.channels = channels
     self.embed_dim = embed_dim
@@ -209,15 +210,19 @@ class HiViTEncoder(nnx.Module):
     count = 2 * depths[0] + 2 * depths[1] + depths[2]
     self.drop_path_rates = tuple(drop_path_rate * i / max(count - 1, 1) for i in range(count))
 
+  def drop_path_noise(self, rng: jax.Array, batch: int) -> jax.Array:
+    """Uniform numbers that decide about one batch's residual branches: (batch, blocks, 2)."""
+    return jax.random.uniform(rng, (batch, len(self.drop_path_rates), 2))
+
   def encode(
-    self, images: jax.Array, *, ids: jax.Array | None = None, rng: jax.Array | None = None
+    self, images: jax.Array, *, ids: jax.Array | None = None, noise: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Encodes all units, or only those in `ids`; the others are never computed.
 
     Args:
       images: (B, H, W, channels) of this model's image size, normalised.
       ids: (B, K) integer positions of the units to keep, in the row-major grid.
-      rng: PRNG key for drop path; None switches it off.
+      noise: from `drop_path_noise`; None (evaluation) switches drop path off.
 
     Returns:
       Outputs of the three stages, each before its merge, K = N without ids: (B, K, 16, C/4) and
@@ -235,9 +240,10 @@ class HiViTEncoder(nnx.Module):
       position = position[0][ids]  # (B, K, C)
     x = self.patch_embed(units)
 
-    rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
     first, second = 2 * self.depths[0], 2 * self.depths[1]
     rates = self.drop_path_rates
+    if noise is not None:
+      noise = jnp.moveaxis(noise, 1, 0)  # (blocks, B, 2)
     stages = []
     start = 0
     for i, depth in enumerate((first, second)):
@@ -245,7 +251,7 @@ class HiViTEncoder(nnx.Module):
         self.blocks[start + i : start + i + depth],
         x,
         rates=rates[start : start + depth],
-        rng=rngs[i],
+        noise=None if noise is None else noise[start : start + depth],
         remat=self.remat,
         scan=False,
       )
@@ -258,7 +264,7 @@ class HiViTEncoder(nnx.Module):
       x,
       ids,
       rates=rates[start:],
-      rng=rngs[2],
+      noise=None if noise is None else noise[start:],
       remat=self.remat,
       scan=self.scan,
     )
@@ -306,15 +312,15 @@ class HiViT(HiViTEncoder):
     self.fc_norm = layers.layer_norm(embed_dim, rngs=rngs, dtype=dtype)
     self.head = layers.linear(embed_dim, num_classes, rngs=rngs, dtype=dtype)
 
-  def pooled(self, images: jax.Array, *, rng: jax.Array | None = None) -> jax.Array:
+  def pooled(self, images: jax.Array, *, noise: jax.Array | None = None) -> jax.Array:
     """(B, H, W, channels) normalised images -> (B, C) mean of the main stage's tokens."""
-    return self.encode(images, rng=rng)[-1].mean(axis=1)
+    return self.encode(images, noise=noise)[-1].mean(axis=1)
 
-  def __call__(self, images: jax.Array, *, rng: jax.Array | None = None) -> jax.Array:
+  def __call__(self, images: jax.Array, *, noise: jax.Array | None = None) -> jax.Array:
     """(B, H, W, channels) normalised images -> (B, num_classes) float32 logits.
 
     Args:
       images: of this model's image size.
-      rng: PRNG key for drop path in training; None (evaluation) switches it off.
+      noise: from `drop_path_noise` in training; None (evaluation) switches drop path off.
     """
-    return self.head(self.fc_norm(self.pooled(images, rng=rng))).astype(jnp.float32)
+    return self.head(self.fc_norm(self.pooled(images, noise=noise))).astype(jnp.float32)

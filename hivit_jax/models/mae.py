@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
+from hivit_jax.errors import UserError
 from hivit_jax.models import layers, positions
 from hivit_jax.models.hivit import (
   UNIT,
@@ -39,12 +40,12 @@ class MAEOutput:
 
 
 def kept_units(units: int, mask_ratio: float) -> int:
-  """Number of units that a mask ratio keeps; ValueError when that is none or all of them."""
+  """Number of units that a mask ratio keeps; UserError when that is none or all of them."""
   if not 0 < mask_ratio < 1:
-    raise ValueError(f'mask_ratio must lie strictly between 0 and 1, got {mask_ratio}')
+    raise UserError(f'mask_ratio must lie strictly between 0 and 1, got {mask_ratio}')
   keep = int(units * (1 - mask_ratio))
   if not 0 < keep < units:
-    raise ValueError(f'mask_ratio {mask_ratio} keeps {keep} of {units} units: need at least one')
+    raise UserError(f'mask_ratio {mask_ratio} keeps {keep} of {units} units: need at least one')
   return keep
 
 
@@ -171,9 +172,15 @@ class MaskedAutoencoder(HiViTEncoder):
     """(B, H, W, channels) normalised images -> (B, C) mean of the main stage's tokens, unmasked."""
     return self.encode(images)[-1].mean(axis=1)
 
-  def latent(self, images: jax.Array, *, ids: jax.Array | None, rng: jax.Array | None = None):
-    """What the decoder gets: (B, K, 7C) with hierarchical features, else (B, K, C)."""
-    stage1, stage2, stage3 = self.encode(images, ids=ids, rng=rng)
+  def latent(
+    self, images: jax.Array, *, ids: jax.Array | None = None, noise: jax.Array | None = None
+  ) -> jax.Array:
+    """What the decoder gets; arguments as for `encode`.
+
+    Returns:
+      (B, K, 7C) with hierarchical features, else (B, K, C).
+    """
+    stage1, stage2, stage3 = self.encode(images, ids=ids, noise=noise)
     if not self.hifeat:
       return stage3
     b, k, _ = stage3.shape
@@ -192,11 +199,15 @@ class MaskedAutoencoder(HiViTEncoder):
       self.decoder_blocks,
       x,
       rates=(0.0,) * len(self.decoder_blocks),
-      rng=None,
+      noise=None,
       remat=self.remat,
       scan=self.scan,
     )
     return self.decoder_pred(self.decoder_norm(x)).astype(jnp.float32)
+
+  def masking_noise(self, rng: jax.Array, batch: int) -> jax.Array:
+    """Uniform numbers that decide which units of a batch are kept: (batch, N)."""
+    return jax.random.uniform(rng, (batch, self.grid[0] * self.grid[1]))
 
   def target(self, images: jax.Array) -> jax.Array:
     """(B, H, W, channels) normalised images -> (B, N, 16 * 16 * channels) what `pred` should be."""
@@ -215,7 +226,7 @@ class MaskedAutoencoder(HiViTEncoder):
     rng: jax.Array | None = None,
     mask: np.ndarray | None = None,
     mask_ratio: float | None = None,
-    train: bool = False,
+    drop_path_noise: jax.Array | None = None,
   ) -> MAEOutput:
     """Masks, encodes, decodes and compares.
 
@@ -225,7 +236,7 @@ class MaskedAutoencoder(HiViTEncoder):
       rng: PRNG key, draws the noise when neither `noise` nor `mask` is given.
       mask: (B, N) zeros and ones, 1 = removed, concrete; instead of noise.
       mask_ratio: instead of the model's; static under `jit`.
-      train: apply drop path, with randomness from `rng`.
+      drop_path_noise: from the method of that name; None (evaluation) switches drop path off.
 
     Raises:
       ValueError: none or several of the ways to choose units are given, or a shape does not fit.
@@ -239,13 +250,11 @@ class MaskedAutoencoder(HiViTEncoder):
     elif noise is None:
       if rng is None:
         raise ValueError('give noise=, rng= or mask= to choose the units that are removed')
-      noise = jax.random.uniform(jax.random.fold_in(rng, 0), (b, n))
+      noise = self.masking_noise(rng, b)
     if noise.shape != (b, n):
       raise ValueError(f'noise or mask must be {(b, n)}, one number per unit, got {noise.shape}')
-    if train and rng is None:
-      raise ValueError('train=True draws drop path: give rng=')
     ids_keep, ids_restore, removed = random_masking(jnp.asarray(noise), keep)
-    latent = self.latent(images, ids=ids_keep, rng=jax.random.fold_in(rng, 1) if train else None)
+    latent = self.latent(images, ids=ids_keep, noise=drop_path_noise)
     pred = self.decode(latent, ids_restore)
     error = jnp.square(pred - self.target(images)).mean(axis=-1)  # (B, N)
     return MAEOutput(

@@ -1,0 +1,121 @@
+"""Every setting with its default. Nothing is read that is not here."""
+
+import ml_collections
+from ml_collections import config_dict
+
+from hivit_jax.errors import UserError
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the defaults; the files beside this one change what differs."""
+  config = ml_collections.ConfigDict()
+
+  config.seed = 0  # of parameters, data order, augmentation, masks
+  config.task = 'mae'
+  config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
+  config.channels = 3
+  config.epochs = 300.0
+  config.max_steps = config_dict.placeholder(int)  # end here instead of after `epochs`
+
+  # Any argument of the model's class; those left at None have the named model's value.
+  config.model = ml_collections.ConfigDict()
+  config.model.name = 'mae_hivit_base'  # hivit_jax.list_models()
+  config.model.embed_dim = config_dict.placeholder(int)
+  config.model.depths = config_dict.placeholder(tuple)
+  config.model.num_heads = config_dict.placeholder(int)
+  config.model.rpe = config_dict.placeholder(bool)  # relative position bias
+  config.model.drop_path_rate = 0.0
+  config.model.decoder_embed_dim = config_dict.placeholder(int)
+  config.model.decoder_depth = config_dict.placeholder(int)
+  config.model.decoder_num_heads = config_dict.placeholder(int)
+  config.model.mask_ratio = 0.75  # share of the units removed
+  config.model.norm_pix_loss = True  # predict pixels normalised per unit
+  config.model.hifeat = True  # decode from all three stages
+  config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
+  config.model.remat = False  # recompute activations: less memory, about a third more time
+  config.model.scan = True  # compile the main block once instead of once a layer
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, or folder:/path
+  config.data.data_dir = config_dict.placeholder(str)  # None: TFDS_DATA_DIR or TFDS's default
+  config.data.train_split = 'train'
+  config.data.eval_split = 'validation'
+  config.data.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
+  config.data.std = (0.229, 0.224, 0.225)
+  config.data.crop_scale = (0.2, 1.0)  # RandomResizedCrop: share of the image's area
+  config.data.crop_ratio = (3 / 4, 4 / 3)  # and width / height
+  config.data.flip = True  # mirror every second image
+  config.data.num_threads = 0  # that decode; 0: one per core, at most 16
+  config.data.num_workers = 0  # processes that decode; 0: threads of this one
+  config.data.max_broken_fraction = 0.01  # more unreadable images than this stop the run
+
+  config.batch_size = 4096  # over all devices and hosts
+  config.accumulate_steps = 1  # parts that a batch is computed in, one after the other
+
+  config.optim = ml_collections.ConfigDict()
+  config.optim.base_lr = 1e-4  # per 256 images of batch_size: lr = base_lr * batch_size / 256
+  config.optim.lr = config_dict.placeholder(float)  # peak; instead of base_lr
+  config.optim.end_lr = 0.0
+  config.optim.warmup_start_lr = 0.0
+  config.optim.warmup_epochs = 40.0
+  config.optim.b1 = 0.9
+  config.optim.b2 = 0.95
+  config.optim.eps = 1e-8
+  config.optim.weight_decay = 0.05
+  config.optim.clip_norm = config_dict.placeholder(float)  # of the global gradient; None: off
+
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.data = -1  # devices that split the batch; -1: all of them
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every_epochs = 1.0  # save
+  config.checkpoint.keep_last = 2
+  config.checkpoint.keep_every_epochs = 100.0  # and keep these for ever; 0: none
+
+  config.log_every_steps = 50
+
+  config.knn = ml_collections.ConfigDict()  # k-NN accuracy of the pooled features
+  config.knn.every_epochs = 20.0  # 0: never
+  config.knn.k = 20
+  config.knn.temperature = 0.07
+  config.knn.bank_size = 50_000  # training images to compare with; 0: all
+  config.knn.batch_size = 256
+
+  config.pictures = ml_collections.ConfigDict()  # reconstructions of evaluation images
+  config.pictures.every_epochs = 20.0  # 0: never
+  config.pictures.count = 8
+
+  return config.lock()  # a misspelt setting in a config file is an error
+
+
+def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The `:debug` variant of any config: two steps of a tiny model on the embedded digits."""
+  config.image_size = (32, 32)
+  config.max_steps = 2
+  config.batch_size = 16
+  config.model.update(embed_dim=32, depths=(1, 1, 2), num_heads=2)
+  config.model.update(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+  config.data.update(name='digits', train_split='train[:64]', eval_split='test[:32]')
+  config.log_every_steps = 1
+  config.knn.update(k=5, bank_size=32, batch_size=16)
+  config.pictures.count = 2
+  return config
+
+
+def pretrain(size: str, variant: str | None, **optim) -> ml_collections.ConfigDict:
+  """MAE pretraining of one HiViT size.
+
+  Args:
+    size: tiny, small, base or large.
+    variant: epochs ('300', '800', '1600'), 'debug', or None for 300 epochs.
+    **optim: what differs from the base recipe in `config.optim`.
+  """
+  config = get_config()
+  config.model.name = f'mae_hivit_{size}'
+  config.optim.update(optim)
+  if variant == 'debug':
+    return debug(config)
+  if variant not in (None, '', '300', '800', '1600'):
+    raise UserError(f'unknown variant ":{variant}"; known: 300, 800, 1600 (epochs), debug')
+  config.epochs = float(variant or 300)
+  return config

@@ -1,0 +1,7 @@
+"""MAE pretraining of HiViT-L on ImageNet-1k (arXiv 2205.14949). Variants: :300 :800 :1600 :debug."""
+
+from configs import base
+
+
+def get_config(variant: str | None = None):
+  return base.pretrain('large', variant, base_lr=1.5e-4)

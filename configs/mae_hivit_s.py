@@ -1,0 +1,7 @@
+"""MAE pretraining of HiViT-S on ImageNet-1k (arXiv 2205.14949). Variants: :300 :800 :1600 :debug."""
+
+from configs import base
+
+
+def get_config(variant: str | None = None):
+  return base.pretrain('small', variant)

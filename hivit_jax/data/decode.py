@@ -1,0 +1,129 @@
+"""From an image file's bytes to an upright 8-bit PIL image, or `BrokenImage`."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import ExifTags, Image, ImageChops
+
+from hivit_jax.errors import UserError
+
+# What is tried on the bytes, most likely first. A closed list on purpose: some of PIL's other
+# plugins start external programs (EPS runs Ghostscript), which data must not be able to do.
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'JPEG2000', 'AVIF')
+MODES = {1: 'L', 3: 'RGB'}
+
+_UPRIGHT = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+
+# ImageNet has a handful of files with damaged EXIF and sound pixels. PIL, which reads EXIF with its
+# TIFF parser, would warn about each of them.
+warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.TiffImagePlugin')
+
+
+class BrokenImage(Exception):
+  """An example without a usable image; the message is the reason, without the example's name."""
+
+
+def decode_image(data: bytes | np.ndarray, *, channels: int = 3) -> Image.Image:
+  """Decodes one image at full resolution.
+
+  The pixels of an ordinary JPEG are exactly those of `Image.open(...).convert('RGB')`: no scaling
+  inside the JPEG decoder, which would be faster but is not what the published results used. Beyond
+  that: EXIF rotation is applied, transparency is laid over white, 16 bits are scaled to 8 by the
+  format's full range, CMYK is converted with or without Adobe's inversion, whichever the file uses,
+  and an animation gives its first frame.
+
+  Args:
+    data: An encoded file (`FORMATS`), or pixels as uint8 (H, W) or (H, W, C) with C = 1, 3 or 4.
+    channels: 3 for an RGB image, 1 for greyscale.
+
+  Returns:
+    An image of mode 'RGB' or 'L'.
+
+  Raises:
+    BrokenImage: The data is no image, is truncated or damaged, has more pixels than PIL's limit
+      against decompression bombs, or holds numbers of unknown range (float, 32-bit integers).
+    UserError: `channels` is neither 1 nor 3, or `data` is an array of another type or shape.
+  """
+  if channels not in MODES:
+    raise UserError(f'Images can be decoded to 1 or 3 channels, not to {channels!r}.')
+  if isinstance(data, np.ndarray):
+    return _to_mode(_from_array(data), MODES[channels])
+  try:
+    return _to_mode(_upright(_from_file(data)), MODES[channels])
+  except BrokenImage:
+    raise
+  except Exception as error:  # PIL's parsers fail in every possible way on damaged input.
+    raise BrokenImage(_reason(error, data)) from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+  if array.ndim == 3 and array.shape[-1] == 1:
+    array = array[..., 0]
+  if array.dtype != np.uint8 or not (
+    array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))
+  ):
+    raise UserError(
+      f'Image array of type {array.dtype} and shape {array.shape}: expected uint8 (height, width) '
+      'or (height, width, channels) with 1, 3 or 4 channels.'
+    )
+  return Image.fromarray(array)
+
+
+def _from_file(data: bytes) -> Image.Image:
+  image = Image.open(io.BytesIO(data), formats=FORMATS)
+  image.load()
+  if image.mode == 'CMYK' and image.format == 'JPEG' and 'adobe' not in image.info:
+    # PIL inverts every CMYK JPEG, but only those with Adobe's marker are stored inverted.
+    image = ImageChops.invert(image)
+  return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+  try:
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+  except Exception:  # Damaged EXIF raises anything, and says nothing about the pixels.
+    return image
+  return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+  if image.mode.startswith('I'):
+    image = _scale_16_bit(image)
+  elif image.mode == 'F':
+    raise BrokenImage('pixels are 32-bit floats of unknown range; save it with 8 or 16 bits')
+  if image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
+    image = _over_white(image)
+  return image if image.mode == mode else image.convert(mode)
+
+
+def _scale_16_bit(image: Image.Image) -> Image.Image:
+  """Modes I;16* and I: PIL's own conversion to 8 bits would clip at 255 instead of scaling."""
+  pixels = np.asarray(image).astype(np.int64)
+  if pixels.min() < 0 or pixels.max() > 65535:
+    raise BrokenImage(
+      f'pixels are integers from {pixels.min()} to {pixels.max()}; save it with 8 or 16 bits'
+    )
+  return Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+  if image.mode in ('RGBa', 'La'):  # Premultiplied: PIL only converts these to their plain form.
+    image = image.convert(image.mode.replace('a', 'A'))
+  white = Image.new('RGBA', image.size, 'white')
+  white.alpha_composite(image.convert('RGBA'))
+  return white.convert('RGB')
+
+
+def _reason(error: Exception, data: bytes) -> str:
+  if isinstance(error, Image.UnidentifiedImageError):
+    return f'not an image ({len(data)} bytes, starting with {bytes(data[:8])!r})'
+  return ' '.join(str(error).split()) or type(error).__name__

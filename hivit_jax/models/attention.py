@@ -1,0 +1,79 @@
+"""Softmax attention that keeps no (N, N) array for the backward pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+_CPU_CHUNK_BYTES = 4 * 2**20  # of logits at a time: they are read several times and must stay cached
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  """softmax(q k^T + bias) v.
+
+  Args:
+    q: (B, heads, N, D), scaled already.
+    k, v: (B, heads, N, D).
+    bias: (heads, N, N) or (B, heads, N, N), added to the logits.
+
+  Returns:
+    (B, heads, N, D). Logits and softmax are float32 whatever the inputs are.
+  """
+  whole = functools.partial(_over_examples, chunk=len(q))
+  b, heads, n, _ = q.shape
+  chunk = max(1, _CPU_CHUNK_BYTES // (4 * heads * n * n))
+  if chunk >= b:
+    return whole(q, k, v, bias)
+  in_chunks = functools.partial(_over_examples, chunk=chunk)
+  return jax.lax.platform_dependent(q, k, v, bias, cpu=in_chunks, default=whole)
+
+
+def _over_examples(q, k, v, bias, *, chunk: int):
+  if chunk >= len(q):
+    return _attend(q, k, v, bias)
+  if bias is not None and bias.ndim == 4:
+    return jax.lax.map(lambda x: _attend(*x), (q, k, v, bias), batch_size=chunk)
+  return jax.lax.map(lambda x: _attend(*x, bias), (q, k, v), batch_size=chunk)
+
+
+def _logits(q, k, bias):
+  logits = jnp.einsum('...qd,...kd->...qk', q, k, preferred_element_type=jnp.float32)
+  return logits if bias is None else logits + bias
+
+
+@jax.custom_vjp
+def _attend(q, k, v, bias):
+  return _forward(q, k, v, bias)[0]
+
+
+def _forward(q, k, v, bias):
+  logits = _logits(q, k, bias)
+  largest = logits.max(axis=-1, keepdims=True)
+  weights = jnp.exp(logits - largest)
+  total = weights.sum(axis=-1, keepdims=True)
+  out = jnp.einsum(
+    '...qk,...kd->...qd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+  )
+  out = (out / total).astype(v.dtype)
+  return out, (q, k, v, bias, out, largest + jnp.log(total))
+
+
+def _backward(residuals, g):
+  q, k, v, bias, out, log_total = residuals
+  weights = jnp.exp(_logits(q, k, bias) - log_total)
+  dv = jnp.einsum('...qk,...qd->...kd', weights.astype(g.dtype), g)
+  dweights = jnp.einsum('...qd,...kd->...qk', g, v, preferred_element_type=jnp.float32)
+  # sum_k weights * dweights, without the (N, N) product
+  mean = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+  dlogits = weights * (dweights - mean)
+  dbias = None
+  if bias is not None:
+    extra = tuple(range(dlogits.ndim - bias.ndim))
+    dbias = dlogits.sum(axis=extra).astype(bias.dtype)
+  dlogits = dlogits.astype(q.dtype)
+  dq = jnp.einsum('...qk,...kd->...qd', dlogits, k)
+  dk = jnp.einsum('...qk,...qd->...kd', dlogits, q)
+  return dq, dk, dv, dbias
+
+
+_attend.defvjp(_forward, _backward)

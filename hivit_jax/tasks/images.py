@@ -1,0 +1,25 @@
+"""Pixels to what models see, on the device, and back."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _broadcast(statistic: Sequence[float], channels: int) -> np.ndarray:
+  values = np.asarray(statistic, np.float32)
+  # Sets with other channel counts than the statistics' get their average, as timm does.
+  return values if len(values) == channels else np.full(channels, values.mean(), np.float32)
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+  """(..., C) uint8 -> float32 `(x / 255 - mean) / std`."""
+  mean, std = (_broadcast(s, images.shape[-1]) for s in (mean, std))
+  return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
+
+
+def denormalize(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+  """Inverse of `normalize`, rounded and cut to uint8."""
+  mean, std = (_broadcast(s, images.shape[-1]) for s in (mean, std))
+  return np.clip(np.rint((images * std + mean) * 255), 0, 255).astype(np.uint8)

@@ -1,0 +1,54 @@
+"""Masked autoencoding as a task for the training loop."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.tasks.images import normalize
+
+Batch = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class MAETask:
+  """Reconstruct the removed units of an image.
+
+  Attributes:
+    mean, std: per channel, of pixels in [0, 1].
+  """
+
+  mean: Sequence[float]
+  std: Sequence[float]
+
+  def prepare(self, model: MaskedAutoencoder, batch: Batch, rng: jax.Array) -> Batch:
+    """Adds the random numbers of a whole batch, which parts of it then share out.
+
+    Args:
+      model: the model to be trained.
+      batch: `image` (B, H, W, C) uint8.
+      rng: PRNG key of this step.
+
+    Returns:
+      `image`, `noise` (B, N) and, with drop path, `drop_path_noise` (B, blocks, 2).
+    """
+    images = batch['image']
+    masking, drop_path = jax.random.split(rng)
+    prepared = {'image': images, 'noise': model.masking_noise(masking, len(images))}
+    if any(model.drop_path_rates):
+      prepared['drop_path_noise'] = model.drop_path_noise(drop_path, len(images))
+    return prepared
+
+  def loss(self, model: MaskedAutoencoder, batch: Batch) -> tuple[jax.Array, dict]:
+    """Loss and metrics of a batch, or a part of one, from `prepare`; means over its examples."""
+    out = model(
+      normalize(batch['image'], self.mean, self.std),
+      noise=batch['noise'],
+      drop_path_noise=batch.get('drop_path_noise'),
+    )
+    return out.loss, {}
+
+  def features(self, model: MaskedAutoencoder, images: jax.Array) -> jax.Array:
+    """(B, H, W, C) uint8 -> (B, D) pooled features of the whole images."""
+    return model.pooled(normalize(images, self.mean, self.std))

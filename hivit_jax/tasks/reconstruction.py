@@ -1,0 +1,168 @@
+"""Pictures of what a masked autoencoder reconstructs."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image, ImageDraw, ImageFont
+
+from hivit_jax.models.hivit import UNIT, join_units, split_units
+from hivit_jax.models.mae import NORM_PIX_EPS, MaskedAutoencoder, unit_moments
+from hivit_jax.tasks.images import denormalize, normalize
+
+_HIDDEN = 128  # grey level of removed units
+_MIN_SIDE = 144  # pixels: smaller images are enlarged by a whole factor
+_MARGIN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+  """Arrays (B, H, W, C) uint8, and how they came about.
+
+  Attributes:
+    original: the images.
+    masked: removed units grey.
+    reconstruction: every unit as predicted, the visible ones too (which are not trained for).
+    pasted: predictions for the removed units, original pixels elsewhere.
+    mask_ratio: share of the units removed.
+    norm_pix: the model predicts units up to mean and variance; both were taken from the original.
+  """
+
+  original: np.ndarray
+  masked: np.ndarray
+  reconstruction: np.ndarray
+  pasted: np.ndarray
+  mask_ratio: float
+  norm_pix: bool
+
+
+def predict_pixels(
+  model: MaskedAutoencoder,
+  images: jax.Array,
+  noise: jax.Array,
+  *,
+  mean: Sequence[float],
+  std: Sequence[float],
+  mask_ratio: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Runs the model and undoes its normalisation per unit; traceable.
+
+  Args:
+    model: the autoencoder.
+    images: (B, H, W, C) uint8.
+    noise: (B, N), the smallest are kept.
+    mean, std: per channel, of pixels in [0, 1].
+    mask_ratio: instead of the model's.
+
+  Returns:
+    (B, H, W, C) float32 predicted images, normalised by mean and std; (B, N) mask, 1 = removed.
+  """
+  normalized = normalize(images, mean, std)
+  out = model(normalized, noise=noise, mask_ratio=mask_ratio)
+  pred = out.pred
+  if model.norm_pix_loss:
+    units = split_units(normalized)
+    average, variance = unit_moments(units.reshape(pred.shape))
+    pred = pred * jnp.sqrt(variance + NORM_PIX_EPS) + average
+  units = pred.reshape(*pred.shape[:2], UNIT, UNIT, images.shape[-1])
+  return join_units(units, model.grid), out.mask
+
+
+def assemble(
+  images: np.ndarray,
+  pixels: np.ndarray,
+  mask: np.ndarray,
+  *,
+  mean: Sequence[float],
+  std: Sequence[float],
+  norm_pix: bool,
+) -> Reconstruction:
+  """Pictures from the images (B, H, W, C) uint8 and the results of `predict_pixels`."""
+  b, h, w, _ = images.shape
+  removed = np.asarray(mask, bool).reshape(b, h // UNIT, w // UNIT)
+  removed = removed.repeat(UNIT, axis=1).repeat(UNIT, axis=2)[..., None]  # (B, H, W, 1)
+  predicted = denormalize(np.asarray(pixels, np.float32), mean, std)
+  return Reconstruction(
+    original=images,
+    masked=np.where(removed, np.uint8(_HIDDEN), images),
+    reconstruction=predicted,
+    pasted=np.where(removed, predicted, images),
+    mask_ratio=float(np.mean(mask)),
+    norm_pix=norm_pix,
+  )
+
+
+def draw(result: Reconstruction, *, title: str = '') -> Image.Image:
+  """One row an image: original, masked, reconstruction, reconstruction with the visible units."""
+  note = (
+    'predicted units scaled with the true mean and variance of each unit (norm_pix_loss)'
+    if result.norm_pix
+    else ''
+  )
+  columns: dict[str, np.ndarray] = {
+    'original': result.original,
+    f'masked ({100 * result.mask_ratio:.0f} %)': result.masked,
+    'reconstruction': result.reconstruction,
+    'with visible units': result.pasted,
+  }
+  b, h, w, _ = result.original.shape
+  scale = max(1, -(-_MIN_SIDE // min(h, w)))
+  cell_h, cell_w = h * scale + _MARGIN, w * scale + _MARGIN
+  font = ImageFont.load_default(size=13)
+  line = 20
+  head = _MARGIN + line * (1 + bool(title))
+  width = max(4 * cell_w + _MARGIN, int(max(map(font.getlength, (title, note)))) + 2 * _MARGIN)
+  canvas = Image.new('RGB', (width, head + b * cell_h + line * bool(note) + _MARGIN // 2), 'white')
+  pen = ImageDraw.Draw(canvas)
+  pen.text((_MARGIN, _MARGIN // 2), title, 'black', font)
+  for column, (label, images) in enumerate(columns.items()):
+    left = _MARGIN + column * cell_w
+    pen.text((left, head - line), label, 'black', font)
+    for row in range(b):
+      cell = Image.fromarray(_to_rgb(images[row])).resize((w * scale, h * scale), Image.NEAREST)
+      canvas.paste(cell, (left, head + row * cell_h))
+  pen.text((_MARGIN, canvas.height - line), note, 'dimgray', font)
+  return canvas
+
+
+def _to_rgb(image: np.ndarray) -> np.ndarray:
+  """(H, W, C) -> (H, W, 3): three channels as they are, else the first one as grey."""
+  return image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
+
+
+class Reconstructor:
+  """Draws masks, predicts and assembles: `reconstructor(params, images, seed=0)`.
+
+  Args:
+    graphdef: static half of a `MaskedAutoencoder`, from `nnx.split`.
+    mean, std: per channel, of pixels in [0, 1].
+    mask_ratio: instead of the model's.
+  """
+
+  def __init__(
+    self,
+    graphdef: nnx.GraphDef,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    mask_ratio: float | None = None,
+  ):
+    def predict(params, images, noise):
+      model = nnx.merge(graphdef, params)
+      return predict_pixels(model, images, noise, mean=mean, std=std, mask_ratio=mask_ratio)
+
+    self._graphdef = graphdef
+    self._predict = jax.jit(predict)
+    self._statistics = {'mean': mean, 'std': std}
+
+  def __call__(self, params: Any, images: np.ndarray, *, seed: int) -> Reconstruction:
+    """(B, H, W, C) uint8 images -> pictures; the same seed draws the same masks."""
+    units = images.shape[1] // UNIT * (images.shape[2] // UNIT)
+    noise = np.random.default_rng(seed).random((len(images), units), np.float32)
+    pixels, mask = jax.device_get(self._predict(params, images, noise))
+    model = nnx.merge(self._graphdef, params)
+    return assemble(images, pixels, mask, norm_pix=model.norm_pix_loss, **self._statistics)

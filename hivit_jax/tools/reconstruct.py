@@ -1,0 +1,78 @@
+"""Pictures of reconstructions from a checkpoint.
+
+  python -m hivit_jax.tools.reconstruct --workdir=WORKDIR [--images=a.jpg,b.png] [--mask_ratio=0.6]
+
+Without --images it takes evaluation images of the run's data set.
+"""
+
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from hivit_jax import cli
+from hivit_jax.data import sources, transforms
+from hivit_jax.data.decode import BrokenImage, decode_image
+from hivit_jax.data.subset import Subset
+from hivit_jax.errors import UserError
+from hivit_jax.tasks import reconstruction
+from hivit_jax.train import build
+from hivit_jax.train.checkpoint import load_params
+from hivit_jax.train.logging import setup_logging
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Of a pretraining run, or one of its checkpoints.')
+_IMAGES = flags.DEFINE_list('images', [], 'Image files; none: evaluation images of the run.')
+_COUNT = flags.DEFINE_integer('count', 8, 'How many evaluation images.', lower_bound=1)
+_MASK_RATIO = flags.DEFINE_float('mask_ratio', None, 'Share of the units to remove, as trained.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the masks.', lower_bound=0)
+_OUT = flags.DEFINE_string('out', None, 'PNG to write; default: reconstruction.png in the workdir.')
+
+
+def main(argv: list[str]) -> None:
+  if _WORKDIR.value is None:
+    raise UserError('give --workdir=DIRECTORY, the --workdir of a pretraining run')
+  setup_logging()
+  files = _IMAGES.value + argv[1:]
+  restored = load_params(_WORKDIR.value)
+  config = ml_collections.ConfigDict(restored.metadata['config'])
+  task = build.task(config)
+  graphdef, abstract = nnx.split(nnx.eval_shape(build.model_creator(config)))
+  params = load_params(_WORKDIR.value, nnx.to_pure_dict(abstract), step=restored.step).state
+  images = _read(files, config) if files else _evaluation_images(config)
+  pictures = reconstruction.Reconstructor(
+    graphdef, mean=task.mean, std=task.std, mask_ratio=_MASK_RATIO.value
+  )
+  result = pictures(params, images, seed=_SEED.value)
+  out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / 'reconstruction.png')
+  title = f'{config.model.name}, step {restored.step}'
+  try:
+    reconstruction.draw(result, title=title).save(out)
+  except (OSError, ValueError) as error:
+    raise UserError(f'cannot write --out={out}: {error}') from error
+  print(f'wrote {out}')
+
+
+def _read(files: list[str], config: ml_collections.ConfigDict) -> np.ndarray:
+  transform = transforms.eval_transform(build.image_size(config))
+  images = []
+  for file in files:
+    try:
+      image = decode_image(pathlib.Path(file).read_bytes(), channels=config.channels)
+    except (OSError, BrokenImage) as error:
+      raise UserError(f'cannot read the image {file}: {error}') from error
+    images.append(transform(image))
+  return np.stack(images)
+
+
+def _evaluation_images(config: ml_collections.ConfigDict) -> np.ndarray:
+  source = sources.open_source(config.data.name, config.data.eval_split, config.data.data_dir)
+  source = Subset(source, _COUNT.value)
+  with build.eval_batches(config, source, len(source), alone=True) as batches:
+    return next(batches)['image']
+
+
+if __name__ == '__main__':
+  cli.run(main)

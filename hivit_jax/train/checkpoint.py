@@ -1,0 +1,584 @@
+"""Checkpoints of the training state: the only module that knows Orbax.
+
+Layout: `<directory>/<step>/` is an ordinary Orbax checkpoint with one checkpointable, `state`, a
+nested dict of arrays; `orbax.checkpoint.v1.load(path)` reads it without this module. Containers
+are stored by the names of their keys (dict key, tuple index, namedtuple field), so neither optax's
+classes nor empty states are part of the format. Orbax's custom metadata (the JSON file
+`_CHECKPOINT_METADATA`) carries the caller's metadata and every leaf's dtype and shape. The file
+`SHA256SUMS` lists all the others; `sha256sum -c SHA256SUMS` checks a copy by hand.
+
+A step being written is called `<step>.writing*` and gets its name, by one rename, when all is on
+the disk; a damaged one is moved to `<step>.damaged`.
+
+Why sums of our own: OCDBT guards its index with CRC-32C but not the array data, where a flipped
+bit is loaded without a word; and an Orbax read that fails half-way says so once for every array.
+Files are therefore verified before Orbax sees them, and whatever goes wrong after that is not
+damage but an error to be raised.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hivit_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_METADATA_FILE = '_CHECKPOINT_METADATA'  # documented in Orbax's checkpoint format guide
+_SUMS_FILE = 'SHA256SUMS'
+_WRITING = '.writing'
+_SHOWN_DIFFERENCES = 3
+
+KeyPath = tuple[str | int, ...]
+
+
+class Restored(NamedTuple):
+  """What was read from a checkpoint: `metadata` is the dict that was given to `save`."""
+
+  step: int
+  state: Any
+  metadata: dict[str, Any]
+
+
+class _Leaf(NamedTuple):
+  dtype: str
+  shape: tuple[int, ...]
+
+  def __str__(self) -> str:
+    return f'{self.dtype} {self.shape}'
+
+
+class _Record(NamedTuple):
+  """What `_CHECKPOINT_METADATA` holds of ours."""
+
+  leaves: dict[KeyPath, _Leaf]
+  metadata: dict[str, Any]
+
+
+class _Damaged(Exception):
+  """The files of a checkpoint are not those that were written; the message says in what."""
+
+
+class Checkpoints:
+  """The checkpoints of one run, in one directory; use it as a context manager.
+
+  Saving returns as soon as the values are safe from the next step, even from one that donates the
+  state; the rest happens in the background. An error there is raised by the next `save`, `wait` or
+  `close`. A save begins only when the one before it has ended. Every process of a multi-process
+  run must make the same calls.
+  """
+
+  def __init__(
+    self,
+    directory: str | os.PathLike[str],
+    *,
+    keep_last: int = 2,
+    keep_every_steps: int | None = None,
+    asynchronous: bool = True,
+    read_only: bool = False,
+  ):
+    """Opens the directory, creates it if needed, and removes what an interrupted save left there.
+
+    Args:
+      directory: where the checkpoints lie, usually `workdir/checkpoints`.
+      keep_last: how many of the newest checkpoints are kept, at least 1.
+      keep_every_steps: checkpoints at multiples of this step are kept for good; None: no others.
+      asynchronous: whether `save` returns before the files are written.
+      read_only: touch nothing: for tools that look at a run which may still be going on.
+
+    Raises:
+      UserError: an option is out of range, or the directory cannot be created or written to.
+    """
+    if keep_last < 1:
+      raise UserError(f'keep_last must be at least 1, got {keep_last}')
+    if keep_every_steps is not None and keep_every_steps < 1:
+      raise UserError(f'keep_every_steps must be at least 1 or None, got {keep_every_steps}')
+    self.directory = pathlib.Path(directory).absolute()
+    self._keep_last = keep_last
+    self._keep_every_steps = keep_every_steps
+    self._asynchronous = asynchronous
+    self._read_only = read_only
+    self._primary = jax.process_index() == 0
+    self._ours: set[int] = set()  # steps restored or saved here; other steps are another run's
+    self._pending: tuple[int, concurrent.futures.Future] | None = None
+    self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
+    if not read_only:
+      try:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self._primary:
+          self._remove_unfinished('*')
+      except OSError as error:
+        raise UserError(
+          f'cannot write checkpoints to {self.directory}: {error.strerror}; '
+          'choose another --workdir'
+        ) from error
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    try:
+      self.close()
+    except Exception as save_error:
+      if error is None:
+        raise
+      _log.error('%s', save_error)  # it must not hide the error that ends the run
+
+  def steps(self) -> list[int]:
+    """The steps that have a complete checkpoint, ascending; one still being written is not in."""
+    return _steps(self.directory)
+
+  def latest_step(self) -> int | None:
+    """The newest complete checkpoint's step, or None."""
+    return max(self.steps(), default=None)
+
+  def path(self, step: int) -> pathlib.Path:
+    """Where the checkpoint of `step` lies or would lie."""
+    return self.directory / str(step)
+
+  def save(self, step: int, state: Any, metadata: Mapping[str, Any], *, wait: bool = False) -> bool:
+    """Saves `state`, then removes the checkpoints that are no longer to be kept.
+
+    Args:
+      step: the step that `state` has reached, 0 or more.
+      state: a tree of jax.Arrays; dicts, lists, tuples, namedtuples, None and empty states.
+      metadata: a small dict for JSON, stored beside the state (model, epoch, seed...).
+      wait: return only when the files are complete.
+
+    Returns:
+      False if this object has saved or restored this very step already and nothing was to be done.
+
+    Raises:
+      UserError: this or the previous save could not be written (the older checkpoints are kept),
+        or another run's checkpoint of the same step is in the way.
+    """
+    if self._read_only:
+      raise RuntimeError(f'{self.directory} was opened read-only')
+    self.wait()
+    if step in self._ours:
+      return False
+    if self.path(step).exists():
+      raise UserError(
+        f'{self.path(step)} is there already, from a run that this one does not continue; '
+        f'choose another --workdir, or remove it: rm -r {self.path(step)}'
+      )
+    leaves, _ = _flatten(state)
+    record = _make_record(leaves, metadata)
+    try:
+      if self._primary:  # a probe: Orbax notices only in the background, and leaves warnings behind
+        self._writing(step).mkdir(parents=True)
+        self._writing(step).rmdir()
+      response = _orbax_save(self._writing(step), leaves, record)
+    except Exception as error:
+      raise self._explain(step, error) from error
+    self._pending = step, self._worker.submit(self._complete, step, response)
+    if wait or not self._asynchronous:
+      self.wait()
+    return True
+
+  def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
+    """Reads a checkpoint onto the devices that `abstract_state` names.
+
+    A damaged checkpoint is skipped, with a warning, for the newest one before it, and then moved
+    out of the way to `<step>.damaged` so that the step can be saved again.
+
+    Args:
+      abstract_state: a tree like the saved one, with jax.ShapeDtypeStruct leaves; a leaf without a
+        sharding goes to the first local device. The mesh need not be the one that saved.
+      step: exactly this checkpoint, and no other if it is damaged; None: the newest usable one.
+
+    Returns:
+      Step, state (bit for bit what was saved) and metadata; None if there is no checkpoint.
+
+    Raises:
+      UserError: the state has other leaves, shapes or dtypes than the checkpoint, or there are
+        checkpoints but none is usable.
+    """
+    self.wait()
+    leaves, treedef = _flatten(abstract_state)
+    if step is None and not self.steps():
+      return None
+    step, record, damaged = _newest_usable(self.directory, step, _read_verified)
+    path = self.path(step)
+    _check_fit(path, record.leaves, leaves)
+    values = _orbax_load(path, leaves)
+    if not self._read_only:
+      self._ours.add(step)
+      for bad in damaged if self._primary else ():
+        self._set_aside(bad)
+    return Restored(step, jax.tree.unflatten(treedef, values.values()), record.metadata)
+
+  def wait(self) -> None:
+    """Returns when no save is under way; raises the error of the one that was."""
+    pending, self._pending = self._pending, None
+    if pending is None:
+      return
+    step, future = pending
+    try:
+      future.result()
+    except Exception as error:
+      raise self._explain(step, error) from error
+    self._ours.add(step)
+
+  def close(self) -> None:
+    """Waits for the save under way and ends the background thread."""
+    try:
+      self.wait()
+    finally:
+      self._worker.shutdown()
+
+  def _writing(self, step: int) -> pathlib.Path:
+    return self.directory / f'{step}{_WRITING}'
+
+  def _complete(self, step: int, response: Any) -> None:
+    """The background half of a save: nothing is deleted before the new checkpoint is complete."""
+    try:
+      response.result()
+      if not self._primary:
+        return
+      _write_sums(self._writing(step))
+      self._writing(step).rename(self.path(step))
+      _sync(self.directory)
+    except Exception:
+      if self._primary:
+        self._remove_unfinished(str(step))  # a full disk needs the room
+      raise
+    for old in self._superseded(step):
+      try:
+        shutil.rmtree(self.path(old))
+      except OSError as error:
+        _log.warning('could not remove the old checkpoint %s: %s', self.path(old), error)
+
+  def _superseded(self, newest: int) -> list[int]:
+    # Later steps are another run's and do not count: the one just saved must never be the victim.
+    steps = [step for step in self.steps() if step <= newest]
+    every = self._keep_every_steps
+    return [s for s in steps[: -self._keep_last] if every is None or s % every != 0]
+
+  def _remove_unfinished(self, step: str) -> None:
+    for path in self.directory.glob(f'{step}{_WRITING}*'):
+      _log.info('removing the unfinished checkpoint %s', path)
+      shutil.rmtree(path, ignore_errors=True)
+
+  def _set_aside(self, step: int) -> None:
+    aside = self.path(step).with_name(f'{step}.damaged')
+    try:
+      shutil.rmtree(aside, ignore_errors=True)
+      self.path(step).rename(aside)
+    except OSError as error:
+      _log.warning('could not move the damaged checkpoint %s: %s', self.path(step), error)
+    else:
+      _log.warning('moved the damaged checkpoint of step %d to %s', step, aside)
+
+  def _explain(self, step: int, error: Exception) -> Exception:
+    """Turns what the storage said into a message; anything else keeps its type and its trace."""
+    message = f'could not save the checkpoint {self.path(step)}'
+    last = self.latest_step()
+    kept = 'there is no earlier one' if last is None else f'{self.path(last)} is kept'
+    reason = str(error).split('\n')[0]
+    if isinstance(error, OSError) or 'os_error_code=' in reason:  # the latter is tensorstore's
+      reason = re.sub(r' .[a-z_ ]+=.*', '', reason)  # [os_error_code=..., source locations=...]
+      return UserError(
+        f'{message}: {reason}; {kept}; '
+        'make room there (df -h) or choose another --workdir, and start the same command again'
+      )
+    error.add_note(f'{message}; {kept}')
+    return error
+
+
+def load_metadata(path: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:
+  """Reads the metadata that was saved with a checkpoint; no array is read.
+
+  Args:
+    path: `workdir`, `workdir/checkpoints` or `workdir/checkpoints/<step>`.
+    step: which checkpoint; None: the one that `path` names, or else the newest whose metadata is
+      intact.
+
+  Raises:
+    UserError: there is no such checkpoint.
+  """
+  directory, step = _locate(path, step)
+  return _newest_usable(directory, step, _read_record)[1].metadata
+
+
+def load_params(
+  path: str | os.PathLike[str],
+  abstract: Any = None,
+  *,
+  key: str = 'params',
+  step: int | None = None,
+) -> Restored:
+  """Reads one part of a checkpointed state, for tools and for fine-tuning; changes no file.
+
+  Args:
+    path: `workdir`, `workdir/checkpoints` or `workdir/checkpoints/<step>`.
+    abstract: a tree with jax.ShapeDtypeStruct leaves that fits the part exactly; None: nested
+      dicts of numpy arrays, with the keys under which they were saved.
+    key: the part's key at the top of the state.
+    step: which checkpoint; None: the one that `path` names, or else the newest usable one.
+
+  Returns:
+    Step, the part, and the metadata.
+
+  Raises:
+    UserError: there is no usable checkpoint, it has no such part, or `abstract` does not fit.
+  """
+  directory, step = _locate(path, step)
+  step, record, _ = _newest_usable(directory, step, _read_verified)
+  path = directory / str(step)
+  part = {name: leaf for name, leaf in record.leaves.items() if name[0] == key}
+  if not part:
+    keys = ', '.join(dict.fromkeys(str(name[0]) for name in record.leaves))
+    raise UserError(f'{path} has no {key!r}; it has: {keys}')
+  if abstract is None:
+    wanted = {n: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for n, x in part.items()}
+    tree = _nest({n: np.asarray(value) for n, value in _orbax_load(path, wanted).items()})
+  else:
+    wanted, treedef = _flatten({key: abstract})
+    _check_fit(path, part, wanted)
+    tree = jax.tree.unflatten(treedef, _orbax_load(path, wanted).values())
+  return Restored(step, tree[key], record.metadata)
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+  if not directory.is_dir():
+    return []
+  return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
+
+
+def _locate(path: str | os.PathLike[str], step: int | None) -> tuple[pathlib.Path, int | None]:
+  """Finds the directory of the checkpoints, and the step if the path names one."""
+  path = pathlib.Path(path).absolute()
+  if (path / 'checkpoints').is_dir():
+    return path / 'checkpoints', step
+  if path.name.isdecimal() and step is None and (path / 'state').is_dir():
+    return path.parent, int(path.name)
+  if not path.is_dir():
+    raise UserError(f'{path} does not exist; give the --workdir of a training run')
+  return path, step
+
+
+def _newest_usable(
+  directory: pathlib.Path, step: int | None, read: Callable[[pathlib.Path], _Record]
+) -> tuple[int, _Record, list[int]]:
+  """Calls `read` on the checkpoints, newest first, until one is not damaged.
+
+  Returns:
+    The step, its record, and the damaged steps that were passed over.
+  """
+  steps = _steps(directory)
+  if step is not None and step not in steps:
+    raise UserError(f'{directory} has no checkpoint of step {step}; it has {steps or "none"}')
+  if not steps:
+    raise UserError(f'there is no checkpoint in {directory}')
+  damaged: dict[int, str] = {}
+  for candidate in reversed(steps) if step is None else [step]:
+    path = directory / str(candidate)
+    try:
+      record = read(path)
+    except _Damaged as error:
+      damaged[candidate] = str(error)
+      _log.warning('DAMAGED checkpoint of step %d, %s: %s', candidate, path, error)
+      continue
+    if damaged:
+      _log.warning('going back to the checkpoint of step %d', candidate)
+    return candidate, record, list(damaged)
+  reasons = '; '.join(f'step {bad}: {reason}' for bad, reason in damaged.items())
+  if step is None:
+    way_out = f'to start from the beginning, remove them: rm -r {directory}'
+  else:
+    way_out = f'other checkpoints there: {[s for s in steps if s != step] or "none"}'
+  raise UserError(f'no usable checkpoint in {directory} ({reasons}); {way_out}')
+
+
+def _flatten(tree: Any) -> tuple[dict[KeyPath, Any], Any]:
+  """The leaves of a tree by path, in the tree's order, and its structure."""
+  flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  leaves = {tuple(_key(entry) for entry in path): leaf for path, leaf in flat}
+  names = collections.Counter('.'.join(map(str, path)) for path in leaves)  # Orbax's names
+  twice = [name for name, count in names.items() if count > 1 or not name]
+  if twice or not leaves:
+    raise ValueError(f'the state needs leaves with distinct, non-empty names, got {twice}')
+  return leaves, treedef
+
+
+def _key(entry: Any) -> str | int:
+  for attribute in ('key', 'idx', 'name'):  # of a dict, a sequence, a namedtuple
+    if hasattr(entry, attribute):
+      key = getattr(entry, attribute)
+      return key if isinstance(key, int) else str(key)
+  raise TypeError(f'cannot name the tree entry {entry!r}')
+
+
+def _nest(leaves: Mapping[Any, Any]) -> dict[Any, Any]:
+  root: dict[Any, Any] = {}
+  for path, leaf in leaves.items():
+    node = root
+    for key in path[:-1]:
+      node = node.setdefault(key, {})
+    node[path[-1]] = leaf
+  return root
+
+
+def _name(path: KeyPath) -> str:
+  return '/'.join(map(str, path))
+
+
+def _make_record(leaves: Mapping[KeyPath, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+  for path, leaf in leaves.items():
+    if not isinstance(leaf, jax.Array):
+      raise TypeError(f'{_name(path)}: expected a jax.Array, got {type(leaf).__name__}')
+    if leaf.size == 0:
+      raise ValueError(f'{_name(path)}: Orbax cannot store an array without elements, {leaf.shape}')
+  record = {
+    'format': _FORMAT,
+    'metadata': dict(metadata),
+    'leaves': [[list(path), leaf.dtype.name, list(leaf.shape)] for path, leaf in leaves.items()],
+  }
+  return json.loads(json.dumps(record, allow_nan=False))  # complains here, not in the background
+
+
+def _read_record(path: pathlib.Path) -> _Record:
+  """Reads and verifies what `_make_record` made; the file is JSON, so this needs no Orbax."""
+  _verify(path, [_METADATA_FILE])
+  record = json.loads((path / _METADATA_FILE).read_bytes())['custom_metadata']
+  if record['format'] != _FORMAT:
+    raise UserError(
+      f'{path} has checkpoint format {record["format"]}, this version of hivit_jax reads '
+      f'{_FORMAT}; use the version that wrote it'
+    )
+  leaves = {tuple(name): _Leaf(dtype, tuple(shape)) for name, dtype, shape in record['leaves']}
+  return _Record(leaves, record['metadata'])
+
+
+def _read_verified(path: pathlib.Path) -> _Record:
+  """Like `_read_record`, after verifying every file of the checkpoint."""
+  _verify(path, None)
+  return _read_record(path)
+
+
+def _files(path: pathlib.Path) -> list[str]:
+  """The files of a checkpoint but for the list of sums, relative to it."""
+  files = (file.relative_to(path).as_posix() for file in path.rglob('*') if file.is_file())
+  return sorted(file for file in files if file != _SUMS_FILE)
+
+
+def _write_sums(path: pathlib.Path) -> None:
+  """Writes `SHA256SUMS` in the format of the sha256sum program; all is on the disk afterwards."""
+  lines = []
+  for name in _files(path):
+    with open(path / name, 'rb') as file:
+      lines.append(f'{hashlib.file_digest(file, "sha256").hexdigest()}  {name}\n')
+      os.fsync(file.fileno())
+  with open(path / _SUMS_FILE, 'w') as file:
+    file.writelines(lines)
+    file.flush()
+    os.fsync(file.fileno())
+  _sync(path)
+
+
+def _sync(directory: pathlib.Path) -> None:
+  """Makes the names in a directory survive a power failure."""
+  descriptor = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _verify(path: pathlib.Path, names: list[str] | None) -> None:
+  """Raises _Damaged unless the named files (None: all, and no others) are as they were written."""
+  name = _SUMS_FILE
+  try:
+    text = (path / _SUMS_FILE).read_bytes().decode(errors='replace')
+    sums = {name: digest for digest, name in re.findall(r'^([0-9a-f]{64})  (.+)\n', text, re.M)}
+    if text != ''.join(f'{digest}  {name}\n' for name, digest in sums.items()):
+      raise _Damaged(f'{_SUMS_FILE} was altered: it is malformed')
+    if names is None:
+      names = sorted({*_files(path), *sums})
+    for name in names:
+      if name not in sums:
+        raise _Damaged(f'{name} is not listed in {_SUMS_FILE}')
+      with open(path / name, 'rb') as file:
+        if hashlib.file_digest(file, 'sha256').hexdigest() != sums[name]:
+          raise _Damaged(f'{name} was altered: it does not match {_SUMS_FILE}')
+  except PermissionError as error:
+    raise UserError(f'cannot read {error.filename}: {error.strerror}') from error
+  except FileNotFoundError as error:
+    raise _Damaged(f'{os.path.relpath(error.filename, path)} is missing') from error
+  except OSError as error:  # an unreadable sector
+    raise _Damaged(f'{name}: {error.strerror}') from error
+
+
+def _check_fit(
+  path: pathlib.Path, recorded: Mapping[KeyPath, _Leaf], wanted: Mapping[KeyPath, Any]
+) -> None:
+  """Raises UserError unless both have the same leaves: nothing is cast, padded or left out."""
+  differences = []
+  for name in [*wanted, *(name for name in recorded if name not in wanted)]:
+    there = str(recorded.get(name, 'missing'))
+    leaf = wanted.get(name)
+    here = 'missing' if leaf is None else str(_Leaf(leaf.dtype.name, tuple(leaf.shape)))
+    if here != there:
+      differences.append(f'{_name(name)} is {there} there, {here} here')
+  if differences:
+    shown = '; '.join(differences[:_SHOWN_DIFFERENCES])
+    more = len(differences) - _SHOWN_DIFFERENCES
+    raise UserError(
+      f'the checkpoint {path} does not fit this model and optimizer: {shown}'
+      f'{f"; and {more} more" if more > 0 else ""}. '
+      'Use the config that wrote it (config.json in its workdir), or another --workdir'
+    )
+
+
+@functools.cache
+def _orbax() -> Any:
+  """Orbax, imported when it is first needed: it is too slow for `--help`."""
+  from orbax.checkpoint import v1
+
+  # The error that a failed save raises is also logged with a trace, once for each of its threads.
+  logging.getLogger('absl').addFilter(
+    lambda record: '_SignalingThread.run() raised an exception' not in str(record.msg)
+  )
+  return v1
+
+
+def _context() -> Any:
+  context = _orbax().Context()
+  # Float weights shrink by some 10 % at most, for twice the CPU time of saving and of restoring.
+  context.array.saving.use_compression = False
+  context.pytree.loading.partial_load = True  # what is asked for was compared with the record
+  return context
+
+
+def _orbax_save(path: pathlib.Path, leaves: Mapping[KeyPath, jax.Array], record: dict) -> Any:
+  """Returns, with the means to wait for the rest, when the values are copied to the host."""
+  with _context():
+    tree = _nest({tuple(map(str, name)): leaf for name, leaf in leaves.items()})
+    return _orbax().save_async(path, tree, custom_metadata=record)
+
+
+def _orbax_load(path: pathlib.Path, wanted: Mapping[KeyPath, Any]) -> dict[KeyPath, jax.Array]:
+  """Loads leaves of a checkpoint that is known to hold them, in the order of `wanted`."""
+  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  abstract = {
+    tuple(map(str, name)): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first)
+    for name, x in wanted.items()
+  }
+  with _context():
+    tree = _orbax().load(path, _nest(abstract))
+  return {name: functools.reduce(lambda node, key: node[str(key)], name, tree) for name in wanted}

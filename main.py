@@ -1,0 +1,39 @@
+"""Trains what a config describes.
+
+  python main.py --config=configs/demo.py --workdir=/tmp/hivit_demo
+
+Any setting of the config can be given on the command line: --config.batch_size=256. A config's
+variants follow a colon: --config=configs/mae_hivit_b.py:1600.
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from hivit_jax import cli
+from hivit_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, see configs/.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir',
+  None,
+  'Directory of checkpoints, metrics and pictures; a run that is in it already goes on. '
+  'Default: workdirs/<name of the config>.',
+)
+
+
+def main(argv: list[str]) -> None:
+  if argv[1:]:
+    raise UserError(f'unexpected argument "{argv[1]}"; settings are given as --config.KEY=VALUE')
+  if _CONFIG.value is None:
+    raise UserError('which config? For a first run: --config=configs/demo.py')
+  # Imported here: worker processes of the data pipeline import this file, and --help must be fast.
+  from hivit_jax.train import experiment
+
+  name = config_flags.get_config_filename(flags.FLAGS['config'])
+  experiment.run(_CONFIG.value, _WORKDIR.value or f'workdirs/{pathlib.Path(name).stem}')
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,182 @@
+"""Transforms: the sampling and the resizing of the published recipes, on PIL images."""
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hivit_jax.data import transforms
+from hivit_jax.errors import UserError
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+  return np.random.default_rng(seed)
+
+
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+  pixels = generator(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+  return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize('output', [(16, 16), (16, 48)])
+def test_crops_lie_in_the_image_and_within_scale_and_ratio(output):
+  crop = transforms.RandomResizedCrop(output, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
+  rng, width, height = generator(), 500, 375
+  shares, ratios = [], []
+  for _ in range(2000):
+    left, top, right, bottom = crop.box(width, height, rng)
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    shares.append((right - left) * (bottom - top) / (width * height))
+    ratios.append((right - left) / (bottom - top) * output[0] / output[1])
+  # One pixel of rounding on each side.
+  assert 0.197 < min(shares) < 0.22
+  assert max(shares) < 1.003
+  assert 0.74 < min(ratios) < 0.77
+  assert 1.30 < max(ratios) < 1.35
+
+
+def test_crop_sampling_is_uniform_in_area_and_log_uniform_in_ratio():
+  # Where every draw fits, nothing is rejected and the distributions are the plain ones.
+  crop = transforms.RandomResizedCrop((16, 16), scale=(0.1, 0.5), ratio=(0.5, 2.0))
+  rng = generator(1)
+  boxes = np.array([crop.box(1000, 1000, rng) for _ in range(4000)])
+  widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+
+  def largest_deviation(values, low, high):  # Kolmogorov-Smirnov distance from uniform(low, high).
+    ranks = (np.arange(len(values)) + 0.5) / len(values)
+    return np.abs(np.sort((values - low) / (high - low)) - ranks).max()
+
+  bound = 1.95 / math.sqrt(4000)  # Exceeded once in a thousand seeds.
+  assert largest_deviation(widths * heights / 1e6, 0.1, 0.5) < bound
+  assert largest_deviation(np.log(widths / heights), math.log(0.5), math.log(2)) < bound
+  assert largest_deviation(boxes[:, 0] / (1000 - widths), 0, 1) < bound
+  assert largest_deviation(boxes[:, 1] / (1000 - heights), 0, 1) < bound
+
+
+@pytest.mark.parametrize(
+  ('size', 'box'),
+  [
+    ((1000, 30), (480, 0, 520, 30)),  # 4:3 from the middle
+    ((30, 1000), (0, 480, 30, 520)),  # 3:4 from the middle
+    ((1, 1), (0, 0, 1, 1)),
+  ],
+)
+def test_image_in_which_no_draw_fits_gives_its_largest_allowed_central_crop(size, box):
+  crop = transforms.RandomResizedCrop((16, 16), scale=(1.0, 1.0))
+  assert crop.box(*size, generator()) == box
+
+
+def test_crop_equals_crop_then_bicubic_resize_and_nothing_bleeds_in():
+  image = noise_image(200, 150)
+  crop = transforms.RandomResizedCrop((32, 48))
+  box = crop.box(200, 150, generator(3))
+  expected = image.crop(box).resize((48, 32), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(crop(image, generator(3)), expected)
+  image.paste((10, 200, 30), box)
+  assert np.unique(np.asarray(crop(image, generator(3))).reshape(-1, 3), axis=0).tolist() == [
+    [10, 200, 30]
+  ]
+
+
+def test_resizing_is_antialiased():
+  # One-pixel stripes of black and white have no content that survives an eightfold reduction.
+  stripes = Image.fromarray(np.tile(np.uint8([[0, 255]]), (512, 256)))
+  crop = transforms.RandomResizedCrop((64, 64), scale=(1.0, 1.0), ratio=(1.0, 1.0))
+  inside = np.asarray(crop(stripes, generator())).astype(int)[:, 2:-2]
+  assert np.abs(inside - 127).max() <= 2
+  assert np.ptp(transforms.eval_transform(64)(stripes)[:, 2:-2].astype(int)) <= 60
+
+
+def test_flip_mirrors_half_of_the_images():
+  image, flip, rng = noise_image(8, 8), transforms.RandomFlip(), generator()
+  outcomes = [np.asarray(flip(image, rng)) for _ in range(400)]
+  straight = sum(np.array_equal(array, image) for array in outcomes)
+  mirrored = sum(np.array_equal(array, np.asarray(image)[:, ::-1]) for array in outcomes)
+  assert straight + mirrored == 400
+  assert 160 < mirrored < 240
+
+
+def test_train_transform_is_crop_then_flip_as_uint8_and_a_function_of_the_generator():
+  transform = transforms.mae_train_transform((32, 48), scale=(0.3, 0.9))
+  image = noise_image(100, 80)
+  assert transform.steps[0] == transforms.RandomResizedCrop((32, 48), (0.3, 0.9), (3 / 4, 4 / 3))
+  first = transform(image, generator(1))
+  assert first.shape == (32, 48, 3)
+  assert first.dtype == np.uint8
+  np.testing.assert_array_equal(first, transform(image, generator(1)))
+  assert not np.array_equal(first, transform(image, generator(2)))
+
+
+def test_without_flip_nothing_is_mirrored():
+  transform = transforms.mae_train_transform(16, scale=(1, 1), ratio=(1, 1), flip=False)
+  ramp = Image.fromarray(np.tile(np.arange(0, 240, 10, dtype=np.uint8), (24, 1)))
+  rng = generator()
+  for _ in range(20):
+    assert (np.diff(transform(ramp, rng)[..., 0].astype(int), axis=1) > 0).all()
+
+
+def test_greyscale_keeps_one_channel():
+  image = noise_image(40, 30).convert('L')
+  assert transforms.mae_train_transform(16)(image, generator()).shape == (16, 16, 1)
+  assert transforms.eval_transform(16)(image).shape == (16, 16, 1)
+
+
+@pytest.mark.parametrize(
+  ('side', 'image_size', 'resized', 'corner'),
+  [
+    (224, (500, 375), (341, 256), (58, 16)),  # 341.33 is cut off, 58.5 rounds to even
+    (224, (375, 500), (256, 341), (16, 58)),
+    (192, (500, 375), (292, 219), (50, 14)),  # int(192 * 256 / 224) = 219
+    (256, (500, 375), (341, 256), (42, 0)),  # no margin above 224
+    (64, (32, 32), (73, 73), (4, 4)),
+  ],
+)
+def test_evaluation_resizes_the_shorter_side_and_crops_the_centre(
+  side, image_size, resized, corner
+):
+  image = noise_image(*image_size)
+  left, top = corner
+  expected = image.resize(resized, Image.Resampling.BICUBIC)
+  expected = expected.crop((left, top, left + side, top + side))
+  np.testing.assert_array_equal(transforms.eval_transform(side)(image), expected)
+
+
+@pytest.mark.parametrize('output', [(64, 128), (128, 64), (256, 320)])
+@pytest.mark.parametrize('image_size', [(500, 375), (375, 500), (97, 101), (40, 400)])
+def test_non_square_evaluation_covers_the_output_without_distortion(output, image_size):
+  # A coordinate grid as the image: its slope in the output is the magnification in each direction.
+  width, height = image_size
+  rows, columns = np.mgrid[0:height, 0:width]
+  grid = np.stack([255 * columns / width, 255 * rows / height, 0 * rows], -1)
+  array = transforms.eval_transform(output)(Image.fromarray(grid.astype(np.uint8)))
+  assert array.shape == (*output, 3)
+  h, w = output
+  margin = 256 / 224 if max(output) <= 224 else 1
+  zoom = max(margin * h / height, margin * w / width)
+  seen_x = np.ptp(array[..., 0].astype(int)) / 255 * width * zoom
+  seen_y = np.ptp(array[..., 1].astype(int)) / 255 * height * zoom
+  assert seen_x == pytest.approx(w, rel=0.1, abs=3)
+  assert seen_y == pytest.approx(h, rel=0.1, abs=3)
+
+
+@pytest.mark.parametrize('size', [0, -16, (16,), (16, 0), (16.0, 16.0), (16, 16, 3)])
+def test_senseless_size_is_a_user_error(size):
+  for make in (transforms.mae_train_transform, transforms.eval_transform):
+    with pytest.raises(UserError, match=r'expected one side or \(height, width\)'):
+      make(size)
+
+
+@pytest.mark.parametrize(
+  'options', [{'scale': (0, 1)}, {'scale': (0.5, 0.2)}, {'scale': (0.5, 1.5)}, {'ratio': (0, 1)}]
+)
+def test_senseless_crop_is_a_user_error(options):
+  with pytest.raises(UserError, match='expected 0 <'):
+    transforms.mae_train_transform(16, **options)
+
+
+def test_transforms_travel_to_worker_processes():
+  for transform in (transforms.mae_train_transform((16, 32)), transforms.eval_transform(16)):
+    assert pickle.loads(pickle.dumps(transform)) == transform

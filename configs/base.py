@@ -11,10 +11,10 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
 
   config.seed = 0  # of parameters, data order, augmentation, masks
-  config.task = 'mae'
+  config.task = 'mae'  # masked autoencoding
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
-  config.channels = 3
-  config.epochs = 300.0
+  config.channels = 3  # of the images: 3 (RGB) or 1 (greyscale)
+  config.epochs = 300.0  # length of the run and of the learning rate's schedule
   config.max_steps = config_dict.placeholder(int)  # end here instead of after `epochs`
 
   # Any argument of the model's class; those left at None have the named model's value.
@@ -33,15 +33,15 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.hifeat = True  # decode from all three stages
   config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
   config.model.remat = False  # recompute activations: less memory, about a third more time
-  config.model.scan = True  # compile the main block once instead of once a layer
+  config.model.scan = False  # compile the main block once instead of once a layer: faster start, slower steps
 
   config.data = ml_collections.ConfigDict()
   config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, or folder:/path
   config.data.data_dir = config_dict.placeholder(str)  # None: TFDS_DATA_DIR or TFDS's default
-  config.data.train_split = 'train'
-  config.data.eval_split = 'validation'
+  config.data.train_split = 'train'  # may be cut: train[:90%]; see docs/data.md
+  config.data.eval_split = 'validation'  # images of the k-NN accuracy and of the pictures
   config.data.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
-  config.data.std = (0.229, 0.224, 0.225)
+  config.data.std = (0.229, 0.224, 0.225)  # likewise
   config.data.crop_scale = (0.2, 1.0)  # RandomResizedCrop: share of the image's area
   config.data.crop_ratio = (3 / 4, 4 / 3)  # and width / height
   config.data.flip = True  # mirror every second image
@@ -55,13 +55,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim = ml_collections.ConfigDict()
   config.optim.base_lr = 1e-4  # per 256 images of batch_size: lr = base_lr * batch_size / 256
   config.optim.lr = config_dict.placeholder(float)  # peak; instead of base_lr
-  config.optim.end_lr = 0.0
-  config.optim.warmup_start_lr = 0.0
-  config.optim.warmup_epochs = 40.0
-  config.optim.b1 = 0.9
-  config.optim.b2 = 0.95
-  config.optim.eps = 1e-8
-  config.optim.weight_decay = 0.05
+  config.optim.end_lr = 0.0  # after the cosine
+  config.optim.warmup_start_lr = 0.0  # at the first step
+  config.optim.warmup_epochs = 40.0  # of linear rise, part of `epochs`
+  config.optim.b1 = 0.9  # AdamW: decay of the mean of the gradients
+  config.optim.b2 = 0.95  # and of the mean of their squares
+  config.optim.eps = 1e-8  # of AdamW
+  config.optim.weight_decay = 0.05  # times the learning rate; not of biases and LayerNorms
   config.optim.clip_norm = config_dict.placeholder(float)  # of the global gradient; None: off
 
   config.mesh = ml_collections.ConfigDict()
@@ -69,21 +69,21 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_epochs = 1.0  # save
-  config.checkpoint.keep_last = 2
+  config.checkpoint.keep_last = 2  # how many of the newest are kept
   config.checkpoint.keep_every_epochs = 100.0  # and keep these for ever; 0: none
 
-  config.log_every_steps = 50
+  config.log_every_steps = 50  # one line of metrics: the means since the last one
 
   config.knn = ml_collections.ConfigDict()  # k-NN accuracy of the pooled features
   config.knn.every_epochs = 20.0  # 0: never
-  config.knn.k = 20
-  config.knn.temperature = 0.07
+  config.knn.k = 20  # neighbours that vote
+  config.knn.temperature = 0.07  # of their votes; small: the nearest decide
   config.knn.bank_size = 50_000  # training images to compare with; 0: all
-  config.knn.batch_size = 256
+  config.knn.batch_size = 256  # over all devices
 
   config.pictures = ml_collections.ConfigDict()  # reconstructions of evaluation images
   config.pictures.every_epochs = 20.0  # 0: never
-  config.pictures.count = 8
+  config.pictures.count = 8  # images in a picture
 
   return config.lock()  # a misspelt setting in a config file is an error
 

@@ -1,15 +1,54 @@
 """What several test files share."""
 
+import functools
 import json
+import math
 import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend import core
 
+import hivit_jax
 from hivit_jax.interop import torch_names
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
+
+# The smallest models in which nothing is trivial: several blocks, heads and units.
+TINY = {'image_size': 64, 'embed_dim': 32, 'depths': (1, 1, 2), 'num_heads': 4}
+TINY_MAE = TINY | {'decoder_embed_dim': 16, 'decoder_depth': 2, 'decoder_num_heads': 2}
+
+# Code generation without LLVM's optimisations takes half the time; for programs that run once.
+quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def abstract_model(name: str, **overrides: Any) -> tuple[nnx.GraphDef, dict]:
+  """A model's static half and its parameters' shapes; computes nothing."""
+  graphdef, params = nnx.split(nnx.eval_shape(lambda: hivit_jax.create_model(name, **overrides)))
+  return graphdef, nnx.to_pure_dict(params)
+
+
+def random_model(name: str, *, seed: int = 0, **overrides: Any) -> tuple[nnx.GraphDef, dict]:
+  """A model's static half and parameters of which none is zero, one, or negligible."""
+  graphdef, abstract = abstract_model(name, **overrides)
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    values = rng.standard_normal(leaf.shape, np.float32)
+    if path[-1].key == 'kernel':
+      return values / math.sqrt(math.prod(leaf.shape[:-1]))
+    return 0.2 * values + (path[-1].key == 'scale')
+
+  return graphdef, jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def random_images(*shape: int, seed: int = 0) -> np.ndarray:
+  """Normalised images (B, H, W, C) of noise."""
+  return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def load_golden(name: str) -> tuple[dict, dict[str, np.ndarray]]:
@@ -19,22 +58,19 @@ def load_golden(name: str) -> tuple[dict, dict[str, np.ndarray]]:
   return json.loads(str(arrays.pop('config'))), arrays
 
 
-def set_params(model: nnx.Module, arrays: dict[str, np.ndarray], unused: set[str] = frozenset()):
-  """Overwrites every parameter with `param/<torch name>`; both sides must match completely."""
+def golden_params(abstract: dict, arrays: dict[str, np.ndarray], unused: set[str]) -> dict:
+  """Parameters from `param/<torch name>`; both sides must match completely, `unused` aside."""
   given = {k.removeprefix('param/'): v for k, v in arrays.items() if k.startswith('param/')}
-  flat = torch_names.flatten(nnx.to_pure_dict(nnx.state(model)))
-  new = {}
-  for path, value in flat.items():
-    name, _ = torch_names.to_torch(path, np.asarray(value))
-    new[path] = jnp.asarray(torch_names.from_torch(path, given.pop(name)))
-    assert new[path].shape == value.shape, name
-  assert set(given) == set(unused), given.keys()
-  state = nnx.state(model)
-  nnx.replace_by_pure_dict(state, torch_names.unflatten(new))
-  nnx.update(model, state)
+  flat = {}
+  for path, leaf in torch_names.flatten(abstract).items():
+    name, _ = torch_names.to_torch(path, np.empty(leaf.shape))
+    flat[path] = jnp.asarray(torch_names.from_torch(path, given.pop(name)))
+    assert flat[path].shape == leaf.shape, name
+  assert set(given) == unused, set(given)
+  return torch_names.unflatten(flat)
 
 
-def torch_gradients(grads) -> dict[str, np.ndarray]:
+def torch_gradients(grads: dict) -> dict[str, np.ndarray]:
   """Gradients of a model's pure dict under their torch names."""
   flat = torch_names.flatten(grads)
   return dict(torch_names.to_torch(path, np.asarray(value)) for path, value in flat.items())
@@ -47,3 +83,25 @@ def assert_close(actual, expected, *, relative: float = 1e-5, name: str = ''):
   scale = np.abs(expected).max()
   difference = np.abs(actual - expected).max()
   assert difference <= relative * scale, f'{name}: {difference} apart, magnitudes up to {scale}'
+
+
+def assert_trees_close(actual, expected, *, relative: float = 1e-5):
+  """`assert_close` for every pair of leaves."""
+  jax.tree_util.tree_map_with_path(
+    lambda path, a, e: assert_close(a, e, relative=relative, name=jax.tree_util.keystr(path)),
+    actual,
+    expected,
+  )
+
+
+def equations(function: Callable, *args: Any) -> Iterator[core.JaxprEqn]:
+  """Every operation of a traced function, those inside loops and calls too."""
+  pending = [jax.make_jaxpr(function)(*args).jaxpr]
+  while pending:
+    for equation in pending.pop().eqns:
+      yield equation
+      for value in jax.tree.leaves(
+        list(equation.params.values()), is_leaf=lambda v: isinstance(v, core.ClosedJaxpr)
+      ):
+        if isinstance(value, core.ClosedJaxpr | core.Jaxpr):
+          pending.append(getattr(value, 'jaxpr', value))

@@ -7,7 +7,6 @@ Without --images it takes evaluation images of the run's data set.
 
 import pathlib
 
-import jax
 import ml_collections
 import numpy as np
 from absl import flags
@@ -19,7 +18,7 @@ from hivit_jax.data.decode import BrokenImage, decode_image
 from hivit_jax.data.subset import Subset
 from hivit_jax.errors import UserError
 from hivit_jax.tasks import reconstruction
-from hivit_jax.train import build
+from hivit_jax.train import build, inputs
 from hivit_jax.train.checkpoint import load_params
 from hivit_jax.train.logging import setup_logging
 
@@ -70,7 +69,7 @@ def _read(files: list[str], config: ml_collections.ConfigDict) -> np.ndarray:
 def _evaluation_images(config: ml_collections.ConfigDict) -> np.ndarray:
   source = sources.open_source(config.data.name, config.data.eval_split, config.data.data_dir)
   source = Subset(source, _COUNT.value)
-  with build.eval_batches(config, source, len(source), alone=True) as batches:
+  with inputs.eval_batches(config, source, len(source), alone=True) as batches:
     return next(batches)['image']
 
 

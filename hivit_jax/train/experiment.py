@@ -14,7 +14,7 @@ from flax import nnx
 from hivit_jax.data.subset import Subset
 from hivit_jax.interop import torch_names
 from hivit_jax.tasks import knn, reconstruction
-from hivit_jax.train import build, loop, sharding, step
+from hivit_jax.train import build, inputs, loop, sharding, step
 from hivit_jax.train.checkpoint import Checkpoints
 from hivit_jax.train.logging import MetricWriter, Progress, setup_logging, write_run_info
 
@@ -39,7 +39,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   task = build.task(config)
   create = build.model_creator(config)
   graphdef, tx, abstract = step.abstract_state(create, build.optimizer(config), mesh)
-  train_source, eval_source = build.open_sources(config)
+  train_source, eval_source = inputs.open_sources(config)
   steps = build.Steps(len(train_source), config.batch_size)
   total = config.max_steps or steps.of(config.epochs)
 
@@ -84,7 +84,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     with (
       MetricWriter(directory, start_step=start, primary=primary) as writer,
       Progress(total, start_step=start, primary=primary) as progress,
-      build.train_batches(config, train_source, start, total) as batches,
+      inputs.train_batches(config, train_source, start, total) as batches,
     ):
       hooks = [
         *_knn_hook(config, task, graphdef, mesh, train_source, eval_source, steps),
@@ -131,7 +131,7 @@ def _knn_hook(config, task, graphdef, mesh, train_source, eval_source, steps) ->
 
   def collect(params, source):
     values, labels = [], []
-    with build.eval_batches(config, source, options.batch_size) as batches:
+    with inputs.eval_batches(config, source, options.batch_size) as batches:
       for batch in batches:
         arrays = sharding.put_batch(batch, mesh)
         keep = sharding.fetch(arrays['mask'])
@@ -161,7 +161,7 @@ def _picture_hook(config, graphdef, eval_source, steps, directory, writer) -> li
     return []
   source = Subset(eval_source, options.count)
   # Pictures are one process's business: its whole batch, no part of a global one.
-  with build.eval_batches(config, source, len(source), alone=True) as batches:
+  with inputs.eval_batches(config, source, len(source), alone=True) as batches:
     images = next(batches)['image']
   pictures = reconstruction.Reconstructor(
     graphdef, mean=tuple(config.data.mean), std=tuple(config.data.std)

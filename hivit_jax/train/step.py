@@ -113,7 +113,7 @@ def make_train_step(
     updates, opt_state = tx.update(grads, state['opt_state'], params)
     lr = schedule(state['step'] * epochs_per_step)
     params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
-    metrics |= {'learning_rate': lr, 'grad_norm': optax.global_norm(grads)}
+    metrics |= {'learning_rate': lr, 'grad_norm': optax.tree.norm(grads)}
     return {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}, metrics
 
   return jax.jit(step, donate_argnums=0)

@@ -1,71 +1,95 @@
 """Agreement with the official PyTorch code, to 1e-5 of each array's largest magnitude."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-import hivit_jax
 from hivit_jax.models.hivit import to_rows_and_columns
 from hivit_jax.models.positions import sincos_2d
-from tests.helpers import GOLDEN, assert_close, load_golden, set_params, torch_gradients
+from tests.helpers import (
+  GOLDEN,
+  abstract_model,
+  assert_close,
+  golden_params,
+  load_golden,
+  torch_gradients,
+)
 
-FORMS = [{}, {'scan': True}, {'remat': True}, {'scan': True, 'remat': True}]
-form = pytest.mark.parametrize('options', FORMS, ids=lambda o: '+'.join(o) or 'plain')
+# The other forms' outputs and gradients are compared with the plain one's in test_hivit, test_mae.
+SCAN_REMAT = {'scan': True, 'remat': True}
 
 
-def _check_gradients(loss, model, arrays, unused=frozenset()):
-  graphdef, state = nnx.split(model)
-  params = nnx.to_pure_dict(state)
-  grads = torch_gradients(jax.jit(jax.grad(lambda p: loss(nnx.merge(graphdef, p))))(params))
+def _check_gradients(grads, arrays, unused=frozenset()):
+  grads = torch_gradients(grads)
   expected = {k.removeprefix('grad/'): v for k, v in arrays.items() if k.startswith('grad/')}
-  assert set(grads) - set(expected) == set(unused)
+  assert set(grads) - set(expected) == unused
   for name, value in expected.items():
     assert_close(grads[name], value, name=name)
   for name in unused:
     assert not grads[name].any(), name
 
 
-@form
-@pytest.mark.parametrize('name', ['hivit_rpe', 'hivit_norpe'])
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [('hivit_rpe', {}), ('hivit_norpe', {}), ('hivit_rpe', SCAN_REMAT)],
+  ids=lambda value: value if isinstance(value, str) else '+'.join(value) or 'plain',
+)
 def test_classifier(name, options):
   config, arrays = load_golden(f'{name}.npz')
   config.pop('ape')
-  config['image_size'] = config.pop('img_size')
-  model = hivit_jax.create_model('hivit_tiny', **config, **options)
-  set_params(model, arrays, unused={'relative_position_index'} if config['rpe'] else set())
-  images = jnp.asarray(arrays['image_nchw'].transpose(0, 2, 3, 1))
-  stage1, stage2, tokens = model.encode(images)
-  assert_close(to_rows_and_columns(stage1), arrays['stage1'], name='stage1')
-  assert_close(to_rows_and_columns(stage2), arrays['stage2'], name='stage2')
-  assert_close(tokens, arrays['tokens'], name='tokens')
-  assert_close(model(images), arrays['logits'], name='logits')
-  _check_gradients(lambda m: (m(images) * arrays['logit_weights']).sum(), model, arrays)
+  graphdef, abstract = abstract_model(
+    'hivit_tiny', image_size=config.pop('img_size'), **config, **options
+  )
+  unused = {'relative_position_index'} if config['rpe'] else set()
+  params = golden_params(abstract, arrays, unused)
+  images = arrays['image_nchw'].transpose(0, 2, 3, 1)
+
+  def loss(params):
+    model = nnx.merge(graphdef, params)
+    logits = model(images)
+    return (logits * arrays['logit_weights']).sum(), (logits, model.encode(images))
+
+  grads, (logits, stages) = jax.jit(jax.grad(loss, has_aux=True))(params)
+  assert_close(to_rows_and_columns(stages[0]), arrays['stage1'], name='stage1')
+  assert_close(to_rows_and_columns(stages[1]), arrays['stage2'], name='stage2')
+  assert_close(stages[2], arrays['tokens'], name='tokens')
+  assert_close(logits, arrays['logits'], name='logits')
+  _check_gradients(grads, arrays)
 
 
-@form
 @pytest.mark.parametrize(
-  'name', ['mae_hifeat_normpix', 'mae_hifeat_rawpix_r60', 'mae_rpe_nohifeat']
+  ('name', 'options'),
+  [
+    ('mae_hifeat_normpix', {}),
+    ('mae_hifeat_rawpix_r60', {}),
+    ('mae_rpe_nohifeat', {}),
+    ('mae_rpe_nohifeat', SCAN_REMAT),
+  ],
+  ids=lambda value: value if isinstance(value, str) else '+'.join(value) or 'plain',
 )
 def test_mae(name, options):
   config, arrays = load_golden(f'{name}.npz')
-  config['image_size'] = config.pop('img_size')
-  model = hivit_jax.create_model('mae_hivit_tiny', **config, **options)
+  graphdef, abstract = abstract_model(
+    'mae_hivit_tiny', image_size=config.pop('img_size'), **config, **options
+  )
   unused = {'relative_position_index'} if config['rpe'] else set()
   if not config['hifeat']:  # in the file, but the official code never applies it
     unused |= {'norm.weight', 'norm.bias'}
-  set_params(model, arrays, unused=unused)
-  images = jnp.asarray(arrays['image_nchw'].transpose(0, 2, 3, 1))
-  out = jax.jit(lambda noise: model(images, noise=noise))(arrays['noise'])
+  params = golden_params(abstract, arrays, unused)
+  images = arrays['image_nchw'].transpose(0, 2, 3, 1)
+
+  def loss(params):
+    out = nnx.merge(graphdef, params)(images, noise=arrays['noise'])
+    return out.loss, out
+
+  grads, out = jax.jit(jax.grad(loss, has_aux=True))(params)
   np.testing.assert_array_equal(out.ids_keep, arrays['ids_keep'])
   np.testing.assert_array_equal(out.ids_restore, arrays['ids_restore'])
   np.testing.assert_array_equal(out.mask, arrays['mask'])
   assert_close(out.pred, arrays['pred'], name='pred')
   assert_close(out.loss, arrays['loss'], name='loss')
-  _check_gradients(
-    lambda m: m(images, noise=arrays['noise']).loss, model, arrays, unused={'decoder_pos_embed'}
-  )
+  _check_gradients(grads, arrays, unused={'decoder_pos_embed'})
 
 
 def test_sincos():

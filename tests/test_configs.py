@@ -1,0 +1,248 @@
+"""Every file in configs/: loads, describes the published recipe, and trains."""
+
+import collections
+import contextlib
+import functools
+import importlib
+import itertools
+import json
+import logging
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from configs import base
+from hivit_jax.errors import UserError
+from hivit_jax.train import build, experiment, sharding, step
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = sorted(file.stem for file in (ROOT / 'configs').glob('*.py') if file.stem != 'base')
+
+# Parameters of each config's model, all of them counted, the fixed position embedding too.
+PARAMETERS = {
+  'demo': 1_288_992,
+  'mae_hivit_t': 39_544_480,
+  'mae_hivit_s': 57_845_536,
+  'mae_hivit_b': 87_041_152,
+  'mae_hivit_l': 311_765_824,
+}
+
+
+def load(name: str, variant: str | None = None) -> ml_collections.ConfigDict:
+  get_config = importlib.import_module(f'configs.{name}').get_config
+  return get_config(variant) if variant else get_config()
+
+
+def variants(name: str) -> list[str]:
+  """The variants that a config's docstring names, without `debug`, which all have."""
+  doc = importlib.import_module(f'configs.{name}').__doc__
+  return sorted(set(re.findall(r'(?<!\S):(\w+)', doc)) - {'debug'})
+
+
+def keys(config: ml_collections.ConfigDict, prefix: str = '') -> set[str]:
+  """Dotted names of the settings; groups of settings are no settings."""
+  found = set()
+  for key in config:
+    value = config.get_ref(key).get()
+    if isinstance(value, ml_collections.ConfigDict):
+      found |= keys(value, f'{prefix}{key}.')
+    else:
+      found.add(prefix + key)
+  return found
+
+
+@contextlib.contextmanager
+def reads_of(config: ml_collections.ConfigDict, monkeypatch):
+  """Collects the settings that are read, other than by `to_dict`, which reads all."""
+  paths = {id(config): ''}
+  for key in config:
+    group = config.get_ref(key).get()
+    if isinstance(group, ml_collections.ConfigDict):
+      paths[id(group)] = f'{key}.'
+  found: set[str] = set()
+  recording = True
+  getitem, to_dict = ml_collections.ConfigDict.__getitem__, ml_collections.ConfigDict.to_dict
+
+  def recorded_getitem(self, key):
+    if recording and id(self) in paths:
+      found.add(f'{paths[id(self)]}{key}')
+    return getitem(self, key)
+
+  def silent_to_dict(self, *args, **kwargs):
+    nonlocal recording
+    before, recording = recording, False
+    try:
+      return to_dict(self, *args, **kwargs)
+    finally:
+      recording = before
+
+  with monkeypatch.context() as patch:
+    patch.setattr(ml_collections.ConfigDict, '__getitem__', recorded_getitem)
+    patch.setattr(ml_collections.ConfigDict, 'to_dict', silent_to_dict)
+    yield found
+
+
+Run = collections.namedtuple('Run', 'workdir config reads')
+
+
+@pytest.fixture(scope='module')
+def compilation_cache_dir(tmp_path_factory):
+  return tmp_path_factory.mktemp('compiled')
+
+
+@pytest.fixture(scope='module')
+def debug_run(tmp_path_factory, compilation_cache_dir):
+  """`debug_run(name)`: trains `configs/<name>.py:debug` in this process, each config once."""
+  monkeypatch = pytest.MonkeyPatch()
+  root = logging.getLogger()
+  handlers, level = root.handlers[:], root.level
+  # The tiny models are all alike: compile them once.
+  cache = {
+    'jax_compilation_cache_dir': str(compilation_cache_dir),
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+  }
+  before = {key: getattr(jax.config, key) for key in cache}
+  for key, value in cache.items():
+    jax.config.update(key, value)
+
+  @functools.cache
+  def run(name: str) -> Run:
+    config = load(name, 'debug')
+    workdir = tmp_path_factory.mktemp(name)
+    with reads_of(config, monkeypatch) as reads:
+      experiment.run(config, str(workdir))
+    return Run(workdir, config, reads)
+
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path_factory.mktemp('data')))
+  yield run
+  monkeypatch.undo()
+  for key, value in before.items():
+    jax.config.update(key, value)
+  compilation_cache.reset_cache()
+  root.handlers[:] = handlers
+  root.setLevel(level)
+  logging.captureWarnings(False)
+
+
+def assert_two_steps(workdir: pathlib.Path):
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert [row['step'] for row in rows] == [0, 1, 2]
+  assert all(np.isfinite(row['train/loss']) for row in rows[1:])
+  assert (workdir / 'checkpoints' / '2').is_dir()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_config_and_named_variant_loads(name):
+  known = keys(base.get_config())
+  for variant in [None, *variants(name)]:
+    config = load(name, variant)
+    assert keys(config) == known
+    assert config.is_locked
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_an_unknown_variant_is_refused_with_the_known_ones(name):
+  with pytest.raises(UserError) as error:
+    load(name, 'debgu')
+  for variant in ['debug', *variants(name)]:
+    assert re.search(rf'\b{variant}\b', str(error.value))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_debug_variant_trains_two_steps(name, debug_run):
+  run = debug_run(name)
+  assert_two_steps(run.workdir)
+  written = json.loads((run.workdir / 'config.json').read_text())['config']
+  assert written == json.loads(json.dumps(run.config.to_dict()))
+
+
+def test_the_debug_variant_trains_as_a_process_of_its_own(tmp_path, compilation_cache_dir):
+  def run():
+    command = [sys.executable, 'main.py', '--config=configs/demo.py:debug', f'--workdir={workdir}']
+    return subprocess.run(
+      command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+  workdir = tmp_path / 'run'
+  environment = os.environ | {
+    'TFDS_DATA_DIR': str(tmp_path / 'data'),
+    'JAX_COMPILATION_CACHE_DIR': str(compilation_cache_dir),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  first = run()
+  assert first.returncode == 0, first.stderr
+  assert_two_steps(workdir)
+  again = run()
+  assert again.returncode == 0, again.stderr
+  assert 'this run is finished' in again.stderr
+  assert_two_steps(workdir)
+
+
+def test_every_setting_is_read_by_some_run(debug_run):
+  read = set().union(*(debug_run(name).reads for name in NAMES))
+  assert keys(base.get_config()) - read == set()
+
+
+def test_every_setting_has_a_comment():
+  """A comment on its line, or one on the line above its group that speaks for the whole group."""
+  lines = (ROOT / 'configs' / 'base.py').read_text().splitlines()
+  commented, groups = set(), set()
+  for above, line in itertools.pairwise(lines):
+    assignment = re.match(r'  config\.([\w.]+) = ([^#]*)(#?)', line)
+    if assignment:
+      key, value, comment = assignment.groups()
+      if 'ConfigDict()' in value and above.startswith('  # '):
+        groups.add(key)
+      if comment or key.split('.')[0] in groups:
+        commented.add(key)
+  assert keys(base.get_config()) - commented == set()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_parameter_counts(name):
+  config = load(name)
+  mesh = sharding.make_mesh()
+  _, _, state = step.abstract_state(build.model_creator(config), build.optimizer(config), mesh)
+  count = sum(leaf.size for leaf in jax.tree.leaves(state['params']))
+  assert count == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+  ('name', 'lr'),
+  [
+    ('mae_hivit_t', 1.6e-3),
+    ('mae_hivit_s', 1.6e-3),
+    ('mae_hivit_b', 1.6e-3),
+    ('mae_hivit_l', 2.4e-3),
+  ],
+)
+@pytest.mark.parametrize('epochs', [300, 800, 1600])
+def test_the_published_pretraining_recipe(name, lr, epochs):
+  config = load(name, str(epochs))
+  assert (config.batch_size, config.epochs) == (4096, epochs)
+  assert config.image_size == (224, 224)
+  optim = config.optim
+  assert (optim.b1, optim.b2, optim.weight_decay, optim.clip_norm) == (0.9, 0.95, 0.05, None)
+  model = config.model
+  assert (model.mask_ratio, model.norm_pix_loss, model.hifeat) == (0.75, True, True)
+  assert model.drop_path_rate == 0
+  assert config.data.name == 'imagenet2012'
+  assert (config.data.crop_scale, config.data.flip) == ((0.2, 1.0), True)
+  schedule = build.schedule(config)
+  np.testing.assert_allclose(schedule(20.0), lr / 2, rtol=1e-6)  # half of the warmup
+  np.testing.assert_allclose(schedule(40.0), lr, rtol=1e-6)
+  np.testing.assert_allclose(schedule((40 + epochs) / 2), lr / 2, rtol=1e-5)
+  np.testing.assert_allclose(schedule(float(epochs)), 0, atol=1e-9)
+
+
+def test_300_epochs_are_the_default():
+  for name in ('mae_hivit_t', 'mae_hivit_s', 'mae_hivit_b', 'mae_hivit_l'):
+    assert load(name).to_dict() == load(name, '300').to_dict()

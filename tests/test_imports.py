@@ -1,0 +1,166 @@
+"""Who may import whom: the source is read, nothing is guessed from what happens to be loaded."""
+
+import ast
+import importlib.metadata
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / 'hivit_jax'
+OURS = sorted([*PACKAGE.rglob('*.py'), *(ROOT / 'configs').glob('*.py'), ROOT / 'main.py'])
+
+# Part of the package -> the parts that it may import, besides itself.
+ALLOWED = {
+  'errors': set(),
+  'cli': {'errors'},
+  'models': {'errors'},
+  'data': {'errors'},
+  'interop': {'errors', 'models'},
+  'tasks': {'errors', 'models'},
+  'train': {'errors', 'models', 'interop', 'tasks', 'data'},
+  'tools': {'errors', 'cli', 'models', 'interop', 'tasks', 'data', 'train'},
+  'configs': {'errors'},
+  'main': {'errors', 'cli', 'train'},
+  '__init__': {'models', 'interop'},  # the public API, lazily
+}
+
+# Package -> the only places of ours that may import it.
+CONFINED = {
+  'orbax': ('hivit_jax/train/checkpoint.py',),
+  'torch': ('hivit_jax/interop/torch_io.py',),
+  'tensorflow_datasets': ('hivit_jax/data/',),
+  'array_record': ('hivit_jax/data/',),
+  'grain': ('hivit_jax/data/',),
+  'tensorboardX': ('hivit_jax/train/logging.py',),
+  'optax': ('hivit_jax/train/',),
+  'ml_collections': (
+    'configs/', 'main.py', 'hivit_jax/cli.py', 'hivit_jax/tools/',
+    'hivit_jax/train/build.py', 'hivit_jax/train/inputs.py', 'hivit_jax/train/experiment.py',
+  ),  # the config stops at the builders
+  'tensorflow': (),
+  'tf_keras': (),
+}  # fmt: skip
+
+# What data workers and `--help` cannot wait for.
+HEAVY = {'jax', 'flax', 'optax', 'orbax', 'grain', 'tensorflow_datasets', 'torch', 'sklearn'}
+
+
+def name(file: pathlib.Path) -> str:
+  return file.relative_to(ROOT).as_posix()
+
+
+def part(file: pathlib.Path) -> str:
+  """'hivit_jax/data/decode.py' -> 'data', 'hivit_jax/cli.py' -> 'cli', 'main.py' -> 'main'."""
+  steps = file.relative_to(ROOT).with_suffix('').parts
+  return steps[1] if steps[0] == 'hivit_jax' else steps[0]
+
+
+def imports(file: pathlib.Path, *, lazy: bool = True) -> set[str]:
+  """Dotted names that a file imports, `from a import b` as 'a.b'.
+
+  Args:
+    file: Python source.
+    lazy: whether to count the imports inside functions.
+  """
+  found = set()
+
+  def visit(node):
+    if isinstance(node, ast.Import):
+      found.update(alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{name(file)}:{node.lineno}: relative import'
+      found.update(f'{node.module}.{alias.name}' for alias in node.names)
+    if lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+      for child in ast.iter_child_nodes(node):
+        visit(child)
+
+  visit(ast.parse(file.read_text()))
+  return found
+
+
+def inner_parts(file: pathlib.Path) -> set[str]:
+  """The parts of this project that a file imports."""
+  found = set()
+  for imported in imports(file):
+    steps = imported.split('.')
+    if steps[0] == 'hivit_jax':
+      # `from hivit_jax import create_model` asks the package itself.
+      known = (PACKAGE / steps[1]).is_dir() or (PACKAGE / f'{steps[1]}.py').exists()
+      found.add(steps[1] if known else '__init__')
+    elif steps[0] in ('configs', 'main', 'tests'):
+      found.add(steps[0])
+  return found
+
+
+def test_the_readers_of_imports_see_what_is_there():
+  assert 'train' in {part(file) for file in OURS}
+  assert 'models' in inner_parts(PACKAGE / 'train' / 'build.py')
+  assert any('orbax' in i for i in imports(PACKAGE / 'train' / 'checkpoint.py'))
+  assert any('train' in i for i in imports(ROOT / 'main.py'))
+  assert not any('train' in i for i in imports(ROOT / 'main.py', lazy=False))
+
+
+@pytest.mark.parametrize('file', OURS, ids=name)
+def test_dependencies_point_one_way(file):
+  here = part(file)
+  assert here in ALLOWED, f'{name(file)}: a new part of the package needs a rule in {__file__}'
+  forbidden = inner_parts(file) - ALLOWED[here] - {here}
+  assert not forbidden, f'{name(file)} ({here}) must not import {sorted(forbidden)}'
+
+
+@pytest.mark.parametrize('package', CONFINED)
+def test_a_package_with_one_place_is_imported_nowhere_else(package):
+  places = CONFINED[package]
+  users = [name(f) for f in OURS if package in {i.split('.')[0] for i in imports(f)}]
+  assert [user for user in users if not user.startswith(places)] == []
+
+
+def test_data_does_not_import_jax():
+  for file in (PACKAGE / 'data').rglob('*.py'):
+    assert not {'jax', 'flax'} & {i.split('.')[0] for i in imports(file)}, name(file)
+
+
+def test_every_import_is_declared_in_requirements_txt():
+  lines = (ROOT / 'requirements.txt').read_text().splitlines()
+  declared = {_normal(re.split('[<>=!~;[ ]', line)[0]) for line in lines if line[:1].isalnum()}
+  distributions = importlib.metadata.packages_distributions()
+  optional = {'torch'}  # asked for by name where it is needed
+  known = set(sys.stdlib_module_names) | {'hivit_jax', 'configs'} | optional
+  for file in OURS:
+    for package in {i.split('.')[0] for i in imports(file)} - known:
+      providers = {_normal(provider) for provider in distributions[package]}
+      assert providers & declared, f'{name(file)} imports {package}, of {providers}'
+
+
+def _normal(distribution: str) -> str:
+  return re.sub('[-_.]+', '-', distribution).lower()
+
+
+def test_main_is_short_and_light():
+  assert len((ROOT / 'main.py').read_text().splitlines()) < 80
+  assert not HEAVY & {i.split('.')[0] for i in imports(ROOT / 'main.py', lazy=False)}
+
+
+@pytest.mark.parametrize('statement', ['import hivit_jax', 'import main', 'import configs.base'])
+def test_start_up_does_not_wait_for_heavy_packages(statement):
+  script = f'{statement}; import sys; print(*(set({sorted(HEAVY)}) & set(sys.modules)))'
+  done = subprocess.run(
+    [sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, timeout=60
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.split() == []
+
+
+def test_nothing_pulls_in_tensorflow():
+  script = (
+    'import sys; import hivit_jax.train.experiment, hivit_jax.data.builders; '
+    'import clu.parameter_overview; print("tensorflow" in sys.modules)'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, timeout=120
+  )
+  assert done.stdout.strip() == 'False', done.stderr

@@ -19,7 +19,7 @@ _WORKDIR = flags.DEFINE_string(
   'workdir',
   None,
   'Directory of checkpoints, metrics and pictures; a run that is in it already goes on. '
-  'Default: workdirs/<name of the config>.',
+  'Default: workdirs/<name of the config>_<variant>.',
 )
 
 
@@ -31,8 +31,9 @@ def main(argv: list[str]) -> None:
   # Imported here: worker processes of the data pipeline import this file, and --help must be fast.
   from hivit_jax.train import experiment
 
-  name = config_flags.get_config_filename(flags.FLAGS['config'])
-  experiment.run(_CONFIG.value, _WORKDIR.value or f'workdirs/{pathlib.Path(name).stem}')
+  file, _, variant = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
+  name = '_'.join(filter(None, (pathlib.Path(file).stem, variant)))
+  experiment.run(_CONFIG.value, _WORKDIR.value or f'workdirs/{name}')
 
 
 if __name__ == '__main__':

@@ -68,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh.data = -1  # devices that split the batch; -1: all of them
 
   config.checkpoint = ml_collections.ConfigDict()
-  config.checkpoint.every_epochs = 1.0  # save
+  config.checkpoint.every_epochs = 1.0  # save; 0: at the end only
   config.checkpoint.keep_last = 2  # how many of the newest are kept
   config.checkpoint.keep_every_epochs = 100.0  # and keep these for ever; 0: none
 

@@ -1,9 +1,14 @@
 """How every command starts and ends: flags, and mistakes told in one line."""
 
 import importlib.util
+import inspect
+import itertools
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 
 import ml_collections
 from absl import app, flags
@@ -18,7 +23,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
   """Parses the flags, calls `main(remaining arguments)` and exits.
 
   Exit status: 0 done, 1 a bug, 2 a mistake of the user's (one line on stderr), 143 stopped by a
-  signal with everything saved.
+  signal with everything saved that there was to save.
   """
   app.run(lambda arguments: _guarded(main, arguments), argv=argv, flags_parser=_parse)
 
@@ -27,65 +32,133 @@ def config_from_file(path: str) -> ml_collections.ConfigDict:
   """Runs `get_config` of a config file; `path` may end in `:variant`.
 
   Raises:
-    UserError: there is no such file, or it raised one.
+    UserError: there is no such file, or it is no config; names the line at fault.
   """
   name, *variant = path.split(':', 1)
+  if not os.path.isfile(name):
+    raise UserError(f'--config={path}: there is no file {name}; see configs/')
   spec = importlib.util.spec_from_file_location('config_file', name)
   if spec is None or spec.loader is None:
-    raise UserError(f'--config={path}: {name} is not a Python file')
+    raise UserError(f'--config={path}: {name} is not a Python file; see configs/')
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-  except FileNotFoundError:
-    raise UserError(f'--config={path}: there is no file {name}; see configs/') from None
-  return module.get_config(*variant)
+    if not hasattr(module, 'get_config'):
+      raise UserError(f'--config={path}: {name} has no function get_config(); see configs/')
+    if variant and not inspect.signature(module.get_config).parameters:
+      raise UserError(f'--config={path}: {name} has no variants; leave out ":{variant[0]}"')
+    config = module.get_config(*variant)
+  except UserError:
+    raise
+  except Exception as error:  # anything that a file of the user's may raise
+    raise UserError(f'--config={path}: {_place(error, name)}: {_reason(error)}') from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    kind = type(config).__name__
+    raise UserError(f'--config={path}: get_config() in {name} returned {kind}, no ConfigDict')
+  return config
+
+
+def _place(error: Exception, file: str) -> str:
+  """The last line of `file` that an error came through."""
+  if isinstance(error, SyntaxError) and error.filename:
+    return f'{error.filename}, line {error.lineno}'
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [f.lineno for f in frames if os.path.abspath(f.filename) == os.path.abspath(file)]
+  return f'{file}, line {lines[-1]}' if lines else file
+
+
+def _reason(error: Exception) -> str:
+  text = error.msg if isinstance(error, SyntaxError) else str(error.args[0] if error.args else '')
+  # ml_collections shows the whole config in between.
+  text = re.sub(r'Other fields present: .*?(Did you mean |$)', r'\1', text, flags=re.DOTALL)
+  return f'{type(error).__name__}: ' + text.strip('\' ')
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
+  config = None
   try:
+    # Looked at before absl does, whose messages are for developers of configs.
+    if 'config' in flags.FLAGS:
+      for name, value in _config_flags(argv):
+        if name == 'config':
+          config = config_from_file(value)
+        elif config is not None:
+          _check_key(config, name.removeprefix('config.'))
     return flags.FLAGS(argv)
   except UserError as error:
     _fail(error)
   except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-    _fail(_config_error(argv) or error)
+    _fail(_wrong_value(config, str(error)) or error)
 
 
-def _config_error(argv: Sequence[str]) -> Exception | None:
-  """A better account of what is wrong with the --config flags than the parser's."""
-  text = '\n'.join(argv)
-  files = re.findall(r'^--?config[=\n](\S+)$', text, re.MULTILINE)
-  if not files:
-    return None
-  try:
-    config = config_from_file(files[-1])
-    for key in re.findall(r'^--?config\.([\w.]+)', text, re.MULTILINE):
-      _check_key(config, key)
-  except (UserError, AttributeError, KeyError) as error:
-    return error
-  return None
+def _config_flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+  """('config', file) and ('config.optim.lr', value) from the command line, the file first."""
+  found = []
+  for argument, following in itertools.pairwise([*argv[1:], '']):
+    match = re.fullmatch(r'--?(config(?:\.[\w.]+)?)(?:\[.*?\])?(?:=(.*))?', argument, re.DOTALL)
+    if match:
+      found.append((match[1], following if match[2] is None else match[2]))
+  yield from sorted(found, key=lambda pair: pair[0] != 'config')
 
 
 def _check_key(config: ml_collections.ConfigDict, key: str) -> None:
+  """Raises UserError unless the config has the dotted key."""
   node = config
-  path = 'config'
-  for part in key.split('.'):
-    if not isinstance(node, ml_collections.ConfigDict) or part not in node:
-      known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
+  *path, _ = parts = key.split('.')
+  for depth, part in enumerate(parts):
+    if not isinstance(node, ml_collections.ConfigDict):
+      raise UserError(f'--config.{key}: config.{".".join(path[:depth])} is a value, not a section')
+    if part not in node:
+      known = list(_dotted(config))
+      close = [name for name in known if name.split('.')[-1] == parts[-1]] or known
+      guess = suggest(key, close) or suggest(key, known) or _only(close)
       raise UserError(
-        f'--config.{key}: {path} has no setting "{part}"{suggest(part, known)}; '
-        f'it has: {", ".join(sorted(known)) or "no settings of its own"}'
+        f'--config.{key}: {".".join(["config", *path[:depth]])} has no setting "{part}"{guess}; '
+        f'it has: {", ".join(sorted(node))}'
       )
-    node = node.get_ref(part).get() if part in node else None
-    path += f'.{part}'
+    node = node.get_ref(part).get()
+
+
+def _only(names: Sequence[str]) -> str:
+  return f' (did you mean "{names[0]}"?)' if len(names) == 1 else ''
+
+
+def _dotted(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[str]:
+  for key in config:
+    yield prefix + key
+    if isinstance(config.get_ref(key).get(), ml_collections.ConfigDict):
+      yield from _dotted(config[key], f'{prefix}{key}.')
+
+
+def _wrong_value(config: ml_collections.ConfigDict | None, message: str) -> UserError | None:
+  """Says what a setting takes, from absl's message about a value that it could not parse."""
+  match = re.match(r'flag --config\.([\w.]+)=(.*?): ', message, re.DOTALL)
+  if config is None or not match:
+    return None
+  *path, last = match[1].split('.')
+  for part in path:
+    config = config[part]
+  kind, default = config.get_type(last), config[last]
+  if isinstance(default, ml_collections.ConfigDict):
+    expected = f'this is a section; set --config.{match[1]}.{next(iter(default))} and others in it'
+  else:
+    example = '' if default is None else f' such as {default!r}'
+    expected = f'expected {kind.__name__}{example}'
+  return UserError(f'--config.{match[1]}={match[2]}: {expected}')
 
 
 def _guarded(main: Callable, argv: list[str]) -> None:
+  # From here on both signals end a program in the same way; what has work to save catches them.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
     main(argv)
   except UserError as error:
     _fail(error)
   except Stopped as stop:
     print(stop, file=sys.stderr)
+    sys.exit(_EXIT_STOPPED)
+  except KeyboardInterrupt:
+    print('stopped; there was nothing to save. The same command starts again', file=sys.stderr)
     sys.exit(_EXIT_STOPPED)
 
 

@@ -17,6 +17,6 @@ class Stopped(Exception):
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-  """'; did you mean "x"?' when one of the known words is close, else ''."""
+  """' (did you mean "x"?)' when one of the known words is close, else ''."""
   close = difflib.get_close_matches(word, list(known), n=1)
-  return f'; did you mean "{close[0]}"?' if close else ''
+  return f' (did you mean "{close[0]}"?)' if close else ''

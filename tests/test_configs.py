@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from configs import base
 from hivit_jax.errors import UserError
-from hivit_jax.train import build, experiment, sharding, step
+from hivit_jax.train import build, experiment, settings, sharding, step
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(file.stem for file in (ROOT / 'configs').glob('*.py') if file.stem != 'base')
@@ -61,7 +61,7 @@ def keys(config: ml_collections.ConfigDict, prefix: str = '') -> set[str]:
 
 @contextlib.contextmanager
 def reads_of(config: ml_collections.ConfigDict, monkeypatch):
-  """Collects the settings that are read, other than by `to_dict`, which reads all."""
+  """Collects the settings that are used: being checked or recorded is not enough."""
   paths = {id(config): ''}
   for key in config:
     group = config.get_ref(key).get()
@@ -69,24 +69,29 @@ def reads_of(config: ml_collections.ConfigDict, monkeypatch):
       paths[id(group)] = f'{key}.'
   found: set[str] = set()
   recording = True
-  getitem, to_dict = ml_collections.ConfigDict.__getitem__, ml_collections.ConfigDict.to_dict
+  getitem = ml_collections.ConfigDict.__getitem__
 
   def recorded_getitem(self, key):
     if recording and id(self) in paths:
       found.add(f'{paths[id(self)]}{key}')
     return getitem(self, key)
 
-  def silent_to_dict(self, *args, **kwargs):
-    nonlocal recording
-    before, recording = recording, False
-    try:
-      return to_dict(self, *args, **kwargs)
-    finally:
-      recording = before
+  def silent(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+      nonlocal recording
+      before, recording = recording, False
+      try:
+        return function(*args, **kwargs)
+      finally:
+        recording = before
+
+    return wrapper
 
   with monkeypatch.context() as patch:
     patch.setattr(ml_collections.ConfigDict, '__getitem__', recorded_getitem)
-    patch.setattr(ml_collections.ConfigDict, 'to_dict', silent_to_dict)
+    patch.setattr(ml_collections.ConfigDict, 'to_dict', silent(ml_collections.ConfigDict.to_dict))
+    patch.setattr(settings, 'check', silent(settings.check))
     yield found
 
 
@@ -116,12 +121,13 @@ def debug_run(tmp_path_factory, compilation_cache_dir):
   @functools.cache
   def run(name: str) -> Run:
     config = load(name, 'debug')
+    config.data.data_dir = data_dir
     workdir = tmp_path_factory.mktemp(name)
     with reads_of(config, monkeypatch) as reads:
       experiment.run(config, str(workdir))
     return Run(workdir, config, reads)
 
-  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path_factory.mktemp('data')))
+  data_dir = str(tmp_path_factory.mktemp('data'))
   yield run
   monkeypatch.undo()
   for key, value in before.items():

@@ -48,14 +48,14 @@ def create_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
   """
   if name not in MODELS:
     raise UserError(
-      f'unknown model "{name}"{suggest(name, MODELS)} Known: {", ".join(list_models())}'
+      f'unknown model "{name}"{suggest(name, MODELS)}; known: {", ".join(list_models())}'
     )
   cls, arguments = MODELS[name]
   accepted = set(inspect.signature(cls.__init__).parameters) - {'self', 'rngs'}
   for key in overrides:
     if key not in accepted:
       raise UserError(
-        f'{name} has no argument "{key}"{suggest(key, accepted)} It takes: '
+        f'{name} has no argument "{key}"{suggest(key, accepted)}; it takes: '
         + ', '.join(sorted(accepted))
       )
   arguments = {**arguments, **overrides}

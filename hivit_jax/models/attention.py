@@ -1,13 +1,15 @@
 """Softmax attention that keeps no (N, N) array for the backward pass."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-_CPU_CHUNK_BYTES = 4 * 2**20  # of logits at a time: they are read several times and must stay cached
+
+def _logits(q, k, bias):
+  logits = jnp.einsum('...qd,...kd->...qk', q, k, preferred_element_type=jnp.float32)
+  return logits if bias is None else logits + bias
 
 
+@jax.custom_vjp
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
   """softmax(q k^T + bias) v.
 
@@ -19,30 +21,6 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = No
   Returns:
     (B, heads, N, D). Logits and softmax are float32 whatever the inputs are.
   """
-  whole = functools.partial(_over_examples, chunk=len(q))
-  b, heads, n, _ = q.shape
-  chunk = max(1, _CPU_CHUNK_BYTES // (4 * heads * n * n))
-  if chunk >= b:
-    return whole(q, k, v, bias)
-  in_chunks = functools.partial(_over_examples, chunk=chunk)
-  return jax.lax.platform_dependent(q, k, v, bias, cpu=in_chunks, default=whole)
-
-
-def _over_examples(q, k, v, bias, *, chunk: int):
-  if chunk >= len(q):
-    return _attend(q, k, v, bias)
-  if bias is not None and bias.ndim == 4:
-    return jax.lax.map(lambda x: _attend(*x), (q, k, v, bias), batch_size=chunk)
-  return jax.lax.map(lambda x: _attend(*x, bias), (q, k, v), batch_size=chunk)
-
-
-def _logits(q, k, bias):
-  logits = jnp.einsum('...qd,...kd->...qk', q, k, preferred_element_type=jnp.float32)
-  return logits if bias is None else logits + bias
-
-
-@jax.custom_vjp
-def _attend(q, k, v, bias):
   return _forward(q, k, v, bias)[0]
 
 
@@ -76,4 +54,4 @@ def _backward(residuals, g):
   return dq, dk, dv, dbias
 
 
-_attend.defvjp(_forward, _backward)
+attend.defvjp(_forward, _backward)

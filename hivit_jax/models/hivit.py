@@ -177,6 +177,8 @@ class HiViTEncoder(nnx.Module):
   ):
     if embed_dim % 4:
       raise UserError(f'embed_dim must be a multiple of 4, got {embed_dim}')
+    if not 0 <= drop_path_rate < 1:
+      raise UserError(f'drop_path_rate must be at least 0 and below 1, got {drop_path_rate}')
     self.grid = unit_grid(image_size)
     self.channels = channels
     self.embed_dim = embed_dim
@@ -227,12 +229,18 @@ class HiViTEncoder(nnx.Module):
     Returns:
       Outputs of the three stages, each before its merge, K = N without ids: (B, K, 16, C/4) and
       (B, K, 4, C/2), cells in merge order (`to_rows_and_columns`), and (B, K, C).
+
+    Raises:
+      UserError: images of another size or other channels.
     """
     if images.ndim != 4 or images.shape[3] != self.channels:
-      raise ValueError(f'images must be (B, H, W, {self.channels}), got {images.shape}')
+      raise UserError(f'images must be (B, H, W, {self.channels}), got {images.shape}')
     if unit_grid(images.shape[1:3]) != self.grid:
-      size = tuple(UNIT * side for side in self.grid)
-      raise ValueError(f'this model takes images of {size} pixels, got {images.shape[1:3]}')
+      height, width = (UNIT * side for side in self.grid)
+      raise UserError(
+        f'this model takes images of {height}x{width} pixels, got {images.shape[1]}x'
+        f'{images.shape[2]}; image_size= of create_model sets it'
+      )
     units = split_units(images)
     position = self.absolute_pos_embed[...]
     if ids is not None:

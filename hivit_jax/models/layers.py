@@ -213,6 +213,9 @@ def apply_blocks(
 
   Returns:
     The last block's output.
+
+  Between blocks there is a barrier for XLA's CPU backend. Without it the gradient's residual sums
+  are fused over all layers, and every layer computes those of the layers after it again.
   """
   if not blocks:
     return x
@@ -229,5 +232,6 @@ def apply_blocks(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     return jax.lax.scan(body, x, (stacked, jnp.asarray(rates, jnp.float32), noise))[0]
   for i, layer_params in enumerate(params):
+    x = jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
     x, _ = body(x, (layer_params, rates[i], None if noise is None else noise[i]))
   return x

@@ -73,15 +73,25 @@ def mask_to_noise(mask: np.ndarray, units: int) -> tuple[np.ndarray, int]:
 
   Returns:
     noise (B, N) for `random_masking`, which sorts stably, and the number of kept units.
+
+  Raises:
+    ValueError: the mask is traced.
+    UserError: it is no such mask.
   """
   if isinstance(mask, jax.core.Tracer):
     raise ValueError('mask must be concrete: inside jit its count of kept units would be unknown')
   mask = np.asarray(mask, np.float32)
-  if mask.ndim != 2 or mask.shape[1] != units or not np.isin(mask, (0, 1)).all():
-    raise ValueError(f'mask must be (B, {units}) of zeros and ones, got shape {mask.shape}')
+  if mask.ndim != 2 or mask.shape[1] != units:
+    raise UserError(f'mask must be (B, {units}), one number per unit, got shape {mask.shape}')
+  other = mask[~np.isin(mask, (0, 1))]
+  if other.size:
+    raise UserError(f'mask must be 1 (removed) or 0 (kept) everywhere, got {other[0]}')
   counts = np.unique((mask == 0).sum(axis=1))
   if len(counts) != 1 or not 0 < counts[0] < units:
-    raise ValueError(f'mask must keep the same 1..{units - 1} units in every row, keeps {counts}')
+    raise UserError(
+      f'mask must keep the same number of units, 1 to {units - 1}, in every row, keeps '
+      + ' or '.join(map(str, counts))
+    )
   return mask, int(counts[0])
 
 
@@ -233,26 +243,27 @@ class MaskedAutoencoder(HiViTEncoder):
     Args:
       images: (B, H, W, channels) of this model's image size, normalised.
       noise: (B, N), the units with the smallest noise are kept.
-      rng: PRNG key, draws the noise when neither `noise` nor `mask` is given.
+      rng: PRNG key that draws the noise.
       mask: (B, N) zeros and ones, 1 = removed, concrete; instead of noise.
       mask_ratio: instead of the model's; static under `jit`.
       drop_path_noise: from the method of that name; None (evaluation) switches drop path off.
 
     Raises:
-      ValueError: none or several of the ways to choose units are given, or a shape does not fit.
+      ValueError: none or several of the ways to choose units are given.
+      UserError: a shape, ratio or mask does not fit.
     """
     b, n = images.shape[0], self.grid[0] * self.grid[1]
-    keep = kept_units(n, self.mask_ratio if mask_ratio is None else mask_ratio)
+    if sum(way is not None for way in (noise, rng, mask)) != 1:
+      raise ValueError('give one of noise=, rng= and mask= to choose the units that are removed')
     if mask is not None:
-      if noise is not None:
-        raise ValueError('give noise or mask, not both')
+      if mask_ratio is not None:
+        raise ValueError('give mask_ratio= or mask=, which has a ratio of its own, not both')
       noise, keep = mask_to_noise(mask, n)
-    elif noise is None:
-      if rng is None:
-        raise ValueError('give noise=, rng= or mask= to choose the units that are removed')
-      noise = self.masking_noise(rng, b)
+    else:
+      keep = kept_units(n, self.mask_ratio if mask_ratio is None else mask_ratio)
+      noise = self.masking_noise(rng, b) if noise is None else noise
     if noise.shape != (b, n):
-      raise ValueError(f'noise or mask must be {(b, n)}, one number per unit, got {noise.shape}')
+      raise UserError(f'noise or mask must be {(b, n)}, one number per unit, got {noise.shape}')
     ids_keep, ids_restore, removed = random_masking(jnp.asarray(noise), keep)
     latent = self.latent(images, ids=ids_keep, noise=drop_path_noise)
     pred = self.decode(latent, ids_restore)

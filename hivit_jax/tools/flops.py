@@ -1,5 +1,6 @@
 """Floating point operations of a function, counted from its jaxpr."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,8 @@ def matmul_flops(function: Callable, *args: Any) -> int:
     function: traceable by JAX.
     *args: its arguments or their `jax.ShapeDtypeStruct`s.
   """
+  # Unwrapped: a jitted function with compiler options cannot be traced inside another.
+  function = inspect.unwrap(function)
   return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 

@@ -9,6 +9,7 @@ import ml_collections
 
 from hivit_jax import models
 from hivit_jax.errors import UserError
+from hivit_jax.models.hivit import UNIT
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.tasks.mae import MAETask
 from hivit_jax.train import optim, schedules
@@ -17,9 +18,24 @@ _DTYPES = ('auto', 'float32', 'bfloat16')
 
 
 def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
-  """(height, width) in pixels; a config may also give one side."""
+  """(height, width) in pixels; a config may also give one side.
+
+  Raises:
+    UserError: not a size, or not a multiple of the units' side.
+  """
   size = config.image_size
-  return (size, size) if isinstance(size, int) else tuple(size)
+  sides = (size,) if isinstance(size, int) else tuple(size)
+  if len(sides) == 1:
+    sides *= 2
+  if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    raise UserError(f'config.image_size={size}: expected a side or (height, width), in pixels')
+  if any(side % UNIT for side in sides):
+    near = [max(UNIT, round(side / UNIT) * UNIT) for side in sides]
+    raise UserError(
+      f'config.image_size={size}: sides must be multiples of {UNIT} pixels; '
+      f'try --config.image_size={near[0]},{near[1]}'
+    )
+  return sides[0], sides[1]
 
 
 def compute_dtype(config: ml_collections.ConfigDict) -> str:
@@ -92,3 +108,14 @@ class Steps:
   def of(self, epochs: float) -> int:
     """Whole steps in so many epochs, at least one."""
     return max(1, round(epochs / self.epochs_per_step))
+
+  def between_saves(self, checkpoint: ml_collections.ConfigDict) -> int | None:
+    """Steps from one checkpoint to the next; None: there is only the one at the end."""
+    return self.of(checkpoint.every_epochs) if checkpoint.every_epochs else None
+
+  def between_kept(self, checkpoint: ml_collections.ConfigDict) -> int | None:
+    """Steps between checkpoints that are kept for ever, a multiple of `between_saves`, or None."""
+    save = self.between_saves(checkpoint)
+    if not save or not checkpoint.keep_every_epochs:
+      return None
+    return save * max(1, round(checkpoint.keep_every_epochs / checkpoint.every_epochs))

@@ -1,14 +1,12 @@
 """The training loop: the same for every task."""
 
 import collections
-import contextlib
 import dataclasses
 import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -16,13 +14,15 @@ from jax.sharding import Mesh
 
 from hivit_jax.errors import Stopped, UserError
 from hivit_jax.train import sharding
+from hivit_jax.train.signals import Interrupted, StopSignals
 
 _log = logging.getLogger(__name__)
 _IN_FLIGHT = 2  # steps given to the device beyond the one it works on
+_FINITE = ('loss', 'grad_norm', 'param_norm')  # metrics that tell whether a state is sound
 
 
 class NonFiniteLoss(UserError):
-  """Loss or gradient is NaN or infinite; nothing of it was saved."""
+  """Loss, gradient or parameters are NaN or infinite; nothing of it was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,60 +31,56 @@ class Hook:
 
   Attributes:
     every: steps from one time to the next; also done at the start and the end of the run.
-    run: `(step, params) -> metrics`, which are logged.
+    run: `(step, params) -> metrics`, which are logged. A signal to stop may interrupt it anywhere;
+      the continued run then does it again.
   """
 
   every: int
   run: Callable[[int, Any], dict[str, float]]
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[str]]:
-  """Collects the names of SIGTERM and SIGINT; a second one has its usual effect at once."""
-  received: list[str] = []
-  previous = {}
-
-  def handle(number, frame):
-    del frame
-    received.append(signal.Signals(number).name)
-    signal.signal(number, previous[number])
-
-  for number in (signal.SIGTERM, signal.SIGINT):
-    previous[number] = signal.signal(number, handle)
-  try:
-    yield received
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
-
-
 class _Interval:
   """Metrics of the steps since the last log line, and where their time went."""
 
   def __init__(self):
+    self.steps: list[tuple[int, dict[str, jax.Array]]] = []
+    self.restart_clock()
+
+  def restart_clock(self) -> None:
+    """Leaves the steps until now out of the timing."""
+    self.untimed = len(self.steps)
     self.start = time.perf_counter()
     self.waited = 0.0  # seconds for data
-    self.steps: list[tuple[int, dict[str, jax.Array]]] = []
     self.seconds = 0.0
 
   def stop(self) -> None:
     self.seconds = time.perf_counter() - self.start
+
+  def timing(self, batch_size: int) -> dict[str, float]:
+    timed = len(self.steps) - self.untimed
+    if not timed:
+      return {}
+    return {
+      'images_per_second': batch_size * timed / self.seconds,
+      'data_wait_fraction': self.waited / self.seconds,
+    }
 
 
 def run(
   *,
   state: Any,
   train_step: Callable,
-  batches: Iterator[dict[str, np.ndarray]],
+  batches: Any,
   mesh: Mesh,
   start_step: int,
   total_steps: int,
   batch_size: int,
   epochs_per_step: float,
   hooks: Sequence[Hook],
+  evaluated: bool,
   checkpoints: Any,
   metadata: dict[str, Any],
-  save_every: int,
+  save_every: int | None,
   writer: Any,
   progress: Any,
   log_every: int,
@@ -92,20 +88,25 @@ def run(
   """Trains from `start_step` to `total_steps`.
 
   Metrics are fetched one interval late, so that the device never waits for the host. Evaluation
-  and checkpoints look at them first: a state after a non-finite loss is never saved.
+  and checkpoints look at them first: a state after a non-finite loss is never saved. The first
+  step, which compiles, evaluations and saving count neither as images/s nor as time.
+
+  A signal is honoured after the step under way, and at once while data is waited for or hooks run;
+  the last hooks, those at `total_steps`, are finished first.
 
   Args:
     state: of the model and optimizer at `start_step`; donated.
     train_step: see `step.make_train_step`.
-    batches: this process's batches from `start_step` on.
+    batches: this process's batches from `start_step` on, a `data.pipeline.Loader`.
     mesh: the devices.
     start_step, total_steps: steps done, and when to end.
     batch_size: examples a step over all processes, for images/s.
-    epochs_per_step: to tell epochs in the log.
+    epochs_per_step: to tell epochs in the log and in checkpoints.
     hooks: see `Hook`.
+    evaluated: the hooks of `start_step` have been run: `evaluated` of the checkpoint's metadata.
     checkpoints: see `checkpoint.Checkpoints`.
-    metadata: saved with every checkpoint.
-    save_every: steps between checkpoints; one more at the end.
+    metadata: saved with every checkpoint, and `step`, `epoch` and `evaluated` with it.
+    save_every: steps between checkpoints, one more at the end; None: only that one.
     writer: has `write(step, metrics)`.
     progress: has `update(step, metrics)`.
     log_every: steps between log lines.
@@ -124,53 +125,87 @@ def run(
       return
     values = jax.device_get([metrics for _, metrics in done.steps])
     for (step, _), metrics in zip(done.steps, values, strict=True):
-      if not (math.isfinite(metrics['loss']) and math.isfinite(metrics['grad_norm'])):
+      if not all(math.isfinite(metrics[key]) for key in _FINITE):
         raise _non_finite(step, metrics, checkpoints)
     step = done.steps[-1][0]
     means = {key: float(np.mean([metrics[key] for metrics in values])) for key in values[0]}
     means['learning_rate'] = float(values[-1]['learning_rate'])
-    means['images_per_second'] = batch_size * len(values) / done.seconds
-    means['data_wait_fraction'] = done.waited / done.seconds
-    means['epoch'] = step * epochs_per_step
+    timing = done.timing(batch_size)
+    means |= {**timing, 'epoch': step * epochs_per_step}
+    if batches.broken:
+      means['broken_images'] = len(batches.broken)
     writer.write(step, {f'train/{key}': value for key, value in means.items()})
-    shown = {'loss': means['loss'], 'images/s': means['images_per_second']}
+    shown = {'loss': means['loss']}
+    if timing:
+      shown['images/s'] = timing['images_per_second']
     progress.update(step, shown)
 
   def flush_all() -> None:
     nonlocal interval, late
+    if interval.steps:
+      jax.block_until_ready(interval.steps[-1])
     interval.stop()
     flush(late)
     flush(interval)
     interval, late = _Interval(), None
 
-  def call_hooks(step: int, force: bool) -> None:
-    nonlocal interval
-    for hook in hooks:
-      if force or step % hook.every == 0:
-        flush_all()
-        metrics = hook.run(step, state['params'])
-        if metrics:
-          writer.write(step, metrics)
-          shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
-          _log.info('step %d: %s', step, shown)
-        interval = _Interval()
+  def hooks_of(step: int) -> list[Hook]:
+    ends = step in (0, total_steps)
+    return [hook for hook in hooks if ends or step % hook.every == 0]
 
-  def save(step: int, wait: bool) -> None:
-    nonlocal interval
+  def call_hooks(step: int) -> None:
+    for hook in hooks_of(step):
+      flush_all()
+      metrics = hook.run(step, state['params'])
+      if metrics:
+        writer.write(step, metrics)
+        shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
+        _log.info('step %d: %s', step, shown)
+      interval.restart_clock()
+
+  def save(step: int, *, evaluated: bool = True, wait: bool = False) -> None:
     flush_all()
-    checkpoints.save(step, state, {**metadata, 'step': step}, wait=wait)
-    interval = _Interval()
+    facts = {'step': step, 'epoch': step * epochs_per_step, 'evaluated': evaluated}
+    checkpoints.save(step, state, {**metadata, **facts}, wait=wait)
+    interval.restart_clock()
+
+  def stop(step: int, *, evaluated: bool) -> NoReturn:
+    save(step, evaluated=evaluated, wait=True)
+    raise Stopped(
+      f'{signals.received}: stopped at step {step}, saved {checkpoints.path(step)}; '
+      'the same command continues from there'
+    )
 
   in_flight: collections.deque = collections.deque()
-  with stop_signals() as stopping:
-    if start_step == 0:
-      call_hooks(0, force=True)
+  with StopSignals() as signals:
+
+    def evaluate(step: int) -> None:
+      try:
+        with signals.interruptible():
+          call_hooks(step)
+      except Interrupted:
+        stop(step, evaluated=False)
+
+    if not evaluated:
+      evaluate(start_step)
     for step in range(start_step + 1, total_steps + 1):
       before = time.perf_counter()
-      batch = sharding.put_batch(next(batches), mesh)
+      try:
+        with signals.interruptible():
+          batch = next(batches)
+      except Interrupted:
+        stop(step - 1, evaluated=True)
+      batch = sharding.put_batch(batch, mesh)
       interval.waited += time.perf_counter() - before
+      first = step == start_step + 1
+      if first:
+        _log.info('compiling the training step')
       state, metrics = train_step(state, batch)
       interval.steps.append((step, metrics))
+      if first:
+        jax.block_until_ready(metrics)
+        _log.info('compiled in %.1f s', time.perf_counter() - before)
+        interval.restart_clock()
       in_flight.append(metrics['loss'])
       if len(in_flight) > _IN_FLIGHT:
         in_flight.popleft().block_until_ready()
@@ -178,16 +213,15 @@ def run(
         interval.stop()
         flush(late)
         interval, late = _Interval(), interval
-      last = step == total_steps
-      if stopping:
+      if step == total_steps:
+        call_hooks(step)
         save(step, wait=True)
-        raise Stopped(
-          f'{stopping[0]}: stopped at step {step}, saved {checkpoints.path(step)}; '
-          'the same command continues from there'
-        )
-      call_hooks(step, force=last)
-      if last or step % save_every == 0:
-        save(step, wait=last)
+      elif signals.received:
+        stop(step, evaluated=not hooks_of(step))
+      else:
+        evaluate(step)
+        if save_every and step % save_every == 0:
+          save(step)
   return state
 
 
@@ -197,10 +231,11 @@ def _non_finite(step: int, metrics: dict[str, Any], checkpoints: Any) -> NonFini
   good = (
     'no checkpoint was saved before'
     if latest is None
-    else (f'the last good checkpoint is {checkpoints.path(latest)}')
+    else f'the last good checkpoint is {checkpoints.path(latest)}'
   )
+  values = ', '.join(f'{key} {metrics[key]:.4g}' for key in _FINITE)
   return NonFiniteLoss(
-    f'step {step}: loss {metrics["loss"]:.4g}, gradient norm {metrics["grad_norm"]:.4g}; {good}. '
+    f'not finite any more at step {step}: {values}; {good}. '
     'The same command goes on from there; what helps: --config.optim.clip_norm=1.0, a lower '
-    '--config.optim.base_lr, a longer warmup, --config.model.dtype=float32'
+    '--config.optim.base_lr, a longer --config.optim.warmup_epochs, --config.model.dtype=float32'
   )

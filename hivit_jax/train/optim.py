@@ -77,8 +77,9 @@ def adamw(
   )
   frozen = jax.tree.map(lambda label: 'frozen' if label == 'frozen' else 'trained', labels)
   transforms = {'trained': trained, 'frozen': optax.set_to_zero()}
-  update = optax.partition(transforms, frozen)
-  return update if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), update)
+  # Neither has a state, and the chain is there in any case: a run may go on with another clip_norm.
+  clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+  return optax.chain(clip, optax.partition(transforms, frozen))
 
 
 def _like(labels: Any, masked: Any) -> Any:

@@ -39,16 +39,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec('data'))
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+  """Options for the compilation of training steps, by the mesh's platform.
+
+  XLA's CPU backend drops optimization barriers before it fuses, which makes those of
+  `layers.apply_blocks` useless and lets it undo `jax.checkpoint`; here it must keep them.
+  """
+  if mesh.devices.flat[0].platform == 'cpu':
+    return {'xla_disable_hlo_passes': 'cse_barrier_expander'}
+  return {}
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1, key='batch_size'):
   """UserError unless the batch splits evenly over devices and accumulation steps."""
   parts = mesh.size * accumulate_steps
-  if batch_size <= 0 or accumulate_steps < 1 or batch_size % parts:
+  if batch_size % parts:
     below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
     near = ' or '.join(str(size) for size in dict.fromkeys((below, above)) if size > 0)
-    raise UserError(
-      f'config.{key}={batch_size} is not divisible by {mesh.size} devices x '
-      f'{accumulate_steps} accumulation steps; try {near or parts}'
+    by = f'{mesh.size} devices' + (
+      f' x {accumulate_steps} accumulation steps' if accumulate_steps > 1 else ''
     )
+    raise UserError(f'config.{key}={batch_size} is not divisible by {by}; try {near}')
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

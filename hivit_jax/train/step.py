@@ -1,6 +1,6 @@
 """The jitted training step: the same for every task."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -66,6 +66,7 @@ def make_train_step(
   epochs_per_step: float,
   seed: int,
   accumulate_steps: int = 1,
+  compiler_options: Mapping[str, str] | None = None,
 ) -> Callable[[State, dict], tuple[State, dict]]:
   """Builds `step(state, batch) -> state, metrics`, jitted, the state donated.
 
@@ -78,9 +79,11 @@ def make_train_step(
     seed: all randomness is a function of it and of the step.
     accumulate_steps: parts that a batch is computed in, one after the other. The result is that of
       the whole batch up to rounding: random numbers are drawn for the whole batch before.
+    compiler_options: see `sharding.compiler_options`.
 
   Returns:
-    The step; its metrics are `loss`, `learning_rate`, `grad_norm` and the task's, () float32.
+    The step; its metrics are `loss`, `learning_rate`, `grad_norm`, `param_norm` (of the new
+    parameters) and the task's, () float32.
   """
 
   def loss(params, batch):
@@ -113,7 +116,11 @@ def make_train_step(
     updates, opt_state = tx.update(grads, state['opt_state'], params)
     lr = schedule(state['step'] * epochs_per_step)
     params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
-    metrics |= {'learning_rate': lr, 'grad_norm': optax.tree.norm(grads)}
+    metrics |= {
+      'learning_rate': lr,
+      'grad_norm': optax.tree.norm(grads),
+      'param_norm': optax.tree.norm(params),  # tells whether the new state is sound
+    }
     return {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}, metrics
 
-  return jax.jit(step, donate_argnums=0)
+  return jax.jit(step, donate_argnums=0, compiler_options=dict(compiler_options or {}))

@@ -1,0 +1,96 @@
+"""Whether the values of a config make sense by themselves, said before anything is built.
+
+What depends on the model, the devices or the data is checked where it is built.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+
+from hivit_jax.errors import UserError
+from hivit_jax.train import build
+
+_Test = Callable[[Any], bool]
+
+# What is to hold, how to test it, and for which settings; None stands for "not set" and is let be.
+_RULES: tuple[tuple[str, _Test, str], ...] = (
+  (
+    'at least 1',
+    lambda x: x >= 1,
+    'max_steps batch_size accumulate_steps log_every_steps checkpoint.keep_last knn.k '
+    'knn.batch_size pictures.count model.embed_dim model.num_heads model.decoder_embed_dim '
+    'model.decoder_depth model.decoder_num_heads',
+  ),
+  (
+    '0 or more',
+    lambda x: x >= 0,
+    'data.num_threads data.num_workers optim.base_lr optim.lr optim.end_lr optim.warmup_start_lr '
+    'optim.warmup_epochs optim.weight_decay checkpoint.every_epochs checkpoint.keep_every_epochs '
+    'knn.every_epochs knn.bank_size pictures.every_epochs',
+  ),
+  ('more than 0', lambda x: x > 0, 'epochs optim.eps optim.clip_norm knn.temperature'),
+  ('0 or more, and less than 1', lambda x: 0 <= x < 1, 'optim.b1 optim.b2 model.drop_path_rate'),
+  ('more than 0 and less than 1', lambda x: 0 < x < 1, 'model.mask_ratio'),
+  ('from 0 to 1', lambda x: 0 <= x <= 1, 'data.max_broken_fraction'),
+  ('0 or more, and less than 2**32', lambda x: 0 <= x < 2**32, 'seed'),
+  ('3 (RGB) or 1 (greyscale)', lambda x: x in (1, 3), 'channels'),
+  (
+    'three depths, such as (2, 2, 20): none negative, the last at least 1',
+    lambda x: len(x) == 3 and min(x) >= 0 and x[2] >= 1 and all(isinstance(d, int) for d in x),
+    'model.depths',
+  ),
+  (
+    'two shares of the area, 0 < smallest <= largest <= 1',
+    lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
+    'data.crop_scale',
+  ),
+  (
+    'two ratios, 0 < narrowest <= widest',
+    lambda x: len(x) == 2 and 0 < x[0] <= x[1] < math.inf,
+    'data.crop_ratio',
+  ),
+  (
+    'one number a channel, of pixels in [0, 1]',
+    lambda x: len(x) in (1, 3) and all(0 <= v <= 1 for v in x),
+    'data.mean',
+  ),
+  (
+    'one number a channel, more than 0',
+    lambda x: len(x) in (1, 3) and all(0 < v < math.inf for v in x),
+    'data.std',
+  ),
+)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError, with the key, its value and what is possible, unless all values make sense.
+
+  Args:
+    config: see configs/base.py; `image_size` becomes (height, width) if it was one side.
+  """
+  for expected, test, keys in _RULES:
+    for key in keys.split():
+      value = _get(config, key)
+      if value is not None and not _holds(test, value):
+        raise UserError(f'config.{key}={value}: expected {expected}')
+  config.image_size = build.image_size(config)
+  for key in ('data.mean', 'data.std'):
+    count = len(_get(config, key))
+    if count != config.channels and config.channels != 1:  # one channel gets the average of three
+      raise UserError(f'config.{key}: {count} numbers for config.channels={config.channels}')
+
+
+def _get(config: ml_collections.ConfigDict, key: str) -> Any:
+  value = config
+  for part in key.split('.'):
+    value = value[part]
+  return value
+
+
+def _holds(test: _Test, value: Any) -> bool:
+  try:
+    return test(value) and (not isinstance(value, float) or math.isfinite(value))
+  except TypeError:  # text where numbers belong
+    return False

@@ -1,0 +1,53 @@
+"""Building models by name, and what is said about mistakes."""
+
+import pytest
+from flax import nnx
+
+import hivit_jax
+from hivit_jax.errors import UserError
+from hivit_jax.models.hivit import HiViT
+from hivit_jax.models.mae import MaskedAutoencoder
+from tests.helpers import abstract_model
+
+
+def test_models_are_listed():
+  assert hivit_jax.list_models() == [
+    'hivit_base', 'hivit_large', 'hivit_small', 'hivit_tiny',
+    'mae_hivit_base', 'mae_hivit_large', 'mae_hivit_small', 'mae_hivit_tiny',
+  ]  # fmt: skip
+
+
+def test_overrides_go_before_the_variant():
+  model = nnx.merge(*abstract_model('hivit_tiny', image_size=(16, 32), num_classes=3, embed_dim=48))
+  assert isinstance(model, HiViT)
+  assert model.grid == (1, 2)
+  assert model.head.kernel.shape == (48, 3)
+  assert (model.depths, model.blocks[-1].attn.heads) == ((1, 1, 10), 6)
+  model = nnx.merge(*abstract_model('mae_hivit_tiny', image_size=32))
+  assert isinstance(model, MaskedAutoencoder)
+  assert model.grid == (2, 2)
+
+
+@pytest.mark.parametrize(
+  ('name', 'overrides', 'message'),
+  [
+    ('hivit_bass', {}, 'unknown model "hivit_bass".*did you mean "hivit_base".*mae_hivit_tiny'),
+    ('resnet', {}, 'unknown model "resnet".*hivit_tiny'),
+    ('hivit_tiny', {'num_class': 5}, 'no argument "num_class".*did you mean "num_classes"'),
+    ('hivit_tiny', {'mask_ratio': 0.5}, 'hivit_tiny has no argument "mask_ratio"'),
+    ('hivit_tiny', {'rngs': 1}, 'no argument "rngs"'),
+    ('hivit_tiny', {'image_size': 100}, 'multiples of 16 pixels, got 100x100'),
+    ('hivit_tiny', {'image_size': (32, 40)}, 'multiples of 16 pixels, got 32x40'),
+    ('hivit_tiny', {'image_size': 0}, 'multiples of 16 pixels, got 0x0'),
+    ('hivit_tiny', {'embed_dim': 90}, 'embed_dim must be a multiple of 4, got 90'),
+    ('hivit_tiny', {'num_heads': 5}, '384 channels cannot be split into 5 heads'),
+    ('hivit_tiny', {'drop_path_rate': 1.0}, 'drop_path_rate .* below 1, got 1.0'),
+    ('hivit_tiny', {'drop_path_rate': -0.1}, 'drop_path_rate .* below 1, got -0.1'),
+    ('mae_hivit_tiny', {'image_size': 16}, 'mask_ratio 0.75 keeps 0 of 1 units'),
+    ('mae_hivit_tiny', {'decoder_num_heads': 7}, '512 channels cannot be split into 7 heads'),
+  ],
+)
+def test_mistakes_are_told_in_one_line(name, overrides, message):
+  with pytest.raises(UserError, match=message) as caught:
+    abstract_model(name, **overrides)
+  assert '\n' not in str(caught.value)

@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import ml_collections
 from absl import app, flags
@@ -71,7 +72,8 @@ def _reason(error: Exception) -> str:
   text = error.msg if isinstance(error, SyntaxError) else str(error.args[0] if error.args else '')
   # ml_collections shows the whole config in between.
   text = re.sub(r'Other fields present: .*?(Did you mean |$)', r'\1', text, flags=re.DOTALL)
-  return f'{type(error).__name__}: ' + text.strip('\' ')
+  text = text[1:-1] if text[:1] == text[-1:] == "'" else text
+  return f'{type(error).__name__}: {text.strip()}'
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -155,14 +157,20 @@ def _guarded(main: Callable, argv: list[str]) -> None:
   except UserError as error:
     _fail(error)
   except Stopped as stop:
-    print(stop, file=sys.stderr)
-    sys.exit(_EXIT_STOPPED)
+    _stop(str(stop))
   except KeyboardInterrupt:
-    print('stopped; there was nothing to save. The same command starts again', file=sys.stderr)
-    sys.exit(_EXIT_STOPPED)
+    _stop('stopped; there was nothing to save. The same command starts again')
 
 
-def _fail(error: Exception) -> None:
+def _stop(message: str) -> NoReturn:
+  print(message, file=sys.stderr)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # Not `sys.exit`, which joins every thread: one may be waiting for a disk that does not answer.
+  os._exit(_EXIT_STOPPED)
+
+
+def _fail(error: Exception) -> NoReturn:
   text = error.args[0] if isinstance(error, KeyError) and error.args else error
   print(f'error: {" ".join(str(text).split())}', file=sys.stderr)
   sys.exit(_EXIT_MISTAKE)

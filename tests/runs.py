@@ -6,7 +6,10 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -14,47 +17,71 @@ from hivit_jax.interop import torch_names
 from hivit_jax.train.checkpoint import load_params
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS = 12
-# Four steps are an epoch; checkpoints, log lines and evaluations fall on different steps.
+STEPS = 40
+# Four steps are an epoch; checkpoints, log lines, evaluations and pictures have their own rhythms.
 SETTINGS = {
   'max_steps': STEPS,
   'log_every_steps': 3,
   'checkpoint.every_epochs': 0.5,
-  'knn.every_epochs': 1.0,
-  'pictures.every_epochs': 1.5,
+  'knn.every_epochs': 2.5,
+  'pictures.every_epochs': 4,
   'optim.lr': 1e-3,
   'optim.warmup_epochs': 1.0,
 }
-# Of the wall clock: no two runs agree in them.
-TIMING = ('train/images_per_second', 'train/data_wait_fraction')
+_PATIENCE = 600  # seconds, for machines that are busy with other things
+TIMING = ('train/images_per_second', 'train/data_wait_fraction')  # no two runs agree in them
 
 
-def command(workdir: os.PathLike, **settings) -> list[str]:
-  """`python main.py ...` of the tiny run; settings are keys of its config with __ for dots."""
-  changed = SETTINGS | {key.replace('__', '.'): value for key, value in settings.items()}
-  flags = [f'--config.{key}={value}' for key, value in changed.items() if value is not None]
-  return [sys.executable, 'main.py', '--config=configs/demo.py:debug', f'--workdir={workdir}', *flags]
+class Runs:
+  """Starts `python main.py`; what one process compiles the next one finds in a cache."""
 
+  def __init__(self, directory: pathlib.Path):
+    cache = {
+      'JAX_COMPILATION_CACHE_DIR': str(directory / 'compiled'),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+    }
+    self.environment = cache | os.environ | {'TFDS_DATA_DIR': str(directory / 'data')}
 
-def train(workdir: os.PathLike, **settings) -> subprocess.CompletedProcess:
-  """Runs it to its end, whatever that is."""
-  return finish(command(workdir, **settings))
+  def command(self, workdir: os.PathLike, **settings) -> list[str]:
+    """The command line of the tiny run; settings are keys of the config with __ for dots."""
+    changed = SETTINGS | {key.replace('__', '.'): value for key, value in settings.items()}
+    flags = [f'--config.{key}={value}' for key, value in changed.items()]
+    command = [sys.executable, 'main.py', '--config=configs/demo.py:debug']
+    return [*command, f'--workdir={workdir}', *flags]
 
+  def finish(
+    self, command: list[str], environment: Mapping[str, str] = MappingProxyType({})
+  ) -> subprocess.CompletedProcess:
+    """Runs any command to its end."""
+    return subprocess.run(
+      command,
+      cwd=ROOT,
+      env=self.environment | environment,
+      capture_output=True,
+      text=True,
+      timeout=_PATIENCE,
+    )
 
-def finish(arguments: list[str], **options) -> subprocess.CompletedProcess:
-  options = {'cwd': ROOT, 'capture_output': True, 'text': True, 'timeout': 120} | options
-  return subprocess.run(arguments, **options)
+  def train(self, workdir: os.PathLike, **settings) -> subprocess.CompletedProcess:
+    """Runs the tiny run to its end, whatever that is."""
+    return self.finish(self.command(workdir, **settings))
+
+  def start(
+    self, command: list[str], environment: Mapping[str, str] = MappingProxyType({})
+  ) -> 'Process':
+    """Starts any command and leaves it running; for a `with` statement."""
+    return Process(command, self.environment | environment)
 
 
 class Process:
-  """A run that is still going on; what it says is in the file `log`."""
+  """A running command. What it says goes to a file, so that it never waits for us."""
 
-  def __init__(self, arguments: list[str], log: pathlib.Path, **options):
-    self.log = log
-    with open(log, 'w') as file:
-      self._process = subprocess.Popen(
-        arguments, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, **options
-      )
+  def __init__(self, command: list[str], environment: Mapping[str, str]):
+    self._log = tempfile.NamedTemporaryFile(prefix='run', suffix='.log')
+    self._process = subprocess.Popen(
+      command, cwd=ROOT, env=environment, stdout=self._log, stderr=subprocess.STDOUT
+    )
 
   def __enter__(self) -> 'Process':
     return self
@@ -62,25 +89,28 @@ class Process:
   def __exit__(self, *exc_info) -> None:
     self._process.kill()
     self._process.wait()
+    self._log.close()
 
   def output(self) -> str:
-    return self.log.read_text()
+    return pathlib.Path(self._log.name).read_text()
 
-  def wait_for(self, text: str, seconds: float = 60) -> None:
-    """Returns when the run has said `text`; fails if it ends before or does not."""
-    self.wait_until(lambda: text in self.output(), seconds, text)
+  def wait_for(self, text: str) -> None:
+    """Returns when the process has said `text`; fails if it ends before."""
+    self.wait_until(lambda: text in self.output(), text)
 
-  def wait_until(self, condition, seconds: float = 60, what: str = 'condition') -> None:
-    deadline = time.monotonic() + seconds
+  def wait_until(self, condition: Callable[[], bool], name: str) -> None:
+    """Returns when the condition holds; fails if the process ends before."""
+    deadline = time.monotonic() + _PATIENCE
     while not condition():
-      assert self._process.poll() is None, f'ended before {what}:\n{self.output()}'
-      assert time.monotonic() < deadline, f'no {what}:\n{self.output()}'
+      assert self._process.poll() is None, f'ended before "{name}":\n{self.output()}'
+      assert time.monotonic() < deadline, f'no "{name}" in time:\n{self.output()}'
       time.sleep(0.002)
 
   def send(self, number: signal.Signals) -> None:
     self._process.send_signal(number)
 
-  def wait(self, seconds: float = 60) -> int:
+  def wait(self, seconds: float = _PATIENCE) -> int:
+    """Exit status; minus the signal's number if a signal ended it."""
     return self._process.wait(timeout=seconds)
 
 
@@ -90,19 +120,25 @@ def metrics(workdir: pathlib.Path) -> list[dict]:
   return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
 
 
-def params(workdir: pathlib.Path, step: int = STEPS) -> dict[str, np.ndarray]:
-  """The parameters of a checkpoint by name."""
-  return {
-    '/'.join(map(str, path)): np.asarray(value)
-    for path, value in torch_names.flatten(load_params(workdir, step=step).state).items()
-  }
+def last_step(workdir: pathlib.Path) -> int:
+  """The step of the newest complete row of metrics.jsonl of a run that may be going on; or -1."""
+  try:
+    return json.loads((workdir / 'metrics.jsonl').read_text().splitlines()[-1])['step']
+  except (FileNotFoundError, IndexError, ValueError):
+    return -1
 
 
 def assert_same_params(actual: pathlib.Path, expected: pathlib.Path, step: int = STEPS) -> None:
-  """Bit for bit."""
-  ours, theirs = params(actual, step), params(expected, step)
+  """Compares the parameters of two runs' checkpoints bit for bit."""
+  ours, theirs = (
+    torch_names.flatten(load_params(workdir, step=step).state) for workdir in (actual, expected)
+  )
   assert ours.keys() == theirs.keys()
-  different = [name for name, value in ours.items() if value.tobytes() != theirs[name].tobytes()]
+  different = [
+    '/'.join(map(str, path))
+    for path, value in ours.items()
+    if np.asarray(value).tobytes() != np.asarray(theirs[path]).tobytes()
+  ]
   assert not different, f'{len(different)} of {len(ours)} parameters differ: {different[:5]}'
 
 
@@ -110,6 +146,6 @@ def content(directory: pathlib.Path) -> dict[str, bytes]:
   """Every file below a directory."""
   return {
     path.relative_to(directory).as_posix(): path.read_bytes()
-    for path in directory.rglob('*')
+    for path in sorted(directory.rglob('*'))
     if path.is_file()
   }

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.models import layers, positions
+from hivit_jax.models import layers
 
 UNIT = 16  # pixels: side of a unit, the stride of the tokens
 PATCH = 4  # pixels: side of a sub-patch

@@ -51,7 +51,7 @@ def layer_norm(features: int, *, rngs: nnx.Rngs, dtype: Any) -> nnx.LayerNorm:
 
 def gelu(x: jax.Array) -> jax.Array:
   """Exact GELU."""
-  # With erf: `jax.nn.gelu` uses erfc, which is precise where x * cdf(x) vanishes, and twice as slow.
+  # With erf: the erfc of `jax.nn.gelu` is precise where x * cdf(x) vanishes, but twice as slow.
   return 0.5 * x * (1.0 + jax.lax.erf(x * 2**-0.5))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.tasks.images import normalize
@@ -50,5 +51,24 @@ class MAETask:
     return out.loss, {}
 
   def features(self, model: MaskedAutoencoder, images: jax.Array) -> jax.Array:
-    """(B, H, W, C) uint8 -> (B, D) pooled features of the whole images."""
-    return model.pooled(normalize(images, self.mean, self.std))
+    """Pooled features of whole images, for k-NN classification.
+
+    All three stages, as the decoder gets them ("hierarchical features"): every token is
+    normalised, tokens are averaged, stages are concatenated. The last stage alone serves the
+    reconstruction more than it describes the image: on `photo_tiles` its accuracy falls while the
+    autoencoder improves, that of all stages rises.
+
+    Args:
+      model: the autoencoder.
+      images: (B, H, W, C) uint8.
+
+    Returns:
+      (B, C/4 + C/2 + C) float32.
+    """
+    stages = model.encode(normalize(images, self.mean, self.std))
+    pooled = []
+    for tokens in stages:  # (B, N, cells, c) twice, then (B, N, C)
+      tokens = tokens.astype(jnp.float32)
+      tokens = (tokens - tokens.mean(-1, keepdims=True)) / (tokens.std(-1, keepdims=True) + 1e-6)
+      pooled.append(tokens.mean(axis=tuple(range(1, tokens.ndim - 1))))
+    return jnp.concatenate(pooled, axis=-1)

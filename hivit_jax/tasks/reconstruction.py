@@ -98,11 +98,9 @@ def assemble(
 
 def draw(result: Reconstruction, *, title: str = '') -> Image.Image:
   """One row an image: original, masked, reconstruction, reconstruction with the visible units."""
-  note = (
-    'predicted units scaled with the true mean and variance of each unit (norm_pix_loss)'
-    if result.norm_pix
-    else ''
-  )
+  notes = ['visible units are not trained to be predicted: expect noise there']
+  if result.norm_pix:
+    notes.append('predicted units have the true mean and variance of each unit (norm_pix_loss)')
   columns: dict[str, np.ndarray] = {
     'original': result.original,
     f'masked ({100 * result.mask_ratio:.0f} %)': result.masked,
@@ -115,8 +113,8 @@ def draw(result: Reconstruction, *, title: str = '') -> Image.Image:
   font = ImageFont.load_default(size=13)
   line = 20
   head = _MARGIN + line * (1 + bool(title))
-  width = max(4 * cell_w + _MARGIN, int(max(map(font.getlength, (title, note)))) + 2 * _MARGIN)
-  canvas = Image.new('RGB', (width, head + b * cell_h + line * bool(note) + _MARGIN // 2), 'white')
+  width = max(4 * cell_w + _MARGIN, int(max(map(font.getlength, (title, *notes)))) + 2 * _MARGIN)
+  canvas = Image.new('RGB', (width, head + b * cell_h + line * len(notes) + _MARGIN // 2), 'white')
   pen = ImageDraw.Draw(canvas)
   pen.text((_MARGIN, _MARGIN // 2), title, 'black', font)
   for column, (label, images) in enumerate(columns.items()):
@@ -125,7 +123,8 @@ def draw(result: Reconstruction, *, title: str = '') -> Image.Image:
     for row in range(b):
       cell = Image.fromarray(_to_rgb(images[row])).resize((w * scale, h * scale), Image.NEAREST)
       canvas.paste(cell, (left, head + row * cell_h))
-  pen.text((_MARGIN, canvas.height - line), note, 'dimgray', font)
+  for i, note in enumerate(reversed(notes)):
+    pen.text((_MARGIN, canvas.height - line * (i + 1)), note, 'dimgray', font)
   return canvas
 
 

@@ -1,6 +1,5 @@
 """Floating point operations of a function, counted from its jaxpr."""
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +19,9 @@ def matmul_flops(function: Callable, *args: Any) -> int:
     function: traceable by JAX.
     *args: its arguments or their `jax.ShapeDtypeStruct`s.
   """
-  # Unwrapped: a jitted function with compiler options cannot be traced inside another.
-  function = inspect.unwrap(function)
+  if isinstance(function, jax.stages.Wrapped):
+    # By itself: with compiler options it cannot be traced inside another function.
+    return _count(function.trace(*args).jaxpr.jaxpr)
   return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 

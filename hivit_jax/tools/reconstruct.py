@@ -19,7 +19,7 @@ from hivit_jax.data.subset import Subset
 from hivit_jax.errors import UserError
 from hivit_jax.tasks import reconstruction
 from hivit_jax.train import build, inputs
-from hivit_jax.train.checkpoint import load_params
+from hivit_jax.train.checkpoint import load_metadata, load_params
 from hivit_jax.train.logging import setup_logging
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a pretraining run, or one of its checkpoints.')
@@ -35,23 +35,29 @@ def main(argv: list[str]) -> None:
     raise UserError('give --workdir=DIRECTORY, the --workdir of a pretraining run')
   setup_logging()
   files = _IMAGES.value + argv[1:]
-  restored = load_params(_WORKDIR.value)
-  config = ml_collections.ConfigDict(restored.metadata['config'])
+  config = ml_collections.ConfigDict(load_metadata(_WORKDIR.value)['config'])
   task = build.task(config)
   graphdef, abstract = nnx.split(nnx.eval_shape(build.model_creator(config)))
-  params = load_params(_WORKDIR.value, nnx.to_pure_dict(abstract), step=restored.step).state
   images = _read(files, config) if files else _evaluation_images(config)
+  restored = load_params(_WORKDIR.value, nnx.to_pure_dict(abstract))
   pictures = reconstruction.Reconstructor(
     graphdef, mean=task.mean, std=task.std, mask_ratio=_MASK_RATIO.value
   )
-  result = pictures(params, images, seed=_SEED.value)
-  out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value) / 'reconstruction.png')
+  result = pictures(restored.state, images, seed=_SEED.value)
+  out = pathlib.Path(_OUT.value or _run_directory(_WORKDIR.value) / 'reconstruction.png')
   title = f'{config.model.name}, step {restored.step}'
   try:
     reconstruction.draw(result, title=title).save(out)
   except (OSError, ValueError) as error:
     raise UserError(f'cannot write --out={out}: {error}') from error
   print(f'wrote {out}')
+
+
+def _run_directory(workdir: str) -> pathlib.Path:
+  """The workdir itself when one of its checkpoints was given: those must stay as they are."""
+  path = pathlib.Path(workdir).absolute()
+  parents = [p for p in (path, path.parent) if p.name == 'checkpoints']
+  return parents[0].parent if parents else path
 
 
 def _read(files: list[str], config: ml_collections.ConfigDict) -> np.ndarray:

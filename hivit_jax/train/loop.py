@@ -1,6 +1,7 @@
 """The training loop: the same for every task."""
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import math
@@ -44,6 +45,7 @@ class _Interval:
 
   def __init__(self):
     self.steps: list[tuple[int, dict[str, jax.Array]]] = []
+    self.broken = 0
     self.restart_clock()
 
   def restart_clock(self) -> None:
@@ -53,8 +55,10 @@ class _Interval:
     self.waited = 0.0  # seconds for data
     self.seconds = 0.0
 
-  def stop(self) -> None:
+  def stop(self, broken: int) -> None:
+    """Ends it; `broken` images have been met until now."""
     self.seconds = time.perf_counter() - self.start
+    self.broken = broken
 
   def timing(self, batch_size: int) -> dict[str, float]:
     timed = len(self.steps) - self.untimed
@@ -132,8 +136,8 @@ def run(
     means['learning_rate'] = float(values[-1]['learning_rate'])
     timing = done.timing(batch_size)
     means |= {**timing, 'epoch': step * epochs_per_step}
-    if batches.broken:
-      means['broken_images'] = len(batches.broken)
+    if done.broken:
+      means['broken_images'] = done.broken
     writer.write(step, {f'train/{key}': value for key, value in means.items()})
     shown = {'loss': means['loss']}
     if timing:
@@ -144,7 +148,7 @@ def run(
     nonlocal interval, late
     if interval.steps:
       jax.block_until_ready(interval.steps[-1])
-    interval.stop()
+    interval.stop(len(batches.broken))
     flush(late)
     flush(interval)
     interval, late = _Interval(), None
@@ -153,10 +157,15 @@ def run(
     ends = step in (0, total_steps)
     return [hook for hook in hooks if ends or step % hook.every == 0]
 
-  def call_hooks(step: int) -> None:
+  def evaluate(step: int) -> None:
     for hook in hooks_of(step):
       flush_all()
-      metrics = hook.run(step, state['params'])
+      last = step == total_steps > start_step
+      try:
+        with contextlib.nullcontext() if last else signals.interruptible():
+          metrics = hook.run(step, state['params'])
+      except Interrupted:
+        stop(step, evaluated=False)
       if metrics:
         writer.write(step, metrics)
         shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
@@ -178,14 +187,6 @@ def run(
 
   in_flight: collections.deque = collections.deque()
   with StopSignals() as signals:
-
-    def evaluate(step: int) -> None:
-      try:
-        with signals.interruptible():
-          call_hooks(step)
-      except Interrupted:
-        stop(step, evaluated=False)
-
     if not evaluated:
       evaluate(start_step)
     for step in range(start_step + 1, total_steps + 1):
@@ -210,11 +211,11 @@ def run(
       if len(in_flight) > _IN_FLIGHT:
         in_flight.popleft().block_until_ready()
       if step % log_every == 0:
-        interval.stop()
+        interval.stop(len(batches.broken))
         flush(late)
         interval, late = _Interval(), interval
       if step == total_steps:
-        call_hooks(step)
+        evaluate(step)
         save(step, wait=True)
       elif signals.received:
         stop(step, evaluated=not hooks_of(step))

@@ -1,0 +1,28 @@
+"""Fixtures that several test files share."""
+
+import pathlib
+from typing import NamedTuple
+
+import pytest
+
+from tests.runs import Runs
+
+
+class Finished(NamedTuple):
+  """A run that has ended by itself: never write to its workdir, copy it."""
+
+  workdir: pathlib.Path
+  log: str
+
+
+@pytest.fixture(scope='session')
+def runs(tmp_path_factory) -> Runs:
+  return Runs(tmp_path_factory.mktemp('runs'))
+
+
+@pytest.fixture(scope='session')
+def finished(runs, tmp_path_factory) -> Finished:
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  done = runs.train(workdir)
+  assert done.returncode == 0, done.stderr
+  return Finished(workdir, done.stderr)

@@ -1,0 +1,108 @@
+"""The k-NN classifier against one written plainly."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hivit_jax.tasks import knn
+from hivit_jax.tasks.knn import knn_predict
+
+
+def _plain(bank, labels, queries, *, num_classes, k=20, temperature=0.07):
+  predicted = []
+  for query in queries.astype(np.float64):
+    similarity = [
+      x @ query / (np.linalg.norm(x) * np.linalg.norm(query)) for x in bank.astype(np.float64)
+    ]
+    nearest = np.argsort(similarity)[::-1][:k]
+    votes = np.zeros(num_classes)
+    for i in nearest:
+      votes[labels[i]] += np.exp(similarity[i] / temperature)
+    predicted.append(votes.argmax())
+  return np.array(predicted)
+
+
+def _data(examples, queries, classes=5, width=6, seed=0):
+  """Classes that overlap, of lengths that would mislead anything but a cosine."""
+  rng = np.random.default_rng(seed)
+  centres = rng.standard_normal((classes, width))
+
+  def draw(count):
+    labels = rng.integers(classes, size=count)
+    x = centres[labels] + rng.standard_normal((count, width))
+    return (x * rng.uniform(0.1, 10, (count, 1))).astype(np.float32), labels
+
+  return *draw(examples), *draw(queries)
+
+
+@pytest.mark.parametrize(
+  'options', [{}, {'k': 1}, {'k': 7, 'temperature': 1.0}, {'k': 40, 'temperature': 0.02}], ids=str
+)
+def test_equals_a_plain_implementation(options):
+  bank, labels, queries, truth = _data(200, 60)
+  predicted = knn_predict(bank, labels, queries, num_classes=5, **options)
+  expected = _plain(bank, labels, queries, num_classes=5, **options)
+  np.testing.assert_array_equal(predicted, expected)
+  assert 0.3 < np.mean(predicted == truth) < 1  # neither chance nor trivial
+
+
+def test_the_options_matter():
+  bank, labels, queries, _ = _data(200, 60)
+  predicted = [
+    tuple(knn_predict(bank, labels, queries, num_classes=5, k=k, temperature=t))
+    for k, t in ((1, 0.07), (40, 0.07), (40, 10.0))
+  ]
+  assert len(set(predicted)) == 3
+
+
+def test_a_voter_more_outweighs_only_at_a_high_temperature():
+  bank = np.array([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]], np.float32)
+  labels, query = np.array([0, 1, 1]), np.array([[1.0, 0.0]], np.float32)
+  near = knn_predict(bank, labels, query, num_classes=2, k=3, temperature=0.07)
+  many = knn_predict(bank, labels, query, num_classes=2, k=3, temperature=10.0)
+  assert (near.item(), many.item()) == (0, 1)
+
+
+@pytest.mark.parametrize('queries', [1, 7, 8, 9, 20])
+def test_queries_in_chunks(monkeypatch, queries):
+  monkeypatch.setattr(knn, '_CHUNK', 8)
+  bank, labels, given, _ = _data(50, queries)
+  predicted = knn_predict(bank, labels, given, num_classes=5)
+  np.testing.assert_array_equal(predicted, _plain(bank, labels, given, num_classes=5))
+
+
+def test_no_queries():
+  bank, labels, _, _ = _data(10, 1)
+  predicted = knn_predict(bank, labels, np.zeros((0, 6), np.float32), num_classes=5)
+  assert predicted.shape == (0,)
+  assert predicted.dtype == np.int32
+
+
+def test_more_neighbours_than_the_bank_has():
+  bank, labels, queries, _ = _data(9, 10)
+  predicted = knn_predict(bank, labels, queries, num_classes=5, k=1000)
+  np.testing.assert_array_equal(predicted, _plain(bank, labels, queries, num_classes=5, k=9))
+
+
+def test_ties_go_to_the_first_class():
+  bank = np.ones((4, 3), np.float32)
+  predicted = knn_predict(bank, np.array([3, 2, 2, 3]), bank[:1], num_classes=5, k=4)
+  assert predicted.item() == 2
+
+
+def test_features_of_zero_and_extreme_temperatures():
+  bank, labels, queries, _ = _data(50, 20)
+  queries[0] = 0
+  bank[0] = 0
+  predicted = knn_predict(bank, labels, queries, num_classes=5, k=5, temperature=1e-4)
+  nearest = knn_predict(bank, labels, queries, num_classes=5, k=1)
+  np.testing.assert_array_equal(predicted[1:], nearest[1:])
+  assert ((predicted >= 0) & (predicted < 5)).all()
+
+
+def test_bfloat16_features():
+  bank, labels, queries, _ = _data(200, 60)
+  bank, queries = bank.astype(jnp.bfloat16), queries.astype(jnp.bfloat16)
+  predicted = knn_predict(bank, labels, queries, num_classes=5)
+  expected = _plain(bank, labels, queries, num_classes=5)
+  np.testing.assert_array_equal(predicted, expected)

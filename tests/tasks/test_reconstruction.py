@@ -1,0 +1,180 @@
+"""Pictures of reconstructions: the right pixels at the right places, labelled."""
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image, ImageDraw
+
+from hivit_jax.models.mae import MAEOutput, MaskedAutoencoder, kept_units, random_masking
+from hivit_jax.tasks import reconstruction
+from hivit_jax.tasks.images import denormalize, normalize
+from tests.helpers import TINY_MAE, random_model
+
+STATISTICS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+NOTE = 'true mean and variance of each unit'
+
+
+def _photos(count: int, height: int, width: int, channels: int = 3) -> np.ndarray:
+  """Noise of every level; the first unit flat, which has no variance to normalise by."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (count, height, width, channels), np.uint8)
+  images[:, :16, :16] = 77
+  return images
+
+
+class _Perfect:
+  """Predicts its target, which is what training would lead to in the end."""
+
+  def __init__(self, norm_pix_loss: bool, grid: tuple[int, int]):
+    self.norm_pix_loss = norm_pix_loss
+    self.grid = grid
+
+  def __call__(self, images, *, noise, mask_ratio=None):
+    keep = kept_units(noise.shape[1], mask_ratio or 0.75)
+    ids_keep, ids_restore, mask = random_masking(noise, keep)
+    target = MaskedAutoencoder.target(self, images)
+    return MAEOutput(
+      loss=target.mean(), pred=target, mask=mask, ids_keep=ids_keep, ids_restore=ids_restore
+    )
+
+
+def test_normalize_and_back():
+  images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
+  normalized = np.asarray(normalize(images, **STATISTICS))
+  expected = (images / 255 - STATISTICS['mean']) / STATISTICS['std']
+  np.testing.assert_allclose(normalized, expected, atol=1e-5)
+  np.testing.assert_array_equal(denormalize(normalized, **STATISTICS), images)
+  assert denormalize(np.array([[-9.0, 0.0, 9.0]]), **STATISTICS).tolist() == [[0, 116, 255]]
+  # One channel takes the statistics' average.
+  grey = np.asarray(normalize(images[..., :1], **STATISTICS))
+  np.testing.assert_allclose(grey[0, 15, 15], (1 - 0.449) / 0.226, rtol=1e-5)
+
+
+@pytest.mark.parametrize('norm_pix', [True, False])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_a_perfect_prediction_gives_the_image_back(norm_pix, channels):
+  images = _photos(3, 48, 32, channels)
+  noise = np.random.default_rng(1).random((3, 6), np.float32)
+  model = _Perfect(norm_pix, (3, 2))
+  pixels, mask = reconstruction.predict_pixels(model, images, noise, **STATISTICS, mask_ratio=0.5)
+  result = reconstruction.assemble(images, pixels, mask, norm_pix=norm_pix, **STATISTICS)
+  difference = np.abs(result.reconstruction.astype(int) - images)
+  assert difference.max() <= 1
+  assert np.mean(difference) < 0.01
+  assert result.mask_ratio == 0.5
+  assert result.norm_pix is norm_pix
+
+
+def test_units_are_hidden_and_pasted_where_the_mask_says():
+  images = _photos(2, 32, 48)
+  mask = np.array([[1, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 1]], np.float32)
+  predicted = np.full(images.shape, 200, np.uint8)
+  pixels = (predicted / 255 - STATISTICS['mean']) / STATISTICS['std']
+  result = reconstruction.assemble(images, pixels, mask, norm_pix=True, **STATISTICS)
+  np.testing.assert_array_equal(result.original, images)
+  assert (result.reconstruction == 200).all()
+  for b in range(2):
+    for n in range(6):
+      row, column = divmod(n, 3)
+      unit = (b, slice(16 * row, 16 * row + 16), slice(16 * column, 16 * column + 16))
+      if mask[b, n]:
+        assert (result.masked[unit] == 128).all()
+        assert (result.pasted[unit] == 200).all()
+      else:
+        np.testing.assert_array_equal(result.masked[unit], images[unit])
+        np.testing.assert_array_equal(result.pasted[unit], images[unit])
+
+
+def test_reconstructor_is_a_function_of_the_seed():
+  graphdef, params = random_model('mae_hivit_tiny', **TINY_MAE | {'image_size': (32, 64)})
+  images = _photos(2, 32, 64)
+  pictures = reconstruction.Reconstructor(graphdef, **STATISTICS, mask_ratio=0.5)
+  first, again, other = (pictures(params, images, seed=seed) for seed in (0, 0, 1))
+  hidden = [(r.masked == 128).all(axis=-1) for r in (first, again, other)]
+  assert [h.mean().round(1) for h in hidden] == [0.5, 0.5, 0.5]
+  np.testing.assert_array_equal(first.pasted, again.pasted)
+  assert (hidden[0] != hidden[2]).any()
+  assert first.mask_ratio == 0.5
+  assert first.norm_pix
+  np.testing.assert_array_equal(first.pasted[~hidden[0]], images[~hidden[0]])
+  # The model's pictures, not only its masks: other parameters predict other pixels.
+  other = nnx.merge(graphdef, params).decoder_pred.bias[...] + 1
+  params = params | {'decoder_pred': params['decoder_pred'] | {'bias': other}}
+  changed = pictures(params, images, seed=0)
+  assert (changed.reconstruction != first.reconstruction).any()
+
+
+# --- drawing
+
+
+def _plain_result(height, width, *, channels=3, count=2, norm_pix=True):
+  """Four panels, each of one colour."""
+  colours = ((250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0))
+  panels = [np.full((count, height, width, 3), c, np.uint8)[..., :channels] for c in colours]
+  return reconstruction.Reconstruction(*panels, mask_ratio=0.75, norm_pix=norm_pix), colours
+
+
+@pytest.mark.parametrize(
+  ('height', 'width', 'scale'), [(32, 32, 5), (48, 96, 3), (160, 144, 1), (224, 224, 1)]
+)
+def test_panels_are_in_order_and_enlarged_by_whole_factors(height, width, scale):
+  result, colours = _plain_result(height, width)
+  canvas = np.asarray(reconstruction.draw(result, title='a title'))
+  lefts, tops = [], []
+  for colour in colours:
+    rows, columns = np.nonzero((canvas == colour).all(axis=-1))
+    assert len(rows) == 2 * height * width * scale**2
+    assert np.ptp(columns) + 1 == width * scale
+    assert len(np.unique(rows)) == 2 * height * scale
+    lefts.append(columns.min())
+    tops.append(rows.min())
+  assert lefts == sorted(lefts)
+  assert len(set(tops)) == 1
+  assert min(np.diff(lefts)) > width * scale  # a margin between them
+
+
+def test_panels_show_the_pixels_of_each_image():
+  images = _photos(2, 32, 32)
+  result = reconstruction.Reconstruction(*[images] * 4, mask_ratio=0.5, norm_pix=False)
+  canvas = np.asarray(reconstruction.draw(result))
+  enlarged = np.asarray(Image.fromarray(images[1]).resize((160, 160), Image.NEAREST))
+  found = [
+    (y, x)
+    for y, x in np.argwhere((canvas[:-159, :-159] == enlarged[0, 0]).all(axis=-1))
+    if np.array_equal(canvas[y : y + 160, x : x + 160], enlarged)
+  ]
+  assert len(found) == 4
+  assert len({y for y, _ in found}) == 1
+  assert found[0][0] > 160  # below the first image
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_other_channel_counts_are_drawn_grey(channels):
+  result = reconstruction.Reconstruction(
+    *[np.full((1, 32, 32, channels), level, np.uint8) for level in (10, 60, 110, 160)],
+    mask_ratio=0.5, norm_pix=False,
+  )  # fmt: skip
+  canvas = np.asarray(reconstruction.draw(result))
+  for level in (10, 60, 110, 160):
+    assert (canvas == level).all(axis=-1).sum() >= 160 * 160
+
+
+@pytest.mark.parametrize('norm_pix', [True, False])
+@pytest.mark.parametrize('title', ['', 'x' * 200])
+def test_labels(monkeypatch, norm_pix, title):
+  drawn = []
+  original = ImageDraw.ImageDraw.text
+
+  def text(self, xy, text, fill=None, font=None):
+    assert xy[0] + font.getlength(text) <= self.im.size[0]
+    assert xy[1] + font.size <= self.im.size[1]
+    drawn.append((text, xy))
+    return original(self, xy, text, fill, font)
+
+  monkeypatch.setattr(ImageDraw.ImageDraw, 'text', text)
+  reconstruction.draw(_plain_result(16, 16, norm_pix=norm_pix)[0], title=title)
+  said = [text for text, _ in drawn if text]
+  heads = ['original', 'masked (75 %)', 'reconstruction', 'with visible units']
+  assert [text for text in said if text in heads] == heads
+  assert any(NOTE in text for text in said) == norm_pix
+  assert (title in said) == bool(title)

@@ -1,0 +1,272 @@
+"""Mistakes on the command line of `main.py`: one line that says what is wrong and what to do."""
+
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from tests.runs import ROOT, content
+
+DEBUG = '--config=configs/demo.py:debug'
+
+
+class Ended(NamedTuple):
+  status: int
+  stderr: str
+
+
+@pytest.fixture(scope='module')
+def main(runs, tmp_path_factory):
+  """`main(*arguments, **environment)` of main.py in a process that has its imports done."""
+  stderr = tmp_path_factory.mktemp('cli') / 'stderr'
+  with subprocess.Popen(
+    [sys.executable, '-m', 'tests.forks'],
+    cwd=ROOT,
+    env=runs.environment,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as server:
+
+    def run(*arguments: str, **environment: str) -> Ended:
+      job = {'arguments': arguments, 'environment': environment, 'stderr': str(stderr)}
+      server.stdin.write(json.dumps(job) + '\n')
+      server.stdin.flush()
+      return Ended(int(server.stdout.readline()), stderr.read_text())
+
+    yield run
+    server.stdin.close()
+
+
+def error_of(ended: Ended) -> str:
+  """The error of a run that ended with one line about a mistake."""
+  assert ended.status == 2, ended.stderr
+  assert ended.stderr.count('\n') == 1, ended.stderr
+  assert ended.stderr.startswith('error: ')
+  return ended.stderr.removeprefix('error: ').rstrip()
+
+
+@pytest.fixture(scope='module')
+def untouched(finished):
+  """A workdir with a finished run in it, which must be as it was when all mistakes were made."""
+  before = content(finished.workdir)
+  yield finished.workdir
+  assert content(finished.workdir) == before
+
+
+# Values that cannot be: (flags, what the line has to say)
+VALUES = [
+  ('typo=1', '--config.typo: config has no setting "typo"; it has: accumulate_steps, batch_size'),
+  ('batchsize=1', 'no setting "batchsize" (did you mean "batch_size"?); it has: '),
+  ('optim.warmup=5', 'config.optim has no setting "warmup" (did you mean "optim.warmup_epochs"?)'),
+  ('lr=1', 'config has no setting "lr" (did you mean "optim.lr"?)'),
+  ('optin.lr=1', 'config has no setting "optin" (did you mean "optim.lr"?)'),
+  ('optim.lr.peak=1', '--config.optim.lr.peak: config.optim.lr is a value, not a section'),
+  ('optim=1', '--config.optim=1: this is a section; set --config.optim.b1'),
+  ('optim.lr=high', '--config.optim.lr=high: expected float'),
+  ('batch_size=many', '--config.batch_size=many: expected int such as 16'),
+  ('batch_size=1.5', '--config.batch_size=1.5: expected int such as 16'),
+  ('data.flip=perhaps', '--config.data.flip=perhaps: expected bool such as True'),
+  ('task=classify', 'config.task="classify" is unknown; there is: mae'),
+  ('model.name=mae_hivit_bas', 'did you mean "mae_hivit_base"?'),
+  ('model.name=hivit_base', 'config.task="mae" needs; try mae_hivit_base'),
+  ('model.dtype=float16', 'config.model.dtype="float16" is not one of auto, float32, bfloat16'),
+  ('model.embed_dim=33', 'embed_dim must be a multiple of 4, got 33'),
+  ('model.num_heads=0', 'config.model.num_heads=0: expected at least 1'),
+  ('model.num_heads=5', 'cannot be split into 5 heads'),
+  ('model.depths=1,2', 'config.model.depths=(1, 2): expected three depths'),
+  ('model.depths=1,1,0', 'the last at least 1'),
+  ('model.drop_path_rate=1', 'config.model.drop_path_rate=1.0: expected 0 or more, and less than'),
+  ('model.mask_ratio=0', 'config.model.mask_ratio=0.0: expected more than 0 and less than 1'),
+  ('model.mask_ratio=1', 'config.model.mask_ratio=1.0: expected more than 0 and less than 1'),
+  ('model.mask_ratio=nan', 'config.model.mask_ratio=nan: expected more than 0 and less than 1'),
+  ('model.mask_ratio=0.9', 'mask_ratio 0.9 keeps 0 of 4 units'),
+  ('image_size=100', 'sides must be multiples of 16 pixels; try --config.image_size=96,96'),
+  ('image_size=100,64', 'sides must be multiples of 16 pixels; try --config.image_size=96,64'),
+  ('image_size=0', 'config.image_size=(0,): expected a side or (height, width)'),
+  ('image_size=32,32,32', 'expected a side or (height, width)'),
+  ('image_size=large', 'expected a side or (height, width)'),
+  ('channels=2', 'config.channels=2: expected 3 (RGB) or 1 (greyscale)'),
+  ('epochs=-1', 'config.epochs=-1.0: expected more than 0'),
+  ('epochs=inf', 'config.epochs=inf: expected more than 0'),
+  ('max_steps=0', 'config.max_steps=0: expected at least 1'),
+  ('batch_size=0', 'config.batch_size=0: expected at least 1'),
+  ('batch_size=-16', 'config.batch_size=-16: expected at least 1'),
+  ('accumulate_steps=0', 'config.accumulate_steps=0: expected at least 1'),
+  ('accumulate_steps=3', 'config.batch_size=16 is not divisible by 1 devices x 3 accumulation '
+   'steps; try 15 or 18'),
+  ('mesh.data=2', 'config.mesh.data=2: there are 1 devices; -1 takes all of them'),
+  ('seed=-1', 'config.seed=-1: expected 0 or more'),
+  ('log_every_steps=0', 'config.log_every_steps=0: expected at least 1'),
+  ('checkpoint.keep_last=0', 'config.checkpoint.keep_last=0: expected at least 1'),
+  ('checkpoint.every_epochs=-1', 'config.checkpoint.every_epochs=-1.0: expected 0 or more'),
+  ('knn.k=0', 'config.knn.k=0: expected at least 1'),
+  ('knn.temperature=0', 'config.knn.temperature=0.0: expected more than 0'),
+  ('knn.batch_size=0', 'config.knn.batch_size=0: expected at least 1'),
+  ('knn.every_epochs=-1', 'config.knn.every_epochs=-1.0: expected 0 or more'),
+  ('pictures.count=0', 'config.pictures.count=0: expected at least 1'),
+  ('optim.b2=1', 'config.optim.b2=1.0: expected 0 or more, and less than 1'),
+  ('optim.clip_norm=0', 'config.optim.clip_norm=0.0: expected more than 0'),
+  ('data.mean=0.5,0.5', 'config.data.mean=(0.5, 0.5): expected one number a channel'),
+  ('data.mean=(0.5,)', 'config.data.mean: 1 numbers for config.channels=3'),
+  ('data.std=0.,0.,0.', 'config.data.std=(0.0, 0.0, 0.0): expected one number a channel'),
+  ('data.crop_scale=0.5,0.2', 'config.data.crop_scale=(0.5, 0.2): expected two shares'),
+  ('data.crop_ratio=wide', "config.data.crop_ratio=('wide',): expected two ratios"),
+  ('data.max_broken_fraction=2', 'config.data.max_broken_fraction=2.0: expected from 0 to 1'),
+  ('data.num_workers=-1', 'config.data.num_workers=-1: expected 0 or more'),
+  ('data.name=nosuchset', "unknown data set 'nosuchset'"),
+  ('data.name=folder:/no/such', '/no/such is not a folder; expected <root>/<split>/<class>'),
+  ('data.name=imagenet2012', 'To prepare it: python -m hivit_jax.tools.prepare imagenet2012'),
+  ('data.train_split=tran', "digits has no split 'tran'; it has: train, test"),
+  ('data.train_split=train[:0]', "the split 'train[:0]' selects no examples"),
+  ('data.eval_split=test[5:5]', "the split 'test[5:5]' selects no examples"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('setting', 'message'), VALUES, ids=[setting for setting, _ in VALUES])
+def test_a_setting_that_cannot_be_is_one_line_and_leaves_the_workdir_alone(
+  main, untouched, setting, message
+):
+  assert message in error_of(main(DEBUG, f'--workdir={untouched}', f'--config.{setting}'))
+
+
+def test_a_batch_that_does_not_divide_among_the_devices(main, tmp_path):
+  three = {'XLA_FLAGS': '--xla_force_host_platform_device_count=3'}
+  error = error_of(main(DEBUG, f'--workdir={tmp_path}/w', **three))
+  assert error == 'config.batch_size=16 is not divisible by 3 devices; try 15 or 18'
+  flags = ('--config.batch_size=18', '--config.knn.batch_size=20')
+  error = error_of(main(DEBUG, f'--workdir={tmp_path}/w', *flags, **three))
+  assert error == 'config.knn.batch_size=20 is not divisible by 3 devices; try 18 or 21'
+  assert not (tmp_path / 'w').exists()
+
+
+def test_data_that_tfds_prepared_as_tfrecord(main, tmp_path):
+  folder = tmp_path / 'imagenet2012' / '5.1.0'
+  folder.mkdir(parents=True)
+  (folder / 'dataset_info.json').write_text('{"fileFormat": "tfrecord", "name": "imagenet2012"}')
+  flags = ('--config.data.name=imagenet2012', f'--config.data.data_dir={tmp_path}')
+  error = error_of(main(DEBUG, f'--workdir={tmp_path}/w', *flags))
+  assert f'imagenet2012 in {folder} is stored as tfrecord' in error
+  assert 'python -m hivit_jax.tools.prepare imagenet2012' in error
+
+
+@pytest.mark.parametrize('below', ['', 'deeper'])
+def test_a_workdir_that_is_a_file(main, tmp_path, below):
+  (tmp_path / 'file').write_text('mine')
+  error = error_of(main(DEBUG, f'--workdir={tmp_path / "file" / below}'))
+  assert 'Not a directory; choose another --workdir' in error
+  assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_a_workdir_that_cannot_be_written_to(main):
+  assert 'choose another --workdir' in error_of(main(DEBUG, '--workdir=/proc/run'))
+
+
+def test_the_default_workdir_is_named_after_config_and_variant(main, tmp_path):
+  # Two variants in one directory would be one run that changes its mind.
+  (tmp_path / 'workdirs').write_text('in the way')
+  (tmp_path / 'main.py').write_text((ROOT / 'main.py').read_text())
+  os.symlink(ROOT / 'configs', tmp_path / 'configs')
+  done = subprocess.run(
+    [sys.executable, 'main.py', DEBUG],
+    cwd=tmp_path,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert f'{tmp_path}/workdirs/demo_debug/checkpoints' in error_of(
+    Ended(done.returncode, done.stderr)
+  )
+
+
+# The config file
+
+
+def test_no_config(main):
+  assert error_of(main()) == 'which config? For a first run: --config=configs/demo.py'
+
+
+def test_arguments_that_are_no_flags(main):
+  assert 'unexpected argument "batch_size=4"' in error_of(main(DEBUG, 'batch_size=4'))
+  assert "Unknown command line flag 'workdi'. Did you mean: workdir" in error_of(
+    main(DEBUG, '--workdi=x')
+  )
+
+
+@pytest.mark.parametrize(
+  ('config', 'message'),
+  [
+    ('configs/nope.py', '--config=configs/nope.py: there is no file configs/nope.py'),
+    ('configs', 'there is no file configs'),
+    ('pyproject.toml', 'pyproject.toml is not a Python file'),
+    ('main.py', '--config=main.py: main.py, line'),
+    ('hivit_jax/errors.py', 'hivit_jax/errors.py has no function get_config()'),
+    ('configs/demo.py:debg', 'unknown variant ":debg"; known: debug'),
+    ('configs/mae_hivit_b.py:1200', 'unknown variant ":1200"; known: 300, 800, 1600'),
+    ('configs/base.py:debug', 'configs/base.py has no variants; leave out ":debug"'),
+  ],
+)
+@pytest.mark.parametrize('form', ['--config={}', '-config {}'])
+def test_a_config_that_is_not_there(main, tmp_path, config, message, form):
+  flags = form.format(config).split(' ')
+  assert message in error_of(main(*flags, f'--workdir={tmp_path}/w'))
+  assert not (tmp_path / 'w').exists()
+
+
+BASE = 'from configs import base\n\n\ndef get_config():\n  config = base.get_config()\n'
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('x = 1\ndef get_config(:\n', 'mine.py, line 2: SyntaxError: invalid syntax'),
+    ('import nosuch\n', "mine.py, line 1: ModuleNotFoundError: No module named 'nosuch'"),
+    ('def get_config():\n  return 1 / 0\n', 'mine.py, line 2: ZeroDivisionError'),
+    ('def get_config():\n  return {}\n', 'get_config() in {} returned dict, no ConfigDict'),
+    (BASE + '  config.bach_size = 4\n  return config\n', 'line 6: AttributeError: Key "bach_size"'),
+    (BASE + '  config.bach_size = 4\n  return config\n', 'Did you mean "batch_size"'),
+    (BASE + '  config.epochs = "x"\n  return config\n', 'mine.py, line 6: TypeError: '),
+    (BASE, 'returned NoneType, no ConfigDict'),
+  ],
+)
+@pytest.mark.parametrize('override', [(), ('--config.seed=1',)])
+def test_a_mistake_in_a_config_file_is_told_with_its_line(main, tmp_path, text, message, override):
+  file = tmp_path / 'mine.py'
+  file.write_text(text)
+  error = error_of(main(f'--config={file}', f'--workdir={tmp_path}/w', *override))
+  assert message.replace('{}', str(file)) in error
+  assert error.startswith(f'--config={file}: ')
+  assert 'Other fields' not in error
+
+
+# The process
+
+
+def test_help_is_quick_and_names_the_flags():
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  done = subprocess.run(
+    [sys.executable, 'main.py', '--help'], cwd=ROOT, capture_output=True, text=True, timeout=60
+  )
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  assert '--config' in done.stdout
+  assert '--workdir' in done.stdout
+  assert after.ru_utime - before.ru_utime < 1  # of CPU: it must not import JAX
+
+
+def test_a_process_of_its_own_ends_in_the_same_way(tmp_path):
+  done = subprocess.run(
+    [sys.executable, 'main.py', DEBUG, '--config.typo=1', f'--workdir={tmp_path}/w'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert error_of(Ended(done.returncode, done.stderr)).startswith('--config.typo: config has no')
+  assert done.stdout == ''
+  assert not pathlib.Path(tmp_path / 'w').exists()

@@ -1,0 +1,348 @@
+"""The training loop with a model of one number, whose every step and delay the tests decide."""
+
+import contextlib
+import os
+import queue
+import signal
+import threading
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hivit_jax.errors import Stopped
+from hivit_jax.train import loop, sharding
+
+BATCH = 4
+
+
+def add_batch(state, batch):
+  """A step that adds the batch's number to the parameter; the loss is that number."""
+  number = batch['image'].mean()
+  metrics = dict.fromkeys(('loss', 'grad_norm', 'param_norm', 'learning_rate'), number)
+  return {'params': state['params'] + number}, metrics
+
+
+def slowly(seconds, at=lambda step: True):
+  """`add_batch` that takes its time at some steps."""
+
+  def step(state, batch):
+    if at(batch['image'][0, 0]):
+      time.sleep(seconds)
+    return add_batch(state, batch)
+
+  return step
+
+
+class Batches:
+  """The batch of step s is full of the number s."""
+
+  def __init__(self, start: int, wait=lambda step: None):
+    self._step, self._wait = start, wait
+    self.broken: dict[int, str] = {}
+
+  def __next__(self):
+    self._step += 1
+    self._wait(self._step)
+    return {'image': np.full((BATCH, 1), self._step, np.float32)}
+
+
+class Writer:
+  def __init__(self):
+    self.rows: dict[int, dict] = {}
+
+  def write(self, step, metrics):
+    self.rows.setdefault(step, {}).update(metrics)
+
+  def column(self, name):
+    return {step: row[name] for step, row in self.rows.items() if name in row}
+
+
+class Progress:
+  def __init__(self):
+    self.shown = []
+
+  def update(self, step, metrics):
+    self.shown.append((step, list(metrics)))
+
+
+class Checkpoints:
+  def __init__(self, seconds: float):
+    self.saved: dict[int, tuple[float, dict]] = {}
+    self._seconds = seconds
+
+  def save(self, step, state, metadata, *, wait):
+    time.sleep(self._seconds)
+    self.saved[step] = float(state['params']), metadata
+
+  def wait(self):
+    pass
+
+  def latest_step(self):
+    return max(self.saved, default=None)
+
+  def path(self, step):
+    return f'checkpoints/{step}'
+
+
+class Run:
+  """`loop.run` and what it was given."""
+
+  def __init__(self, step=add_batch, *, wait=lambda step: None, saving_seconds=0.0, **options):
+    start = options.get('start_step', 0)
+    self.writer, self.progress = Writer(), Progress()
+    self.checkpoints = Checkpoints(saving_seconds)
+    self.batches = Batches(start, wait)
+    self._options = {
+      'state': {'params': jnp.asarray(start * (start + 1) / 2)},
+      'train_step': step,
+      'batches': self.batches,
+      'mesh': sharding.make_mesh(1),
+      'start_step': 0,
+      'total_steps': 10,
+      'batch_size': BATCH,
+      'epochs_per_step': 0.25,
+      'hooks': [],
+      'evaluated': False,
+      'checkpoints': self.checkpoints,
+      'metadata': {'config': 'c'},
+      'save_every': 5,
+      'writer': self.writer,
+      'progress': self.progress,
+      'log_every': 3,
+    } | options
+
+  def __call__(self):
+    return loop.run(**self._options)
+
+
+# Steps and metrics
+
+
+def test_every_batch_is_used_once():
+  assert Run()()['params'] == sum(range(1, 11))
+
+
+def test_a_row_is_the_mean_of_the_steps_since_the_row_before():
+  run = Run()
+  run()
+  # Rows at multiples of 3, and at 5 and 10, where a checkpoint looks at the metrics first.
+  assert run.writer.column('train/loss') == {3: 2, 5: 4.5, 6: 6, 9: 8, 10: 10}
+  assert run.writer.column('train/learning_rate') == {3: 3, 5: 5, 6: 6, 9: 9, 10: 10}
+  assert run.writer.column('train/epoch') == {3: 0.75, 5: 1.25, 6: 1.5, 9: 2.25, 10: 2.5}
+
+
+def test_metrics_are_fetched_one_interval_late_so_that_the_device_need_not_wait():
+  rows_at = {}
+
+  def step(state, batch):
+    rows_at[int(batch['image'][0, 0])] = list(run.writer.rows)
+    return add_batch(state, batch)
+
+  run = Run(step, save_every=None)
+  run()
+  assert [rows_at[s] for s in (6, 7, 9, 10)] == [[], [3], [3], [3, 6]]
+  assert list(run.writer.rows) == [3, 6, 9, 10]
+
+
+def test_images_per_second_leave_out_compiling_evaluating_and_saving():
+  compiling = slowly(0.5, at=lambda step: step == 1)
+  run = Run(
+    lambda state, batch: slowly(0.02)(compiling(state, batch)[0], batch),
+    hooks=[loop.Hook(4, lambda step, params: time.sleep(0.5))],
+    saving_seconds=0.5,
+    total_steps=12,
+    save_every=6,
+    log_every=4,
+  )
+  run()
+  rates = run.writer.column('train/images_per_second')
+  assert list(rates) == [4, 6, 8, 12]
+  # A step of 0.02 s makes 200 images a second; half a second among a row's steps, under 32.
+  assert all(40 < rate <= BATCH / 0.02 for rate in rates.values()), rates
+
+
+def test_the_first_step_alone_which_compiles_has_no_rate():
+  run = Run(log_every=1, total_steps=2)
+  run()
+  assert list(run.writer.column('train/images_per_second')) == [2]
+  assert run.progress.shown == [(1, ['loss']), (2, ['loss', 'images/s'])]
+
+
+def test_the_share_of_the_time_that_data_is_waited_for():
+  starved = Run(wait=lambda step: time.sleep(0.03), save_every=None)
+  starved()
+  assert all(v > 0.7 for v in starved.writer.column('train/data_wait_fraction').values())
+  busy = Run(slowly(0.03), save_every=None)
+  busy()
+  assert all(v < 0.3 for v in busy.writer.column('train/data_wait_fraction').values())
+
+
+def test_broken_images_are_a_metric_once_there_are_any():
+  run = Run(
+    wait=lambda step: run.batches.broken.update({7: 'a.jpg'}) if step == 8 else None,
+    save_every=None,
+  )
+  run()
+  assert run.writer.column('train/broken_images') == {9: 1, 10: 1}
+
+
+# Hooks and checkpoints
+
+
+def test_hooks_run_at_the_start_at_their_steps_and_at_the_end():
+  seen = []
+
+  def hook(step, params):
+    seen.append((step, float(params)))
+    return {'eval/x': step}
+
+  run = Run(hooks=[loop.Hook(4, hook)])
+  run()
+  assert seen == [(0, 0), (4, 10), (8, 36), (10, 55)]
+  assert run.writer.column('eval/x') == {0: 0, 4: 4, 8: 8, 10: 10}
+
+
+@pytest.mark.parametrize(('evaluated', 'steps'), [(True, [8, 10]), (False, [4, 8, 10])])
+def test_a_continued_run_repeats_the_hooks_of_its_start_only_if_they_were_not_done(
+  evaluated, steps
+):
+  seen = []
+  hook = loop.Hook(4, lambda step, params: seen.append(step))
+  Run(hooks=[hook], start_step=4, evaluated=evaluated)()
+  assert seen == steps
+
+
+def test_checkpoints_are_saved_at_their_steps_and_at_the_end_with_what_they_are():
+  run = Run(save_every=4)
+  run()
+  assert {step: total for step, (total, _) in run.checkpoints.saved.items()} == {4: 10, 8: 36, 10: 55}
+  expected = {'config': 'c', 'step': 8, 'epoch': 2.0, 'evaluated': True}
+  assert run.checkpoints.saved[8][1] == expected
+  run = Run(save_every=None)
+  run()
+  assert list(run.checkpoints.saved) == [10]
+
+
+# Not finite
+
+
+@pytest.mark.parametrize('metric', ['loss', 'grad_norm', 'param_norm'])
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+@pytest.mark.parametrize('bad', [1, 6, 8, 10])
+def test_nothing_is_saved_or_evaluated_that_is_not_finite(metric, value, bad):
+  def step(state, batch):
+    state, metrics = add_batch(state, batch)
+    spoilt = {metric: jnp.where(batch['image'][0, 0] == bad, value, 1.0)}
+    return state, metrics | spoilt
+
+  seen = []
+  hooks = [loop.Hook(2, lambda step, params: seen.append(step))]
+  run = Run(step, hooks=hooks, save_every=2)
+  with pytest.raises(loop.NonFiniteLoss, match=f'at step {bad}: .*{metric} {value}') as error:
+    run()
+  good = (bad - 1) // 2 * 2
+  assert run.checkpoints.latest_step() == (good or None)
+  assert seen == list(range(0, bad, 2))
+  last = f'the last good checkpoint is checkpoints/{good}' if good else 'no checkpoint was saved'
+  assert last in str(error.value)
+
+
+# Signals
+
+
+@contextlib.contextmanager
+def signal_in(seconds: float, number: signal.Signals = signal.SIGTERM):
+  """Sends this process a signal after a while, as a scheduler would."""
+  before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
+  timer.start()
+  yield
+  timer.join()
+  assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_a_step_stops_after_it_with_a_checkpoint(number):
+  run = Run(slowly(0.5, at=lambda step: step == 7))
+  with signal_in(0.2, number), pytest.raises(Stopped) as stop:
+    run()
+  assert run.checkpoints.saved[7] == (
+    28,
+    {'config': 'c', 'step': 7, 'epoch': 1.75, 'evaluated': True},
+  )
+  assert str(stop.value) == (
+    f'{number.name}: stopped at step 7, saved checkpoints/7; '
+    'the same command continues from there'
+  )
+  assert list(run.writer.rows) == [3, 5, 6, 7]
+
+
+def test_a_signal_during_the_first_step_stops_after_it():
+  run = Run(slowly(0.5))
+  with signal_in(0.2), pytest.raises(Stopped, match='stopped at step 1,'):
+    run()
+
+
+def test_a_signal_while_data_is_waited_for_is_honoured_at_once():
+  def wait(step):
+    if step == 8:
+      queue.Queue().get()  # for ever
+
+  run = Run(wait=wait)
+  start = time.perf_counter()
+  with signal_in(0.3), pytest.raises(Stopped, match='stopped at step 7,'):
+    run()
+  assert time.perf_counter() - start < 5
+  total, metadata = run.checkpoints.saved[7]
+  assert total == 28
+  assert metadata['evaluated']
+
+
+@pytest.mark.parametrize('at', [0, 4])
+def test_a_signal_interrupts_an_evaluation_which_the_continued_run_repeats(at):
+  def hook(step, params):
+    if step == at:
+      queue.Queue().get()
+    return {'eval/x': step}
+
+  first = loop.Hook(4, lambda step, params: {'eval/first': step})
+  run = Run(hooks=[first, loop.Hook(4, hook)])
+  with signal_in(0.3), pytest.raises(Stopped, match=f'stopped at step {at},'):
+    run()
+  total, metadata = run.checkpoints.saved[at]
+  assert total == at * (at + 1) / 2
+  assert not metadata['evaluated']
+  assert at not in run.writer.column('eval/x')
+  again = Run(hooks=[loop.Hook(4, lambda step, params: {'eval/x': step})], start_step=at)
+  again()
+  assert at in again.writer.column('eval/x')
+
+
+def test_a_signal_during_a_step_that_is_to_be_evaluated_leaves_that_to_the_continued_run():
+  run = Run(
+    slowly(0.5, at=lambda step: step == 4), hooks=[loop.Hook(4, lambda step, params: {})]
+  )
+  with signal_in(0.2), pytest.raises(Stopped, match='stopped at step 4,'):
+    run()
+  assert not run.checkpoints.saved[4][1]['evaluated']
+
+
+def test_a_signal_at_the_very_end_lets_the_run_finish():
+  def hook(step, params):
+    if step == 10:
+      time.sleep(0.5)
+    return {'eval/x': step}
+
+  run = Run(hooks=[loop.Hook(100, hook)])
+  with signal_in(0.2):
+    assert run()['params'] == 55
+  assert run.writer.column('eval/x') == {0: 0, 10: 10}
+  assert run.checkpoints.saved[10][1]['evaluated']
+
+
+def test_the_same_signal_passed_on_twice_still_saves():
+  run = Run(slowly(0.6, at=lambda step: step == 7))
+  with signal_in(0.2), signal_in(0.3), pytest.raises(Stopped, match='stopped at step 7,'):
+    run()

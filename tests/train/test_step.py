@@ -1,0 +1,189 @@
+"""The training step: what it computes, in how many parts, and where its randomness comes from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import hivit_jax
+from hivit_jax.interop import torch_names
+from hivit_jax.tasks.mae import MAETask
+from hivit_jax.train import optim, sharding, step
+from hivit_jax.train.schedules import warmup_cosine
+from tests.helpers import assert_close, assert_trees_close, random_model
+
+MODEL = {
+  'image_size': (32, 64), 'embed_dim': 16, 'depths': (1, 1, 1), 'num_heads': 2,
+  'decoder_embed_dim': 8, 'decoder_depth': 1, 'decoder_num_heads': 2, 'drop_path_rate': 0.5,
+}  # fmt: skip
+BATCH = 8
+TASK = MAETask(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+ADAMW = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.3, 'clip_norm': None}
+QUICK = {'xla_backend_optimization_level': '0'}
+
+
+class Recording(MAETask):
+  """The task, telling the random numbers of a step with its metrics."""
+
+  def loss(self, model, batch):
+    value, metrics = super().loss(model, batch)
+    return value, metrics | {key: batch[key] for key in ('noise', 'drop_path_noise')}
+
+
+def _batch(seed: int = 0) -> dict:
+  images = np.random.default_rng(seed).integers(0, 256, (BATCH, 32, 64, 3), np.uint8)
+  return {'image': images}
+
+
+def _sgd(_):
+  return optax.identity()
+
+
+def _adamw(params, **options):
+  return optim.adamw(params, rules=optim.PRETRAIN_RULES, **ADAMW | options)
+
+
+def _training(make_optimizer=_adamw, *, task=TASK, seed=0, schedule=lambda _: 0.1, **options):
+  """A state at step 0 and the step."""
+  graphdef, params = random_model('mae_hivit_tiny', **MODEL)
+  tx = make_optimizer(params)
+  state = {
+    'step': jnp.zeros((), jnp.int32),
+    'params': params,
+    'opt_state': jax.jit(tx.init)(params),
+  }
+  options = {'epochs_per_step': 0.5, 'seed': seed, 'compiler_options': QUICK} | options
+  return state, step.make_train_step(graphdef, task, tx, schedule, **options)
+
+
+def _remembering(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`tx`, with the last gradients in its state."""
+
+  def update(grads, state, params=None):
+    updates, inner = tx.update(grads, state[0], params)
+    return updates, (inner, grads)
+
+  return optax.GradientTransformation(
+    lambda params: (tx.init(params), jax.tree.map(jnp.zeros_like, params)), update
+  )
+
+
+def test_five_steps_equal_those_of_torch_adamw():
+  torch = pytest.importorskip('torch')
+  state, train_step = _training(
+    lambda params: _remembering(_adamw(params)),
+    schedule=warmup_cosine(
+      lr=0.05, end_lr=0.01, warmup_start_lr=0.02, warmup_epochs=1.0, epochs=3.0
+    ),
+  )
+  start = jax.device_get(torch_names.flatten(state['params']))
+  theirs = {path: torch.nn.Parameter(torch.tensor(value)) for path, value in start.items()}
+  frozen = ('decoder_pos_embed',)
+  groups = [
+    [p for path, p in theirs.items() if path != frozen and (p.ndim > 1) == decay]
+    for decay in (True, False)
+  ]
+  adamw = torch.optim.AdamW(
+    [{'params': groups[0], 'weight_decay': 0.3}, {'params': groups[1], 'weight_decay': 0.0}],
+    betas=(0.9, 0.95),
+    eps=1e-8,
+  )
+  # By hand: half an epoch a step, one epoch of warmup, then a cosine over two.
+  rates = [0.02, 0.035, 0.05, 0.01 + 0.02 * (1 + np.cos(np.pi / 4)), 0.03]
+  for number, rate in enumerate(rates):
+    state, metrics = train_step(state, _batch(number))
+    np.testing.assert_allclose(metrics['learning_rate'], rate, rtol=1e-5)
+    grads = jax.device_get(torch_names.flatten(state['opt_state'][1]))
+    for path, p in theirs.items():
+      p.grad = torch.tensor(grads[path])
+    for group in adamw.param_groups:
+      group['lr'] = rate
+    adamw.step()
+    norm = np.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in grads.values()))
+    np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-5)
+  assert state['step'] == 5
+  ours = jax.device_get(torch_names.flatten(state['params']))
+  for path, p in theirs.items():
+    assert_close(ours[path], p.detach().numpy(), relative=2e-6, name='/'.join(path))
+    if path != frozen:
+      assert np.abs(ours[path] - start[path]).max() > 0.05
+  np.testing.assert_array_equal(ours[frozen], start[frozen])
+
+
+def test_accumulated_steps_equal_those_of_the_large_batch():
+  """With drop path and masks: every example gets the same numbers in whatever part it is. What is
+  clipped is the sum of the parts; the norm that is reported is the one before."""
+  results = {}
+  for parts in (1, 4):
+    state, train_step = _training(
+      lambda _: optax.clip_by_global_norm(0.5), schedule=lambda _: 0.3, accumulate_steps=parts
+    )
+    told = []
+    for number in range(3):
+      before = jax.device_get(state['params'])
+      state, metrics = train_step(state, _batch(number))
+      told.append([metrics['loss'], metrics['grad_norm']])
+      moved = optax.tree.norm(jax.tree.map(np.subtract, jax.device_get(state['params']), before))
+      assert metrics['grad_norm'] > 0.6
+      np.testing.assert_allclose(moved, 0.3 * 0.5, rtol=1e-4)
+    results[parts] = told, state['params']
+  np.testing.assert_allclose(results[4][0], results[1][0], rtol=2e-6)
+  assert_trees_close(results[4][1], results[1][1], relative=2e-6)
+
+
+def test_randomness_is_a_function_of_seed_and_step():
+  fresh, train_step = _training(_sgd, task=Recording(TASK.mean, TASK.std), seed=1)
+  _, other_seed = _training(_sgd, task=Recording(TASK.mean, TASK.std), seed=2)
+
+  def numbers(train_step, steps, start=0):
+    """Of the last of some steps; state and images depend on where they start."""
+    state = jax.tree.map(jnp.copy, fresh) | {'step': jnp.asarray(start, jnp.int32)}
+    for number in range(steps):
+      state, metrics = train_step(state, _batch(10 * start + number))
+    return {key: np.asarray(metrics[key]) for key in ('noise', 'drop_path_noise')}
+
+  fourth = numbers(train_step, 4)
+  jax.tree.map(np.testing.assert_array_equal, fourth, numbers(train_step, 1, start=3))
+  assert fourth['noise'].shape == (BATCH, 8)
+  assert fourth['drop_path_noise'].shape == (BATCH, 5, 2)
+  for others in (numbers(train_step, 1, start=2), numbers(other_seed, 1, start=3)):
+    for key, values in fourth.items():
+      assert len({row.tobytes() for row in values}) == BATCH  # every example has its own
+      assert (values != others[key]).all()
+  assert not np.isin(fourth['noise'], fourth['drop_path_noise']).any()
+
+
+def test_drop_path_numbers_are_only_drawn_when_needed():
+  graphdef, params = random_model('mae_hivit_tiny', **MODEL | {'drop_path_rate': 0.0})
+  prepared = TASK.prepare(nnx.merge(graphdef, params), _batch(), jax.random.key(0))
+  assert set(prepared) == {'image', 'noise'}
+
+
+def test_the_state_is_donated_and_the_loss_falls():
+  state, train_step = _training(schedule=lambda _: 0.003)
+  losses = []
+  for _ in range(12):
+    old = state
+    state, metrics = train_step(state, _batch())
+    losses.append(metrics['loss'])
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old['params']))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old['opt_state']))
+  assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.05
+  assert metrics['loss'].shape == ()
+  np.testing.assert_allclose(metrics['param_norm'], optax.tree.norm(state['params']), rtol=1e-5)
+
+
+def test_initial_state_is_what_the_abstract_one_says():
+  """Checkpoints are restored by the abstract state: structure, shapes, types and places agree."""
+  mesh = sharding.make_mesh(1)
+  sizes = MODEL | {'image_size': 32, 'embed_dim': 8}
+  create = lambda: hivit_jax.create_model('mae_hivit_tiny', **sizes)  # noqa: E731
+  _, tx, abstract = step.abstract_state(create, _adamw, mesh)
+  state = step.init_state(create, tx, mesh)
+  describe = lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding)  # noqa: E731
+  assert jax.tree.map(describe, state) == jax.tree.map(describe, abstract)
+  assert state['step'] == 0
+  model = nnx.to_pure_dict(nnx.state(create()))
+  jax.tree.map(np.testing.assert_array_equal, state['params'], model)

@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.hifeat = True  # decode from all three stages
   config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
   config.model.remat = False  # recompute activations: less memory, about a third more time
-  config.model.scan = False  # compile the main block once instead of once a layer: faster start, slower steps
+  config.model.scan = False  # compile the main block once, not once a layer: slower on CPUs
 
   config.data = ml_collections.ConfigDict()
   config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, or folder:/path

@@ -1,4 +1,4 @@
-"""MAE pretraining of HiViT-L on ImageNet-1k (arXiv 2205.14949). Variants: :300 :800 :1600 :debug."""
+"""MAE pretraining of HiViT-L on ImageNet (arXiv 2205.14949); variants :300 :800 :1600 :debug."""
 
 from configs import base
 

@@ -78,7 +78,7 @@ class Process:
   """A running command. What it says goes to a file, so that it never waits for us."""
 
   def __init__(self, command: list[str], environment: Mapping[str, str]):
-    self._log = tempfile.NamedTemporaryFile(prefix='run', suffix='.log')
+    self._log = tempfile.NamedTemporaryFile(prefix='run', suffix='.log')  # noqa: SIM115
     self._process = subprocess.Popen(
       command, cwd=ROOT, env=environment, stdout=self._log, stderr=subprocess.STDOUT
     )

@@ -176,7 +176,8 @@ def test_a_model_that_does_not_fit_the_checkpoint_is_refused(runs, finished):
   done = runs.train(finished.workdir, model__embed_dim=64)
   assert done.returncode == 2
   assert done.stderr.count('\n') == 1
-  assert done.stderr.startswith(f'error: the checkpoint {finished.workdir}/checkpoints/{STEPS} does')
+  newest = finished.workdir / 'checkpoints' / str(STEPS)
+  assert done.stderr.startswith(f'error: the checkpoint {newest} does')
   assert 'model.embed_dim: 32 -> 64' in done.stderr
   assert 'another --workdir' in done.stderr
   assert content(finished.workdir) == before

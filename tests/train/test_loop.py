@@ -217,7 +217,8 @@ def test_a_continued_run_repeats_the_hooks_of_its_start_only_if_they_were_not_do
 def test_checkpoints_are_saved_at_their_steps_and_at_the_end_with_what_they_are():
   run = Run(save_every=4)
   run()
-  assert {step: total for step, (total, _) in run.checkpoints.saved.items()} == {4: 10, 8: 36, 10: 55}
+  saved = {step: total for step, (total, _) in run.checkpoints.saved.items()}
+  assert saved == {4: 10, 8: 36, 10: 55}
   expected = {'config': 'c', 'step': 8, 'epoch': 2.0, 'evaluated': True}
   assert run.checkpoints.saved[8][1] == expected
   run = Run(save_every=None)
@@ -273,8 +274,7 @@ def test_a_signal_during_a_step_stops_after_it_with_a_checkpoint(number):
     {'config': 'c', 'step': 7, 'epoch': 1.75, 'evaluated': True},
   )
   assert str(stop.value) == (
-    f'{number.name}: stopped at step 7, saved checkpoints/7; '
-    'the same command continues from there'
+    f'{number.name}: stopped at step 7, saved checkpoints/7; the same command continues from there'
   )
   assert list(run.writer.rows) == [3, 5, 6, 7]
 
@@ -321,9 +321,7 @@ def test_a_signal_interrupts_an_evaluation_which_the_continued_run_repeats(at):
 
 
 def test_a_signal_during_a_step_that_is_to_be_evaluated_leaves_that_to_the_continued_run():
-  run = Run(
-    slowly(0.5, at=lambda step: step == 4), hooks=[loop.Hook(4, lambda step, params: {})]
-  )
+  run = Run(slowly(0.5, at=lambda step: step == 4), hooks=[loop.Hook(4, lambda step, params: {})])
   with signal_in(0.2), pytest.raises(Stopped, match='stopped at step 4,'):
     run()
   assert not run.checkpoints.saved[4][1]['evaluated']

@@ -108,7 +108,8 @@ def test_the_command_named_at_the_end_works_with_a_picture_of_ones_own(runs, fin
   done = runs.finish([sys.executable, *words[1:]])
   assert done.returncode == 0, done.stderr
   assert done.stdout == f'wrote {workdir}/reconstruction.png\n'
-  assert Image.open(workdir / 'reconstruction.png').width > 4 * 32
+  with Image.open(workdir / 'reconstruction.png') as picture:
+    assert picture.width > 4 * 32
 
 
 # The same command again

@@ -11,7 +11,7 @@ from hivit_jax import models
 from hivit_jax.errors import UserError
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.tasks.mae import MAETask
-from hivit_jax.train import optim, schedules
+from hivit_jax.train import optim, schedules, weights
 
 _DTYPES = ('auto', 'float32', 'bfloat16')
 
@@ -45,6 +45,19 @@ def model_creator(config: ml_collections.ConfigDict) -> Callable[[], Any]:
     return models.create_model(config.model.name, seed=config.seed, **arguments)
 
   return create
+
+
+def initial_model(config: ml_collections.ConfigDict) -> Callable[[], Any]:
+  """Returns a function that builds the config's model with the weights of `config.init`."""
+  create, init = model_creator(config), config.init
+
+  def load():
+    model = create()
+    if init.path:
+      weights.load_weights(model, init.path, partial=init.partial, ema=init.ema)
+    return model
+
+  return load
 
 
 def task(config: ml_collections.ConfigDict) -> MAETask:

@@ -54,7 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   ) as checkpoints:
     restored = checkpoints.restore(abstract)
     if restored is None:
-      state, start = step.init_state(create, tx, mesh), 0
+      state, start = step.init_state(build.initial_model(config), tx, mesh), 0
       _log_overview(state['params'])
     else:
       state, start = restored.state, restored.step

@@ -68,12 +68,13 @@ def in_layout(
     raise UserError(f'layout "{layout}" is unknown; there are: {", ".join(LAYOUTS)}')
   needed = {'official': 'classifier', 'mae': 'mae', 'mmpretrain': 'classifier'}.get(layout)
   if needed and needed != kind:
-    fitting = 'mae' if kind == 'mae' else 'official' if kind == 'classifier' else 'backbone'
     what = {'mae': 'an MAE checkpoint', 'classifier': 'a classifier', 'backbone': 'a backbone'}
+    fitting = default_layout(state)
+    encoder = '' if kind == 'backbone' else ', or --layout=backbone for the encoder'
     raise UserError(
       f'{state.source} is {what[kind]}, and layout "{layout}" is {LAYOUTS[layout][0]}: '
-      f'use --layout={fitting}' + (', or --layout=backbone for the encoder' if kind != 'backbone' else '')
-    )  # fmt: skip
+      f'use --layout={fitting}{encoder}'
+    )
   arrays = {name: value for name, value in state.arrays.items() if not name.endswith(_INDEX)}
   if layout == 'backbone':
     arrays = {name: value for name, value in arrays.items() if name.startswith(_ENCODER)}

@@ -75,7 +75,9 @@ class LoadReport:
     if self.new:
       lines.append(f'  new, not in the file: {", ".join(self.new)}')
     if self.zeroed:
-      lines.append(f'  of these at zero, so that the encoder is unchanged: {len(self.zeroed)} tables')
+      lines.append(
+        f'  of these at zero, so that the encoder is unchanged: {len(self.zeroed)} tables'
+      )
     return '\n'.join(lines)
 
 
@@ -224,7 +226,9 @@ class _Sizes:
       if source == self._bias_grid:
         return value, None
       resized = resize.bias_table(value.astype(np.float32), source, self._bias_grid)
-      how = f'from {_text(source)} to {_text(self._bias_grid)} units, cubic over a geometric sequence'
+      how = (
+        f'from {_text(source)} to {_text(self._bias_grid)} units, cubic over a geometric sequence'
+      )
       return resized, how
     return value, None
 
@@ -316,4 +320,6 @@ def _cause(model, state: StateDict, missing, unused, partial: bool) -> str:
       'The checkpoint and the model differ in relative position bias: create the model with '
       f'rpe={described.arguments["rpe"]}, or load with partial=True (--partial)'
     )
-  return 'What the two have in common outside the encoder can be loaded with partial=True (--partial)'
+  return (
+    'What the two have in common outside the encoder can be loaded with partial=True (--partial)'
+  )

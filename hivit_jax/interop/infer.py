@@ -75,7 +75,9 @@ def _describe(arrays: Mapping[str, np.ndarray], source: str, known: dict[str, An
   patch, channels, *_ = shape['patch_embed.proj.weight']
   width = shape['absolute_pos_embed'][2]
   if patch * 4 != width:
-    raise UserError(f'{source} is not a HiViT checkpoint: its stages have {patch}, {width} channels')
+    raise UserError(
+      f'{source} is not a HiViT checkpoint: its stages have {patch}, {width} channels'
+    )
   stages = _stages(arrays)
   main = sum(stages[:2]) + 2  # index of the first main block
   fc1 = shape[f'blocks.{main}.mlp.fc1.weight']

@@ -98,5 +98,3 @@ def _explain(path: Any, error: Exception) -> UserError:
     f'{path} is not a PyTorch checkpoint, or is damaged (an incomplete download?): '
     f'{text.splitlines()[0][:120] if text else type(error).__name__}'
   )
-
-

@@ -370,7 +370,9 @@ class HiViTEncoder(nnx.Module):
     local = [window_size is not None and i not in global_blocks for i in range(self.depths[2])]
     for is_local, run in itertools.groupby(range(self.depths[2]), key=local.__getitem__):
       indices = list(run)
-      x = apply(start + indices[0], start + indices[-1] + 1, 2, x, window_size if is_local else None)
+      x = apply(
+        start + indices[0], start + indices[-1] + 1, 2, x, window_size if is_local else None
+      )
     maps[3] = x.reshape(b, *grid, -1)
     rows, columns = grid[0] // 2, grid[1] // 2
     cells = maps[3][:, : 2 * rows, : 2 * columns].reshape(b, rows, 2, columns, 2, -1)

@@ -28,7 +28,9 @@ _MODEL = flags.DEFINE_string('model', None, 'Name of the model; default: told fr
 _EMA = flags.DEFINE_bool('ema', False, 'Take the exponential moving average of the weights.')
 _PARTIAL = flags.DEFINE_bool('partial', False, 'Leave out what the model has no place for.')
 _NUM_HEADS = flags.DEFINE_integer('num_heads', None, 'Of the encoder, if not of 64 channels each.')
-_DECODER_NUM_HEADS = flags.DEFINE_integer('decoder_num_heads', None, "Of an MAE's decoder, if not 16.")
+_DECODER_NUM_HEADS = flags.DEFINE_integer(
+  'decoder_num_heads', None, "Of an MAE's decoder, if not 16."
+)
 _IMAGE_SIZE = flags.DEFINE_string('image_size', None, 'HEIGHTxWIDTH of images that are not square.')
 
 
@@ -36,7 +38,9 @@ def main(argv: list[str]) -> None:
   commands = {'from-torch': _from_torch, 'to-torch': _to_torch}
   given = argv[1] if len(argv) > 1 else ''
   if given not in commands:
-    raise UserError(f'unknown command "{given}"{suggest(given, commands)}; name from-torch or to-torch')
+    raise UserError(
+      f'unknown command "{given}"{suggest(given, commands)}; name from-torch or to-torch'
+    )
   if len(argv) != 3:
     raise UserError(f'{given} takes one file or directory, got {len(argv) - 2}')
   if _OUT.value is None:
@@ -75,7 +79,9 @@ def _from_torch(path: str, out: pathlib.Path) -> None:
     'converted_from': pathlib.Path(path).name,
   }
   if out.suffix == '.safetensors':
-    files.write(out, dict(torch_names.to_torch(*item) for item in values.items()), metadata=metadata)
+    files.write(
+      out, dict(torch_names.to_torch(*item) for item in values.items()), metadata=metadata
+    )
   else:
     _write_checkpoint(out, torch_names.unflatten(values), metadata)
   print(f'{report}\nwrote {name}, {_size(values)}, to {out}')
@@ -104,7 +110,9 @@ def _to_torch(path: str, out: pathlib.Path) -> None:
   state = weights.read(path, ema=_EMA.value)
   known = _known(state)
   described = infer.describe(state.arrays, state.source, **known)
-  state = state._replace(metadata=state.metadata | {'image_size': described.arguments['image_size']})
+  state = state._replace(
+    metadata=state.metadata | {'image_size': described.arguments['image_size']}
+  )
   arrays = exporter.in_layout(state, _LAYOUT.value, prefix=_PREFIX.value)
   layout = _LAYOUT.value or exporter.default_layout(state)
   what, key = exporter.LAYOUTS[layout]
@@ -118,7 +126,9 @@ def _to_torch(path: str, out: pathlib.Path) -> None:
       'layout': layout,
     },
   )
-  lost = sorted(set(state.arrays) & {'fc_norm.weight', 'fc_norm.bias'}) if layout == 'mmpretrain' else []
+  lost = (
+    sorted(set(state.arrays) & {'fc_norm.weight', 'fc_norm.bias'}) if layout == 'mmpretrain' else []
+  )
   note = f'; left out, mmpretrain has no place for it: {", ".join(lost)}' if lost else ''
   print(f'wrote {len(arrays)} arrays, {_size(arrays)}, for {what} to {out}{note}')
 

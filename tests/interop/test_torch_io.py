@@ -59,7 +59,10 @@ def test_code_that_comes_through_the_allowed_namespace_does_not_run(tmp_path):
   owned = tmp_path / 'owned'
   path = save(
     tmp_path / 'x.pth',
-    {'model': tensors(golden_state('hivit_norpe')), 'args': argparse.Namespace(a=Hostile(owned, ''))},
+    {
+      'model': tensors(golden_state('hivit_norpe')),
+      'args': argparse.Namespace(a=Hostile(owned, '')),
+    },
   )
   with pytest.raises(UserError, match='system'):
     files.read(path)
@@ -98,7 +101,7 @@ def test_damaged_and_foreign_files_have_one_clear_error(tmp_path):
     assert name in str(error.value)
     assert '\n' not in str(error.value)
   for missing in (tmp_path / 'none.pth', tmp_path):
-    with pytest.raises(UserError, match='does not exist|is not a file'):
+    with pytest.raises(UserError, match=r'does not exist|is not a file'):
       files.read(missing)
 
 

@@ -13,7 +13,13 @@ torch = pytest.importorskip('torch')
 
 @pytest.mark.parametrize(
   ('source', 'target'),
-  [((14, 14), (24, 24)), ((4, 4), (6, 10)), ((6, 10), (3, 7)), ((14, 14), (5, 5)), ((1, 1), (2, 3))],
+  [
+    ((14, 14), (24, 24)),
+    ((4, 4), (6, 10)),
+    ((6, 10), (3, 7)),
+    ((14, 14), (5, 5)),
+    ((1, 1), (2, 3)),
+  ],
 )
 def test_position_embeddings_are_resized_as_torch_does(source, target):
   embedding = np.random.default_rng(0).standard_normal((1, source[0] * source[1], 8), np.float32)
@@ -38,7 +44,8 @@ def stretched(source, target):
 
 
 @pytest.mark.parametrize(
-  ('source', 'target'), [((14, 14), (24, 24)), ((14, 14), (40, 40)), ((4, 6), (7, 5)), ((5, 5), (3, 9))]
+  ('source', 'target'),
+  [((14, 14), (24, 24)), ((14, 14), (40, 40)), ((4, 6), (7, 5)), ((5, 5), (3, 9))],
 )
 def test_bias_tables_are_cubic_splines_over_a_geometric_sequence(source, target):
   size = [2 * side - 1 for side in source]

@@ -1,6 +1,5 @@
 """The command that converts weights, and runs that start from converted ones."""
 
-import json
 import logging
 import subprocess
 import sys
@@ -150,4 +149,3 @@ def test_a_run_starts_from_converted_weights_at_another_image_size_by_config_alo
   for name in set(state) - {'absolute_pos_embed', 'decoder_pos_embed'}:
     np.testing.assert_array_equal(trained[name], state[name], err_msg=name)
   assert 'from 4x4 to 2x2 units' in caplog.text
-  assert json.loads((tmp_path / 'run' / 'config.json').read_text())['init']['path']

@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.embed_dim = config_dict.placeholder(int)
   config.model.depths = config_dict.placeholder(tuple)
   config.model.num_heads = config_dict.placeholder(int)
+  config.model.stem_blocks = config_dict.placeholder(tuple)  # MLPs of the first two stages (iTPN)
   config.model.rpe = config_dict.placeholder(bool)  # relative position bias
   config.model.drop_path_rate = 0.0
   config.model.decoder_embed_dim = config_dict.placeholder(int)
@@ -34,6 +35,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
   config.model.remat = False  # recompute activations: less memory, about a third more time
   config.model.scan = False  # compile the main block once, not once a layer: slower on CPUs
+
+  config.init = ml_collections.ConfigDict()  # weights to start from
+  config.init.path = config_dict.placeholder(str)  # .pth, .safetensors, checkpoint or workdir
+  config.init.partial = False  # take what fits: a pretrained encoder into a classifier
+  config.init.ema = False  # the averaged weights
 
   config.data = ml_collections.ConfigDict()
   config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, or folder:/path

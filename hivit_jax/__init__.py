@@ -1,13 +1,75 @@
 """HiViT and masked autoencoding in JAX."""
 
+from typing import Any
+
 __version__ = '0.1.0'
-__all__ = ['create_model', 'list_models']
+__all__ = ['create_model', 'list_models', 'load_weights']
+
+# Imports are inside: data workers and `main.py --help` import this package and must not wait for
+# JAX. This file stands above all others: it may import any part, no part imports it.
 
 
-def __getattr__(name: str):
-  # Lazy: data workers and `main.py --help` import this package and must not wait for JAX.
-  if name in __all__:
-    from hivit_jax import models
+def list_models() -> list[str]:
+  """Names that `create_model` accepts."""
+  from hivit_jax import models
 
-    return getattr(models, name)
-  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return models.list_models()
+
+
+def create_model(
+  name: str | None = None,
+  *,
+  seed: int = 0,
+  weights: Any = None,
+  partial: bool = False,
+  ema: bool = False,
+  **overrides: Any,
+) -> Any:
+  """Builds a model, with fresh parameters or with given ones.
+
+  Args:
+    name: one of `list_models()`; None: the model that `weights` are for.
+    seed: of the initialisation.
+    weights: path to load from, see `load_weights`.
+    partial: see `load_weights`.
+    ema: see `load_weights`.
+    **overrides: arguments of the model's class instead of the variant's: `image_size` (one side or
+      (height, width) in pixels), `num_classes`, `drop_path_rate`, `dtype`, ...
+
+  Returns:
+    A `flax.nnx.Module`.
+
+  Raises:
+    UserError: an unknown name or argument, values that do not fit, or weights that do not.
+  """
+  from hivit_jax import models
+  from hivit_jax.errors import UserError
+
+  if weights is None:
+    if name is None:
+      raise UserError('give the name of a model, or weights=')
+    return models.create_model(name, seed=seed, **overrides)
+  from flax import nnx
+
+  from hivit_jax.interop import importer, infer
+  from hivit_jax.train.weights import read
+
+  state = read(weights, ema=ema)
+  if name is None:
+    known = infer.hints(state.metadata) | overrides
+    name, overrides = infer.describe(state.arrays, state.source, **known)
+
+  def create():
+    return models.create_model(name, seed=seed, **overrides)
+
+  # Whatever is loaded need not be initialised before.
+  model = create() if partial else nnx.eval_shape(create)
+  importer.load_into(model, state, partial=partial)
+  return model
+
+
+def load_weights(model: Any, path: Any, **options: Any) -> Any:
+  """Loads weights into a model, in place: see `hivit_jax.train.weights.load_weights`."""
+  from hivit_jax.train import weights
+
+  return weights.load_weights(model, path, **options)

@@ -7,6 +7,7 @@ from typing import Any
 from flax import nnx
 
 from hivit_jax.errors import UserError, suggest
+from hivit_jax.models.backbone import HiViTBackbone
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.mae import MaskedAutoencoder
 
@@ -21,6 +22,7 @@ _SIZES = {
 # name -> (class, arguments of this variant)
 MODELS: dict[str, tuple[Callable[..., nnx.Module], dict[str, Any]]] = {
   **{f'hivit_{size}': (HiViT, arguments) for size, arguments in _SIZES.items()},
+  **{f'backbone_hivit_{size}': (HiViTBackbone, arguments) for size, arguments in _SIZES.items()},
   **{f'mae_hivit_{size}': (MaskedAutoencoder, arguments) for size, arguments in _SIZES.items()},
 }
 
@@ -59,6 +61,7 @@ def create_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
         + ', '.join(sorted(accepted))
       )
   arguments = {**arguments, **overrides}
-  if isinstance(arguments.get('image_size'), int):
-    arguments['image_size'] = (arguments['image_size'],) * 2
+  for key in ('image_size', 'bias_image_size'):
+    if isinstance(arguments.get(key), int):
+      arguments[key] = (arguments[key],) * 2
   return cls(**arguments, rngs=nnx.Rngs(seed))

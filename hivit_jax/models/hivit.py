@@ -10,19 +10,21 @@ The sub-patches of a unit are kept in an order in which both merges are reshapes
 see `unit_patches`.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.models import layers
+from hivit_jax.models import layers, resize, windows
 
 UNIT = 16  # pixels: side of a unit, the stride of the tokens
 PATCH = 4  # pixels: side of a sub-patch
 CELLS = UNIT // PATCH  # side of a unit's grid of sub-patches
+OVERHANG = 0.1  # units: of the published dense models, see `resize.position_embedding`
 
 
 def unit_grid(image_size: tuple[int, int]) -> tuple[int, int]:
@@ -90,6 +92,20 @@ def to_rows_and_columns(x: jax.Array) -> jax.Array:
   return x.reshape(b, k, 1, 1, c)
 
 
+class FeatureInfo(NamedTuple):
+  """One level of `HiViTEncoder.features`.
+
+  Attributes:
+    level: 1 to 4.
+    channels: C of the (B, h, w, C) map.
+    stride: pixels of the image from one cell to the next.
+  """
+
+  level: int
+  channels: int
+  stride: int
+
+
 class PatchEmbed(nnx.Module):
   """4x4 convolution of stride 4 within each unit, then LayerNorm."""
 
@@ -144,10 +160,13 @@ class HiViTEncoder(nnx.Module):
     channels: input channels.
     embed_dim: channels C of the main stage, a multiple of 4 and of `num_heads`.
     depths: see above.
+    stem_blocks: MLP blocks of the first two stages when `depths` does not say it, as in iTPN with
+      its odd numbers; None: `2 * depths[0]` and `2 * depths[1]`.
     num_heads: heads of the main stage.
     stem_mlp_ratio: hidden width of the MLP blocks, as a multiple of their channels.
     mlp_ratio: the same for the main stage.
     rpe: learn a relative position bias in every main block.
+    bias_image_size: (height, width) that the bias is for when it is not `image_size`.
     drop_path_rate: maximum; rates rise linearly from 0 over all blocks.
     remat: recompute activations in the backward pass.
     scan: run the main blocks as a `lax.scan`, see `layers.apply_blocks`.
@@ -163,10 +182,12 @@ class HiViTEncoder(nnx.Module):
     channels: int,
     embed_dim: int,
     depths: Sequence[int],
+    stem_blocks: Sequence[int] | None,
     num_heads: int,
     stem_mlp_ratio: float,
     mlp_ratio: float,
     rpe: bool,
+    bias_image_size: tuple[int, int] | None = None,
     drop_path_rate: float,
     remat: bool,
     scan: bool,
@@ -183,6 +204,7 @@ class HiViTEncoder(nnx.Module):
     self.channels = channels
     self.embed_dim = embed_dim
     self.depths = tuple(depths)
+    self.stem_blocks = tuple(stem_blocks or (2 * depths[0], 2 * depths[1]))
     self.remat = remat
     self.scan = scan
     self.patch_embed = PatchEmbed(channels, embed_dim // 4, rngs=rngs, dtype=dtype)
@@ -194,7 +216,7 @@ class HiViTEncoder(nnx.Module):
       width = embed_dim // 4 * 2**stage
       blocks += [
         layers.MlpBlock(width, mlp_ratio=stem_mlp_ratio, **options)
-        for _ in range(2 * depths[stage])
+        for _ in range(self.stem_blocks[stage])
       ]
       blocks.append(PatchMerge(width, **options))
     blocks += [
@@ -202,14 +224,14 @@ class HiViTEncoder(nnx.Module):
         embed_dim,
         num_heads,
         mlp_ratio=mlp_ratio,
-        grid=self.grid if rpe else None,
+        grid=unit_grid(bias_image_size or image_size) if rpe else None,
         table_init=table_init,
         **options,
       )
       for _ in range(depths[2])
     ]
     self.blocks = nnx.List(blocks)
-    count = 2 * depths[0] + 2 * depths[1] + depths[2]
+    count = sum(self.stem_blocks) + depths[2]
     self.drop_path_rates = tuple(drop_path_rate * i / max(count - 1, 1) for i in range(count))
 
   def drop_path_noise(self, rng: jax.Array, batch: int) -> jax.Array:
@@ -248,13 +270,12 @@ class HiViTEncoder(nnx.Module):
       position = position[0][ids]  # (B, K, C)
     x = self.patch_embed(units)
 
-    first, second = 2 * self.depths[0], 2 * self.depths[1]
     rates = self.drop_path_rates
     if noise is not None:
       noise = jnp.moveaxis(noise, 1, 0)  # (blocks, B, 2)
     stages = []
     start = 0
-    for i, depth in enumerate((first, second)):
+    for i, depth in enumerate(self.stem_blocks):
       x = layers.apply_blocks(
         self.blocks[start + i : start + i + depth],
         x,
@@ -271,12 +292,129 @@ class HiViTEncoder(nnx.Module):
       self.blocks[start + 2 :],
       x,
       ids,
+      self.grid,
       rates=rates[start:],
       noise=None if noise is None else noise[start:],
       remat=self.remat,
       scan=self.scan,
     )
     return (*stages, x)
+
+  @property
+  def feature_info(self) -> tuple[FeatureInfo, ...]:
+    """Channels and strides of the levels of `features`."""
+    channels = (self.embed_dim // 4, self.embed_dim // 2, self.embed_dim, self.embed_dim)
+    return tuple(FeatureInfo(i + 1, c, PATCH * 2**i) for i, c in enumerate(channels))
+
+  def features(
+    self,
+    images: jax.Array,
+    levels: Sequence[int] = (1, 2, 3, 4),
+    *,
+    window_size: int | None = None,
+    global_blocks: Sequence[int] = (),
+    noise: jax.Array | None = None,
+  ) -> tuple[jax.Array, ...]:
+    """Feature maps of strides 4, 8, 16 and 32 for dense tasks.
+
+    Level 1 is taken in the middle of the first stage and level 2 right after the first merge, as in
+    the published detectors; level 3 after the last block; level 4 is level 3, max-pooled 2x2 (an
+    odd last row or column is dropped). Position parameters are resized to the images' grid.
+
+    Args:
+      images: (B, H, W, channels) normalised images of any size that is a multiple of 16.
+      levels: which, in which order.
+      window_size: the main blocks attend within windows of so many units a side; None: globally.
+      global_blocks: main blocks, counted from 0, that attend globally all the same.
+      noise: from `drop_path_noise` in training; None (evaluation) switches drop path off.
+
+    Returns:
+      For each of `levels` (B, h, w, C), see `feature_info`.
+
+    Raises:
+      UserError: a size, level or block that there is not, or windows together with relative
+        position bias.
+    """
+    if images.ndim != 4 or images.shape[3] != self.channels:
+      raise ValueError(f'images must be (B, H, W, {self.channels}), got {images.shape}')
+    b, height, width, _ = images.shape
+    grid = unit_grid((height, width))
+    self._check_features(levels, grid, window_size, global_blocks)
+    rates = self.drop_path_rates
+    if noise is not None:
+      noise = jnp.moveaxis(noise, 1, 0)  # (blocks, B, 2)
+
+    def apply(start: int, stop: int, merges: int, x: jax.Array, side: int | None = None):
+      """Residual blocks `start` to `stop`, counted without the merges, `merges` of them before."""
+      part = None if noise is None else noise[start:stop]
+      if side is not None:
+        x = windows.split_windows(x, grid, side)
+        part = None if part is None else jnp.repeat(part, len(x) // b, axis=1)
+      blocks = self.blocks[start + merges : stop + merges]
+      args = (None, grid) if merges == 2 else ()
+      x = layers.apply_blocks(
+        blocks,
+        x,
+        *args,
+        rates=rates[start:stop],
+        noise=part,
+        remat=self.remat,
+        scan=self.scan and merges == 2,
+      )
+      return x if side is None else windows.join_windows(x, grid, side)
+
+    first, second = self.stem_blocks
+    maps = {}
+    x = apply(0, first // 2, 0, self.patch_embed(split_units(images)))
+    maps[1] = _to_map(x, grid)
+    x = self.blocks[first](apply(first // 2, first, 0, x))
+    maps[2] = _to_map(x, grid)
+    x = self.blocks[first + 1 + second](apply(first, first + second, 1, x))
+    position = resize.position_embedding(
+      self.absolute_pos_embed[...], self.grid, grid, overhang=OVERHANG
+    )
+    x = x[:, :, 0] + position.astype(x.dtype)
+    start = first + second
+    local = [window_size is not None and i not in global_blocks for i in range(self.depths[2])]
+    for is_local, run in itertools.groupby(range(self.depths[2]), key=local.__getitem__):
+      indices = list(run)
+      x = apply(
+        start + indices[0], start + indices[-1] + 1, 2, x, window_size if is_local else None
+      )
+    maps[3] = x.reshape(b, *grid, -1)
+    rows, columns = grid[0] // 2, grid[1] // 2
+    cells = maps[3][:, : 2 * rows, : 2 * columns].reshape(b, rows, 2, columns, 2, -1)
+    maps[4] = cells.max(axis=(2, 4))
+    return tuple(maps[level] for level in levels)
+
+  def _check_features(self, levels, grid, window_size, global_blocks) -> None:
+    if not set(levels) <= {1, 2, 3, 4}:
+      raise UserError(f'levels must be of 1, 2, 3, 4, got {tuple(levels)}')
+    if 4 in levels and min(grid) < 2:
+      raise UserError(
+        f'level 4 has a stride of 32 pixels, the image only {UNIT * grid[0]}x{UNIT * grid[1]}; '
+        'leave out level 4'
+      )
+    if window_size is None:
+      return
+    if window_size < 1 or not set(global_blocks) <= set(range(self.depths[2])):
+      raise UserError(
+        f'window_size must be positive and global_blocks within 0..{self.depths[2] - 1}, '
+        f'got {window_size} and {tuple(global_blocks)}'
+      )
+    if self.blocks[-1].attn.grid is not None:
+      raise UserError(
+        'window attention has no relative position bias: create the model with rpe=False, '
+        'or leave out window_size'
+      )
+
+
+def _to_map(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+  """Cells of all units in merge order, (B, N, cells, C), to a (B, h, w, C) map."""
+  x = to_rows_and_columns(x)
+  b, _, side, _, c = x.shape
+  x = x.reshape(b, *grid, side, side, c).swapaxes(2, 3)
+  return x.reshape(b, grid[0] * side, grid[1] * side, c)
 
 
 class HiViT(HiViTEncoder):
@@ -291,6 +429,7 @@ class HiViT(HiViTEncoder):
     embed_dim: int,
     depths: Sequence[int],
     num_heads: int,
+    stem_blocks: Sequence[int] | None = None,
     stem_mlp_ratio: float = 3.0,
     mlp_ratio: float = 4.0,
     rpe: bool = True,
@@ -305,6 +444,7 @@ class HiViT(HiViTEncoder):
       channels=channels,
       embed_dim=embed_dim,
       depths=depths,
+      stem_blocks=stem_blocks,
       num_heads=num_heads,
       stem_mlp_ratio=stem_mlp_ratio,
       mlp_ratio=mlp_ratio,

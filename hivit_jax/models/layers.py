@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.models import attention, positions
+from hivit_jax.models import attention, positions, resize
 
 LAYER_NORM_EPS = 1e-6
 _normal = nnx.initializers.normal(0.02)
@@ -122,12 +122,16 @@ class Attention(nnx.Module):
       entries = (2 * grid[0] - 1) * (2 * grid[1] - 1)
       self.relative_position_bias_table = nnx.Param(table_init(rngs.params(), (entries, heads)))
 
-  def __call__(self, x: jax.Array, ids: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, ids: jax.Array | None = None, grid: tuple[int, int] | None = None
+  ) -> jax.Array:
     """Attends over all units of an example.
 
     Args:
       x: (B, N, C).
       ids: (B, N) grid positions of the units when some are dropped; only the bias reads it.
+      grid: (rows, columns) that the units come from when it is not the model's; the table of the
+        bias is resized to it.
 
     Returns:
       (B, N, C).
@@ -137,8 +141,9 @@ class Attention(nnx.Module):
     q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # 3 of (B, heads, N, D)
     bias = None
     if self.grid is not None:
-      table = self.relative_position_bias_table[...]
-      bias = positions.relative_position_bias(table, self.grid, ids)
+      grid = grid or self.grid
+      table = resize.bias_table(self.relative_position_bias_table[...], self.grid, grid)
+      bias = positions.relative_position_bias(table, grid, ids)
     out = attention.attend(q * (c // self.heads) ** -0.5, k, v, bias)
     return self.proj(out.swapaxes(1, 2).reshape(b, n, c))
 
@@ -180,20 +185,24 @@ class Block(nnx.Module):
     self,
     x: jax.Array,
     ids: jax.Array | None = None,
+    grid: tuple[int, int] | None = None,
     *,
     rate: jax.Array | float = 0.0,
     noise: jax.Array | None = None,
   ) -> jax.Array:
-    """x: (B, N, C) -> the same shape; `ids` as for `Attention`, `noise` (B, 2) for `drop_path`."""
+    """x: (B, N, C) -> the same shape.
+
+    `ids` and `grid` are as for `Attention`; `rate` and `noise` (B, 2) are for `drop_path`.
+    """
     noise1, noise2 = (None, None) if noise is None else (noise[:, 0], noise[:, 1])
-    x = x + drop_path(self.attn(self.norm1(x), ids), rate, noise1)
+    x = x + drop_path(self.attn(self.norm1(x), ids, grid), rate, noise1)
     return x + drop_path(self.mlp(self.norm2(x)), rate, noise2)
 
 
 def apply_blocks(
   blocks: Sequence[nnx.Module],
   x: jax.Array,
-  *args: jax.Array | None,
+  *args: Any,
   rates: Sequence[float],
   noise: jax.Array | None,
   remat: bool,

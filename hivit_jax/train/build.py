@@ -12,7 +12,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.models.hivit import UNIT
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.tasks.mae import MAETask
-from hivit_jax.train import optim, schedules
+from hivit_jax.train import optim, schedules, weights
 
 _DTYPES = ('auto', 'float32', 'bfloat16')
 
@@ -61,6 +61,20 @@ def model_creator(config: ml_collections.ConfigDict) -> Callable[[], Any]:
     return models.create_model(config.model.name, seed=config.seed, **arguments)
 
   return create
+
+
+def initial_model(config: ml_collections.ConfigDict) -> Callable[[], Any]:
+  """Returns a function that builds the config's model with the weights of `config.init`."""
+  create = model_creator(config)
+  path, partial, ema = config.init.path, config.init.partial, config.init.ema
+
+  def load():
+    model = create()
+    if path:
+      weights.load_weights(model, path, partial=partial, ema=ema)
+    return model
+
+  return load
 
 
 def task(config: ml_collections.ConfigDict) -> MAETask:

@@ -77,7 +77,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     if restored:
       state = restored.state
     else:
-      state = step.init_state(create, tx, mesh)
+      state = step.init_state(build.initial_model(config), tx, mesh)
       _log_overview(state['params'])
     _log.info(
       '%s step %d of %d: %s, %d training examples of %s, %d evaluation examples, %s on %d x %s',

@@ -12,6 +12,7 @@ from tests.helpers import abstract_model
 
 def test_models_are_listed():
   assert hivit_jax.list_models() == [
+    'backbone_hivit_base', 'backbone_hivit_large', 'backbone_hivit_small', 'backbone_hivit_tiny',
     'hivit_base', 'hivit_large', 'hivit_small', 'hivit_tiny',
     'mae_hivit_base', 'mae_hivit_large', 'mae_hivit_small', 'mae_hivit_tiny',
   ]  # fmt: skip

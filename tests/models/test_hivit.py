@@ -39,6 +39,11 @@ PARAMETERS = {
   'mae_hivit_small': 57_845_536,
   'mae_hivit_base': 87_041_152,
   'mae_hivit_large': 311_765_824,
+  # Without head, final norm and relative position bias, which dense users switch on.
+  'backbone_hivit_tiny': 18_752_160,
+  'backbone_hivit_small': 37_053_216,
+  'backbone_hivit_base': 65_788_288,
+  'backbone_hivit_large': 289_591_872,
 }
 MAE_BASE = 'mae_hivit_base_dec512d6b'  # the official name: of the decoder, 512 channels, 6 blocks
 

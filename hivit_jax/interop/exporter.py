@@ -1,0 +1,118 @@
+"""State dicts that load into PyTorch code with `strict=True`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from hivit_jax.errors import UserError
+from hivit_jax.interop import importer, infer, torch_names
+from hivit_jax.interop.files import StateDict
+from hivit_jax.models import positions
+
+# Layout -> (what it is, the key under which a .pth file has the state dict)
+LAYOUTS = {
+  'official': ('the official classifier', 'model'),
+  'mae': ('the official masked autoencoder with its decoder', 'model'),
+  'backbone': ('the official detection and segmentation backbone', 'state_dict'),
+  'mmpretrain': ("mmpretrain's classifier, without its final norm", 'state_dict'),
+}
+_INDEX = 'relative_position_index'
+_ENCODER = ('patch_embed.', 'blocks.', 'absolute_pos_embed', 'fpn')
+
+
+def named_arrays(params: Mapping) -> dict[str, np.ndarray]:
+  """A pure dict of parameters -> its PyTorch names and layouts; kernels are views."""
+  flat = torch_names.flatten(params)
+  return dict(torch_names.to_torch(path, np.asarray(value)) for path, value in flat.items())
+
+
+def default_layout(state: StateDict) -> str:
+  """The layout for a kind of model."""
+  kind = infer.family(state.arrays)
+  return 'official' if kind == 'classifier' else kind
+
+
+def state_dict(
+  model: nnx.Module, layout: str | None = None, *, prefix: str | None = None
+) -> dict[str, np.ndarray]:
+  """A model's parameters for PyTorch.
+
+  Args:
+    model: from `create_model`.
+    layout: one of `LAYOUTS`; None: the one for this kind of model.
+    prefix: instead of the layout's, such as '' for a bare backbone.
+  """
+  arrays = named_arrays(nnx.to_pure_dict(nnx.state(model)))
+  size = tuple(16 * side for side in model.grid)
+  return in_layout(StateDict(arrays, 'the model', {'image_size': size}), layout, prefix=prefix)
+
+
+def in_layout(
+  state: StateDict, layout: str | None = None, *, prefix: str | None = None
+) -> dict[str, np.ndarray]:
+  """Names as in `files.StateDict` -> the names, buffers and prefixes of a layout.
+
+  Args:
+    state: all parameters of a model.
+    layout: one of `LAYOUTS`; None: the one for this kind of model.
+    prefix: instead of the layout's.
+
+  Raises:
+    UserError: the model has not what the layout needs.
+  """
+  kind = infer.family(state.arrays)
+  layout = layout or default_layout(state)
+  if layout not in LAYOUTS:
+    raise UserError(f'layout "{layout}" is unknown; there are: {", ".join(LAYOUTS)}')
+  needed = {'official': 'classifier', 'mae': 'mae', 'mmpretrain': 'classifier'}.get(layout)
+  if needed and needed != kind:
+    what = {'mae': 'an MAE checkpoint', 'classifier': 'a classifier', 'backbone': 'a backbone'}
+    fitting = default_layout(state)
+    encoder = '' if kind == 'backbone' else ', or --layout=backbone for the encoder'
+    raise UserError(
+      f'{state.source} is {what[kind]}, and layout "{layout}" is {LAYOUTS[layout][0]}: '
+      f'use --layout={fitting}{encoder}'
+    )
+  arrays = {name: value for name, value in state.arrays.items() if not name.endswith(_INDEX)}
+  if layout == 'backbone':
+    arrays = {name: value for name, value in arrays.items() if name.startswith(_ENCODER)}
+    prefix = 'backbone.' if prefix is None else prefix
+  if layout == 'mae' and 'norm.weight' not in arrays:
+    # In every official MAE, but without hifeat never applied: what it starts as.
+    width = arrays['absolute_pos_embed'].shape[2]
+    arrays |= {'norm.weight': np.ones(width, np.float32), 'norm.bias': np.zeros(width, np.float32)}
+  arrays |= _indices(arrays, state, every_block=layout == 'mmpretrain')
+  if layout == 'mmpretrain':
+    return _mmpretrain(arrays)
+  return {f'{prefix or ""}{name}': value for name, value in arrays.items()}
+
+
+def _indices(
+  arrays: Mapping[str, np.ndarray], state: StateDict, every_block: bool
+) -> dict[str, np.ndarray]:
+  """The index buffers that go with relative position bias tables."""
+  tables = [name for name in arrays if name.endswith('relative_position_bias_table')]
+  if not tables:
+    return {}
+  size = infer.image_size(state.metadata)
+  hint = None if size is None else (size[0] // 16, size[1] // 16)
+  grid = importer.bias_grid(len(arrays[tables[0]]), hint)
+  if grid is None:
+    raise UserError(f'{state.source}: give its image size, --image_size=HEIGHTxWIDTH')
+  index = positions.relative_position_index(np.arange(grid[0] * grid[1]), grid).astype(np.int64)
+  names = [_INDEX]
+  if every_block:
+    names += [f'{name.rpartition(".")[0]}.{_INDEX}' for name in tables]
+  return {name: index.copy() for name in names}  # safetensors refuses shared memory
+
+
+def _mmpretrain(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  result = {}
+  for name, value in arrays.items():
+    if name.startswith('head.'):
+      result[name.replace('head.', 'head.fc.')] = value
+    elif not name.startswith('fc_norm.'):
+      result['backbone.' + name.replace('absolute_pos_embed', 'pos_embed')] = value
+  return result

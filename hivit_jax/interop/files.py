@@ -1,0 +1,175 @@
+"""State dicts in files: what they are called, what they are wrapped in, how they are written."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hivit_jax.errors import UserError
+
+_SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')
+_WRAPPED = ('model', 'state_dict', 'module')
+_WRAPPED_EMA = ('model_ema', 'state_dict_ema', 'ema_state_dict')
+_PREFIXES = ('module.', 'backbone.', 'encoder.')
+_METADATA_KEY = 'hivit_jax'
+
+# Names of other code -> the official ones. Only for files with HiViT's patch embedding.
+_RENAMED = (
+  (r'pos_embed', 'absolute_pos_embed'),  # mmpretrain
+  (r'head\.fc\.(weight|bias)', r'head.\1'),  # mmpretrain
+)
+
+
+class StateDict(NamedTuple):
+  """A PyTorch state dict.
+
+  Attributes:
+    arrays: name -> array in PyTorch's layout, prefixes removed and names made the official ones.
+    source: where it comes from, for messages.
+    metadata: what `write` was given, or {}.
+  """
+
+  arrays: dict[str, np.ndarray]
+  source: str
+  metadata: dict[str, Any]
+
+
+def is_weight_file(path: str | os.PathLike[str]) -> bool:
+  """Whether the name is that of a PyTorch or safetensors file."""
+  return pathlib.Path(path).suffix in _SUFFIXES
+
+
+def read(path: str | os.PathLike[str], *, ema: bool = False) -> StateDict:
+  """Reads a `.pth` or `.safetensors` file.
+
+  Args:
+    path: of the file.
+    ema: take the exponential moving average of the weights, which some files have besides them.
+
+  Raises:
+    UserError: the file is missing, damaged, unsafe, or holds no state dict.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise UserError(f'{path} does not exist' if not path.exists() else f'{path} is not a file')
+  if path.suffix == '.safetensors':
+    content, metadata = _read_safetensors(path)
+  else:
+    from hivit_jax.interop import torch_io
+
+    content, metadata = torch_io.read(path), {}
+  return StateDict(normal_names(_unwrap(content, path, ema)), str(path), metadata)
+
+
+def write(
+  path: str | os.PathLike[str],
+  arrays: Mapping[str, np.ndarray],
+  *,
+  wrapped_in: str | None = None,
+  metadata: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes a state dict; the file appears under its name when it is complete.
+
+  Args:
+    path: ends in `.pth`, `.pt`, `.bin` or `.safetensors`.
+    arrays: name -> array in PyTorch's layout.
+    wrapped_in: the key under which PyTorch files have the state dict; safetensors are always bare.
+    metadata: for JSON; only safetensors can carry it.
+  """
+  path = pathlib.Path(path)
+  if path.suffix not in _SUFFIXES:
+    raise UserError(f'{path}: the name must end in one of {", ".join(_SUFFIXES)}')
+  arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+  partial = path.with_name(f'.{path.name}.writing')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == '.safetensors':
+      from safetensors.numpy import save_file
+
+      text = {'format': 'pt', _METADATA_KEY: json.dumps(metadata or {})}
+      save_file(arrays, partial, metadata=text)
+    else:
+      from hivit_jax.interop import torch_io
+
+      torch_io.write(partial, {wrapped_in: arrays} if wrapped_in else arrays)
+    partial.rename(path)
+  except OSError as error:
+    raise UserError(f'cannot write {path}: {error.strerror or error}') from error
+  finally:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+
+
+def normal_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Removes the prefixes of wrappers and makes mmpretrain's names the official ones.
+
+  Raises:
+    UserError: two names become one.
+  """
+  names = {name: name for name in arrays}
+  stripped = True
+  while stripped:
+    stripped = False
+    for prefix in _PREFIXES:
+      for name, short in names.items():
+        if short.startswith(prefix):
+          names[name], stripped = short.removeprefix(prefix), True
+  if 'patch_embed.norm.weight' in names.values():
+    for pattern, replacement in _RENAMED:
+      for name, short in names.items():
+        names[name] = re.sub(f'^{pattern}$', replacement, short)
+  result: dict[str, np.ndarray] = {}
+  for name, short in names.items():
+    if short in result:
+      raise UserError(f'{short} is there twice under different prefixes, the second time as {name}')
+    result[short] = arrays[name]
+  return result
+
+
+def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  import ml_dtypes  # noqa: F401  (makes numpy know bfloat16)
+  import safetensors
+
+  try:
+    with safetensors.safe_open(path, framework='numpy') as file:
+      metadata = (file.metadata() or {}).get(_METADATA_KEY, '{}')
+      return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata)  # noqa: SIM118
+  except (safetensors.SafetensorError, ValueError, TypeError) as error:
+    raise UserError(
+      f'{path} is not a safetensors file, or is damaged (an incomplete download?): {error}'
+    ) from None
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {error.strerror or error}') from error
+
+
+def _unwrap(content: Any, path: pathlib.Path, ema: bool) -> dict[str, np.ndarray]:
+  """Finds the state dict in what a file contains."""
+  if not isinstance(content, dict):
+    raise UserError(f'{path} holds a {type(content).__name__}, not the weights of a model')
+  wanted, other = (_WRAPPED_EMA, _WRAPPED) if ema else (_WRAPPED, _WRAPPED_EMA)
+  for key in wanted:
+    if isinstance(content.get(key), dict):
+      return _arrays(content[key], f'"{key}" in {path}')
+  there = ', '.join(map(str, list(content)[:8])) or 'nothing'
+  if ema:
+    raise UserError(f'{path} has no averaged weights ({", ".join(wanted)}); it has: {there}')
+  for key in other:
+    if isinstance(content.get(key), dict):
+      raise UserError(f'{path} has only averaged weights ("{key}"); ask for them: ema=True, --ema')
+  return _arrays(content, str(path))
+
+
+def _arrays(content: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
+  strange = [key for key, value in content.items() if not isinstance(value, np.ndarray)]
+  if strange or not content:
+    shown = ', '.join(map(str, strange[:5]))
+    raise UserError(
+      f'{where} is not a state dict: '
+      + (f'{shown} {"is" if len(strange) == 1 else "are"} no tensor' if content else 'it is empty')
+    )
+  return {str(key): value for key, value in content.items()}

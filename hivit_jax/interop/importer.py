@@ -1,0 +1,325 @@
+"""State dicts into models: what fits, what is resized, and what is wrong when it does not fit."""
+
+import dataclasses
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hivit_jax.errors import UserError
+from hivit_jax.interop import infer, torch_names
+from hivit_jax.interop.files import StateDict
+from hivit_jax.models import positions, resize
+
+_log = logging.getLogger(__name__)
+
+Path = torch_names.Path
+Grid = tuple[int, int]
+_SHOWN = 6  # names in an error message
+_UNIT = 16  # pixels
+
+# What other code's files have and no model here needs: (names, condition, reason).
+_IGNORED = (
+  (r'(blocks\.\d+\.attn\.)?relative_position_index', None, 'a constant, computed when needed'),
+  (
+    r'(align_dim_\w+|fpn_modules|split_\d+to\d+|block_\d+to\d+)\..*',
+    None,
+    "the feature pyramid of iTPN's pretraining",
+  ),
+  (
+    r'norm\.(weight|bias)',
+    lambda shapes: shapes['decoder_embed.weight'][1] == shapes['absolute_pos_embed'][2],
+    'the official MAE without hifeat never applies it',
+  ),
+)
+# A partial load must still bring all of these.
+_ENCODER = r'(patch_embed|blocks|layers)\..*|absolute_pos_embed|pos_embed'
+_TABLE = 'relative_position_bias_table'
+
+
+@dataclasses.dataclass
+class LoadReport:
+  """What `load_weights` did, by the PyTorch names.
+
+  Attributes:
+    source: where the weights came from.
+    loaded: names taken.
+    resized: names among them that were resized to the model's image size, with how.
+    ignored: names that no model needs, with why.
+    dropped: names that this model has no place for (partial loads only).
+    new: names that keep the model's initialisation (partial loads only).
+    zeroed: names among them that were set to zero, so that the encoder computes what it did.
+  """
+
+  source: str
+  loaded: list[str] = dataclasses.field(default_factory=list)
+  resized: dict[str, str] = dataclasses.field(default_factory=dict)
+  ignored: dict[str, str] = dataclasses.field(default_factory=dict)
+  dropped: list[str] = dataclasses.field(default_factory=list)
+  new: list[str] = dataclasses.field(default_factory=list)
+  zeroed: list[str] = dataclasses.field(default_factory=list)
+
+  def __str__(self) -> str:
+    lines = [f'loaded {len(self.loaded)} parameters from {self.source}']
+    sizes: dict[str, list[str]] = {}
+    for name, how in self.resized.items():
+      sizes.setdefault(f'{name.split(".")[-1]} {how}', []).append(name)
+    lines += [f'  resized {what} ({len(names)})' for what, names in sizes.items()]
+    if self.dropped:
+      lines.append(f'  dropped, no place in this model: {", ".join(self.dropped)}')
+    if self.new:
+      lines.append(f'  new, not in the file: {", ".join(self.new)}')
+    if self.zeroed:
+      lines.append(
+        f'  of these at zero, so that the encoder is unchanged: {len(self.zeroed)} tables'
+      )
+    return '\n'.join(lines)
+
+
+def load_into(
+  model: nnx.Module,
+  state: StateDict,
+  *,
+  partial: bool = False,
+  image_size: tuple[int, int] | None = None,
+) -> LoadReport:
+  """Puts a state dict into a model, in place.
+
+  Args:
+    model: from `create_model`, or its `nnx.eval_shape` when nothing stays new.
+    state: the weights.
+    partial: allow names that only one side has, outside the encoder.
+    image_size: (height, width) of the weights, where it was not square and nothing else tells it.
+
+  Raises:
+    UserError: missing, unused or mis-shaped names, all with the likely cause.
+  """
+  values, report = fit(model, state, partial=partial, image_size=image_size)
+  params = nnx.state(model)
+  flat = torch_names.flatten(nnx.to_pure_dict(params))
+  # A copy: JAX would share the memory, which may be that of the file.
+  new = {path: jnp.array(values.pop(path)) if path in values else flat[path] for path in flat}
+  nnx.replace_by_pure_dict(params, torch_names.unflatten(new))
+  nnx.update(model, params)
+  _log.info('%s', report)
+  return report
+
+
+def fit(
+  model: nnx.Module,
+  state: StateDict,
+  *,
+  partial: bool = False,
+  image_size: tuple[int, int] | None = None,
+) -> tuple[dict[Path, np.ndarray], LoadReport]:
+  """The values for a model's parameters, in its layout; arguments as for `load_into`."""
+  leaves = torch_names.flatten(nnx.to_pure_dict(nnx.state(model)))
+  wanted = {_torch_name(path, leaf): (path, leaf) for path, leaf in leaves.items()}
+  arrays = dict(state.arrays)
+  report = LoadReport(state.source)
+  report.ignored = _ignored(arrays, wanted)
+  for name in report.ignored:
+    del arrays[name]
+  sizes = _Sizes(model, state, image_size)
+  values: dict[Path, np.ndarray] = {}
+  misshaped: list[str] = []
+  for name, (path, leaf) in wanted.items():
+    if name not in arrays:
+      report.new.append(name)
+      continue
+    value, how = sizes.resized(name, arrays.pop(name), leaf)
+    if how:
+      report.resized[name] = how
+    value = torch_names.from_torch(path, value) if value.ndim in (2, 4) else value
+    if value.shape != leaf.shape:
+      if partial and name.startswith('head.'):
+        report.new.append(name)
+        report.dropped.append(name)
+        continue
+      misshaped.append(f'{name} is {_shape(path, value)} there, {_shape(path, leaf)} here')
+      continue
+    if value.dtype.kind not in 'fV':  # V: bfloat16
+      raise UserError(f'{state.source}: {name} holds {value.dtype}, not floating point numbers')
+    values[path] = value.astype(leaf.dtype, copy=False)
+    report.loaded.append(name)
+  report.dropped += arrays
+  _check(model, state, report, misshaped, partial)
+  for name in report.new:
+    if name.endswith(_TABLE):
+      path, leaf = wanted[name]
+      values[path] = np.zeros(leaf.shape, leaf.dtype)
+      report.zeroed.append(name)
+  return values, report
+
+
+def bias_grid(entries: int, hint: Grid | None = None) -> Grid | None:
+  """The grid that a bias table with `entries` rows is for: `hint` or a square, None if neither."""
+  if hint is not None and _entries(hint) == entries:
+    return hint
+  side = math.isqrt(entries)
+  if side * side == entries and side % 2:
+    return (side + 1) // 2, (side + 1) // 2
+  return None
+
+
+def _entries(grid: Grid) -> int:
+  return (2 * grid[0] - 1) * (2 * grid[1] - 1)
+
+
+def _torch_name(path: Path, leaf: Any) -> str:
+  return torch_names.to_torch(path, np.empty((0,) * len(leaf.shape)))[0]
+
+
+def _shape(path: Path, value: Any) -> tuple[int, ...]:
+  """The shape in PyTorch's layout, as both sides' users know it."""
+  placeholder = np.lib.stride_tricks.as_strided(np.empty(1), value.shape, (0,) * len(value.shape))
+  return torch_names.to_torch(path, placeholder)[1].shape
+
+
+def _ignored(arrays: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> dict[str, str]:
+  shapes = {name: value.shape for name, value in arrays.items()}
+  result = {}
+  for pattern, condition, reason in _IGNORED:
+    names = [name for name in arrays if name not in wanted and re.fullmatch(pattern, name)]
+    try:
+      applies = not names or condition is None or condition(shapes)
+    except KeyError:  # the condition is about names that this file does not have
+      applies = False
+    result |= dict.fromkeys(names if applies else (), reason)
+  return result
+
+
+class _Sizes:
+  """Brings position parameters to the model's image size."""
+
+  def __init__(self, model: nnx.Module, state: StateDict, image_size: tuple[int, int] | None):
+    size = image_size or infer.image_size(state.metadata)
+    self._hint = None if size is None else (size[0] // _UNIT, size[1] // _UNIT)
+    self._source = state.source
+    self._grid: Grid | None = getattr(model, 'grid', None)
+    self._bias_grid: Grid | None = None
+    if self._grid and model.depths[2]:
+      self._bias_grid = model.blocks[-1].attn.grid
+    embedding = state.arrays.get('absolute_pos_embed')
+    self._units = 0 if embedding is None else embedding.shape[1]
+
+  def resized(self, name: str, value: np.ndarray, leaf: Any) -> tuple[np.ndarray, str | None]:
+    """Returns the value for the model's image size, and what was done to it."""
+    if name == 'absolute_pos_embed' and self._grid and value.ndim == 3:
+      source = self._source_grid(value.shape[1])
+      if source == self._grid:
+        return value, None
+      resized = resize.position_embedding(value.astype(np.float32), source, self._grid)
+      return resized, f'from {_text(source)} to {_text(self._grid)} units, bicubic'
+    if name == 'decoder_pos_embed' and self._grid and value.shape[1:] != leaf.shape[1:]:
+      if value.shape[2] != leaf.shape[2]:
+        return value, None
+      fixed = positions.sincos_2d(leaf.shape[2], self._grid)
+      return fixed, f'to {_text(self._grid)} units: computed again, it is fixed'
+    if name.endswith(_TABLE) and self._bias_grid and value.ndim == 2:
+      source = self._bias_source(len(value))
+      if source == self._bias_grid:
+        return value, None
+      resized = resize.bias_table(value.astype(np.float32), source, self._bias_grid)
+      how = (
+        f'from {_text(source)} to {_text(self._bias_grid)} units, cubic over a geometric sequence'
+      )
+      return resized, how
+    return value, None
+
+  def _source_grid(self, units: int) -> Grid:
+    if self._hint is not None and self._hint[0] * self._hint[1] == units:
+      return self._hint
+    side = math.isqrt(units)
+    if units == self._grid[0] * self._grid[1] and side * side != units:
+      return self._grid
+    if side * side != units:
+      raise self._unknown(units)
+    return side, side
+
+  def _bias_source(self, entries: int) -> Grid:
+    grid = bias_grid(entries, self._hint)
+    if grid is None and entries == _entries(self._bias_grid):
+      return self._bias_grid
+    if grid is None:
+      raise self._unknown(self._units)
+    return grid
+
+  def _unknown(self, units: int) -> UserError:
+    return UserError(
+      f'{self._source} is for images of {units} units, which is no square: give its size, '
+      'image_size=(height, width) or --image_size=HEIGHTxWIDTH'
+    )
+
+
+def _text(grid: Grid) -> str:
+  return f'{grid[0]}x{grid[1]}'
+
+
+def _check(
+  model: nnx.Module,
+  state: StateDict,
+  report: LoadReport,
+  misshaped: Sequence[str],
+  partial: bool,
+) -> None:
+  """Raises UserError unless everything fits, or what does not is meant to be left out."""
+  missing, unused = report.new, [name for name in report.dropped if name not in report.new]
+  if partial:
+    missing, unused = (
+      [name for name in names if re.fullmatch(_ENCODER, name) and not name.endswith(_TABLE)]
+      for names in (missing, unused)
+    )
+  if not (missing or unused or misshaped):
+    return
+  parts = [
+    f'{what}: {"; ".join(names[:_SHOWN])}'
+    + (f'; and {len(names) - _SHOWN} more' if len(names) > _SHOWN else '')
+    for what, names in (('missing', missing), ('unused', unused), ('of another shape', misshaped))
+    if names
+  ]
+  cause = _cause(model, state, missing, unused, partial)
+  raise UserError(f'{state.source} does not fit this model. {". ".join(parts)}. {cause}')
+
+
+def _cause(model, state: StateDict, missing, unused, partial: bool) -> str:
+  """The likely reason, and what to do."""
+  there = infer.family(state.arrays)
+  leaves = torch_names.flatten(nnx.to_pure_dict(nnx.state(model)))
+  here = infer.family({_torch_name(path, leaf): leaf for path, leaf in leaves.items()})
+  kinds = {
+    'mae': 'an MAE checkpoint (with a decoder)',
+    'classifier': 'a classifier',
+    'backbone': 'a backbone without head',
+  }
+  try:
+    known = {'num_heads': 1} | infer.hints(state.metadata)  # heads have no part in the comparison
+    described = infer.describe(state.arrays, state.source, **known)
+  except UserError as error:
+    return str(error)
+  for key in ('embed_dim', 'depths', 'stem_blocks'):
+    ours = getattr(model, key, None)
+    theirs = described.arguments.get(key, ours if key == 'stem_blocks' else None)
+    if ours is not None and theirs != ours:
+      return (
+        f'The checkpoint has {key}={theirs}, the model {ours}: create the model with '
+        f'{described.name}, {key}={theirs}'
+      )
+  if there != here and not partial:
+    return (
+      f'This is {kinds[there]}: load it into {described.name}, or take its encoder alone with '
+      'partial=True (--partial, --config.init.partial=True)'
+    )
+  if any(name.endswith(_TABLE) for name in (*missing, *unused)):
+    return (
+      'The checkpoint and the model differ in relative position bias: create the model with '
+      f'rpe={described.arguments["rpe"]}, or load with partial=True (--partial)'
+    )
+  return (
+    'What the two have in common outside the encoder can be loaded with partial=True (--partial)'
+  )

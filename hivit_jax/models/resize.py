@@ -1,0 +1,112 @@
+"""Position parameters for another grid of units.
+
+Both schemes are linear in the parameter and separate over rows and columns, so each is a product
+with two small constant matrices: it works on numpy arrays, inside `jit`, and under `grad`.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from scipy import interpolate
+
+_CUBIC = -0.75  # PyTorch's choice for the free coefficient of the convolution kernel
+_GROWTH = (1.01, 1.5)  # bounds of the geometric sequence, as in BEiT
+
+
+def position_embedding(
+  embedding: Any, source: tuple[int, int], target: tuple[int, int], *, overhang: float = 0.0
+) -> Any:
+  """Resizes an absolute position embedding bicubically.
+
+  Args:
+    embedding: (1, rows * columns, C) numpy or JAX array for the grid `source`.
+    source: (rows, columns) of units.
+    target: (rows, columns) of units.
+    overhang: units by which the target's sides are thought longer, so that the samples move. The
+      published detectors were trained with 0.1, an inheritance from DINO's guard against rounding.
+
+  Returns:
+    (1, rows * columns, C) for `target`: what PyTorch's `interpolate(size=target, mode='bicubic',
+    align_corners=False)` gives; the same array when the grids are equal.
+  """
+  if source == target:
+    return embedding
+  rows, columns = (_bicubic_matrix(*sides, overhang) for sides in zip(source, target, strict=True))
+  return _apply(rows, columns, embedding)
+
+
+def bias_table(table: Any, source: tuple[int, int], target: tuple[int, int]) -> Any:
+  """Resizes a relative position bias table by a cubic spline over a geometric sequence of offsets.
+
+  Near offsets keep their meaning in units, far ones are stretched (BEiT, arXiv 2106.08254).
+
+  Args:
+    table: ((2 * rows - 1) * (2 * columns - 1), heads) numpy or JAX array for the grid `source`.
+    source: (rows, columns) of units.
+    target: (rows, columns) of units.
+
+  Returns:
+    The table for `target`; the same array when the grids are equal.
+  """
+  if source == target:
+    return table
+  rows, columns = (_offset_matrix(*sides) for sides in zip(source, target, strict=True))
+  return _apply(rows, columns, table[None])[0]
+
+
+def _apply(rows: np.ndarray, columns: np.ndarray, values: Any) -> Any:
+  """(b, h * w, c) -> (b, H * W, c) with `rows` (H, h) and `columns` (W, w)."""
+  b, _, c = values.shape
+  on_host = isinstance(values, np.ndarray)
+  product = np.matmul if on_host else functools.partial(jnp.matmul, precision='highest')
+  x = product(columns.astype(values.dtype), values.reshape(b, rows.shape[1], columns.shape[1], c))
+  x = product(rows.astype(values.dtype), x.reshape(b, rows.shape[1], -1))
+  return x.reshape(b, -1, c)
+
+
+@functools.lru_cache(maxsize=64)
+def _bicubic_matrix(source: int, target: int, overhang: float) -> np.ndarray:
+  """(target, source) weights of a cubic convolution whose border is repeated."""
+  center = (np.arange(target) + 0.5) * source / (target + overhang) - 0.5
+  first = np.floor(center).astype(int) - 1
+  matrix = np.zeros((target, source))
+  for tap in range(4):
+    distance = np.abs(center - (first + tap))
+    np.add.at(
+      matrix,
+      (np.arange(target), np.clip(first + tap, 0, source - 1)),
+      np.where(
+        distance <= 1,
+        ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1,
+        _CUBIC * (((distance - 5) * distance + 8) * distance - 4),
+      ),
+    )
+  return matrix
+
+
+@functools.lru_cache(maxsize=64)
+def _offset_matrix(source: int, target: int) -> np.ndarray:
+  """(2 * target - 1, 2 * source - 1) weights from the offsets of one axis to those of another.
+
+  The offset i of the source stands at 1 + q + ... + q^(i - 1) units, with the q that lets its
+  largest offset reach the target's.
+  """
+  if source == target:
+    return np.eye(2 * source - 1)
+  if source == 1:  # one offset, zero: there is nothing to interpolate
+    return np.ones((2 * target - 1, 1))
+  low, high = _GROWTH
+  growth = low
+  while high - low > 1e-6:
+    growth = (low + high) / 2
+    if (growth ** (source - 1) - 1) / (growth - 1) > target - 1:
+      high = growth
+    else:
+      low = growth
+  far = np.cumsum(growth ** np.arange(source - 1))
+  known = np.concatenate([-far[::-1], [0.0], far])
+  wanted = np.clip(np.arange(1 - target, target), known[0], known[-1])
+  degree = min(3, len(known) - 1)  # three points determine a parabola
+  return interpolate.make_interp_spline(known, np.eye(len(known)), k=degree)(wanted)

@@ -1,0 +1,157 @@
+"""Weights from PyTorch and to PyTorch.
+
+  python -m hivit_jax.tools.convert from-torch FILE --out=DIR|FILE.safetensors [--model=NAME]
+  python -m hivit_jax.tools.convert to-torch WORKDIR|CHECKPOINT|FILE --out=FILE.pth|FILE.safetensors
+      [--layout=official|mae|backbone|mmpretrain]
+
+A DIR gets a checkpoint like those of a training run. docs/porting.md tells what loads where.
+"""
+
+import math
+import pathlib
+import re
+
+from absl import flags
+
+from hivit_jax import cli
+from hivit_jax.errors import UserError, suggest
+
+_OUT = flags.DEFINE_string('out', None, 'What to write: a directory, or a file by its suffix.')
+_LAYOUT = flags.DEFINE_string(
+  'layout',
+  None,
+  'Whose names: official (classifier), mae, backbone (dense tasks), mmpretrain. Default: official '
+  'for a classifier, mae for an MAE, backbone for the rest.',
+)
+_PREFIX = flags.DEFINE_string('prefix', None, "Before every name, instead of the layout's.")
+_MODEL = flags.DEFINE_string('model', None, 'Name of the model; default: told from the shapes.')
+_EMA = flags.DEFINE_bool('ema', False, 'Take the exponential moving average of the weights.')
+_PARTIAL = flags.DEFINE_bool('partial', False, 'Leave out what the model has no place for.')
+_NUM_HEADS = flags.DEFINE_integer('num_heads', None, 'Of the encoder, if not of 64 channels each.')
+_DECODER_NUM_HEADS = flags.DEFINE_integer(
+  'decoder_num_heads', None, "Of an MAE's decoder, if not 16."
+)
+_IMAGE_SIZE = flags.DEFINE_string('image_size', None, 'HEIGHTxWIDTH of images that are not square.')
+
+
+def main(argv: list[str]) -> None:
+  commands = {'from-torch': _from_torch, 'to-torch': _to_torch}
+  given = argv[1] if len(argv) > 1 else ''
+  if given not in commands:
+    raise UserError(
+      f'unknown command "{given}"{suggest(given, commands)}; name from-torch or to-torch'
+    )
+  if len(argv) != 3:
+    raise UserError(f'{given} takes one file or directory, got {len(argv) - 2}')
+  if _OUT.value is None:
+    raise UserError(f'where to? {given} {argv[2]} --out=...')
+  commands[given](argv[2], pathlib.Path(_OUT.value))
+
+
+def _from_torch(path: str, out: pathlib.Path) -> None:
+  # Imported here, as below: --help and a mistyped flag answer at once.
+  from flax import nnx
+
+  from hivit_jax import models
+  from hivit_jax.interop import files, importer, infer, torch_names
+
+  if files.is_weight_file(out) and out.suffix != '.safetensors':
+    raise UserError(f'--out={out}: give a directory or a .safetensors file')
+  state = files.read(path, ema=_EMA.value)
+  described = infer.describe(state.arrays, state.source, **_known(state))
+  name = _MODEL.value or described.name
+  arguments = dict(described.arguments)
+  if _MODEL.value in models.MODELS:  # what the name says is not to be told from the file
+    kind = _MODEL.value.rsplit('_', 1)[0]
+    same_kind = kind == described.name.rsplit('_', 1)[0]
+    keep = arguments if same_kind else ('image_size', 'channels', 'rpe')
+    arguments = {k: arguments[k] for k in keep if k in arguments}
+    arguments |= models.MODELS[_MODEL.value][1]
+  model = nnx.eval_shape(lambda: models.create_model(name, **arguments))
+  values, report = importer.fit(
+    model, state, partial=_PARTIAL.value, image_size=arguments['image_size']
+  )
+  if report.new:
+    raise UserError(f'{path} has no {", ".join(report.new[:6])}, which {name} needs')
+  metadata = {
+    'model': {'name': name, 'arguments': arguments},
+    'image_size': list(arguments['image_size']),
+    'converted_from': pathlib.Path(path).name,
+  }
+  if out.suffix == '.safetensors':
+    files.write(
+      out, dict(torch_names.to_torch(*item) for item in values.items()), metadata=metadata
+    )
+  else:
+    _write_checkpoint(out, torch_names.unflatten(values), metadata)
+  print(f'{report}\nwrote {name}, {_size(values)}, to {out}')
+
+
+def _write_checkpoint(out: pathlib.Path, params: dict, metadata: dict) -> None:
+  import jax
+  import jax.numpy as jnp
+
+  from hivit_jax.train.checkpoint import Checkpoints
+
+  # A copy of each array only while it is written: the file's memory is given back.
+  params = jax.tree.map(jnp.asarray, params)
+  with Checkpoints(out / 'checkpoints', asynchronous=False) as checkpoints:
+    if checkpoints.steps():
+      raise UserError(f'--out={out} has checkpoints already; choose another directory')
+    checkpoints.save(0, {'params': params}, metadata)
+
+
+def _to_torch(path: str, out: pathlib.Path) -> None:
+  from hivit_jax.interop import exporter, files, infer
+  from hivit_jax.train import weights
+
+  if not files.is_weight_file(out):
+    raise UserError(f'--out={out}: the name must end in .pth or .safetensors')
+  state = weights.read(path, ema=_EMA.value)
+  known = _known(state)
+  described = infer.describe(state.arrays, state.source, **known)
+  state = state._replace(
+    metadata=state.metadata | {'image_size': described.arguments['image_size']}
+  )
+  arrays = exporter.in_layout(state, _LAYOUT.value, prefix=_PREFIX.value)
+  layout = _LAYOUT.value or exporter.default_layout(state)
+  what, key = exporter.LAYOUTS[layout]
+  files.write(
+    out,
+    arrays,
+    wrapped_in=key,
+    metadata={
+      'model': {'name': described.name, 'arguments': described.arguments},
+      'image_size': list(described.arguments['image_size']),
+      'layout': layout,
+    },
+  )
+  lost = (
+    sorted(set(state.arrays) & {'fc_norm.weight', 'fc_norm.bias'}) if layout == 'mmpretrain' else []
+  )
+  note = f'; left out, mmpretrain has no place for it: {", ".join(lost)}' if lost else ''
+  print(f'wrote {len(arrays)} arrays, {_size(arrays)}, for {what} to {out}{note}')
+
+
+def _known(state) -> dict:
+  """What the flags and the file itself tell beside the shapes."""
+  from hivit_jax.interop import infer
+
+  known = infer.hints(state.metadata)
+  for flag in (_NUM_HEADS, _DECODER_NUM_HEADS):
+    if flag.value:
+      known[flag.name] = flag.value
+  if _IMAGE_SIZE.value:
+    match = re.fullmatch(r'(\d+)x(\d+)', _IMAGE_SIZE.value)
+    if not match:
+      raise UserError(f'--image_size={_IMAGE_SIZE.value}: write HEIGHTxWIDTH, such as 224x320')
+    known['image_size'] = int(match[1]), int(match[2])
+  return known
+
+
+def _size(arrays: dict) -> str:
+  return f'{sum(math.prod(value.shape) for value in arrays.values()):,} numbers'
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,288 @@
+"""Weights in and out: exact, complete, and refused with the reason when they do not fit."""
+
+import functools
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import hivit_jax
+from hivit_jax import models
+from hivit_jax.errors import UserError
+from hivit_jax.interop import exporter, files, importer, infer
+from hivit_jax.interop.files import StateDict
+from hivit_jax.models import positions, resize
+from tests.helpers import (
+  GOLDEN,
+  TINY,
+  TINY_MAE,
+  abstract_model,
+  assert_close,
+  load_golden,
+  random_images,
+  torch_gradients,
+)
+from tests.interop_files import HEADS, golden_state, official, save, tensors
+
+OPTIONS = HEADS | {'decoder_num_heads': 2}
+ALL = (
+  'hivit_rpe', 'hivit_norpe', 'mae_hifeat_normpix', 'mae_rpe_nohifeat',
+  'detection_backbone', 'segmentation_backbone',
+)  # fmt: skip
+
+
+@pytest.fixture(params=['.pth', '.safetensors'])
+def written(request, tmp_path):
+  """A function that writes a golden state dict and returns its path."""
+  if request.param == '.pth':
+    pytest.importorskip('torch')
+
+  def write(name):
+    path = tmp_path / f'{name}{request.param}'
+    if request.param == '.pth':
+      return save(path, official(golden_state(name), 'module.'))
+    files.write(path, golden_state(name))
+    return path
+
+  return write
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_torch_to_jax_to_torch_is_bit_identical(written, name):
+  state = golden_state(name)
+  model = hivit_jax.create_model(weights=written(name), **_heads(name))
+  out = exporter.state_dict(model, prefix='')
+  assert set(out) == set(state)
+  unused = {'norm.weight', 'norm.bias'} if name == 'mae_rpe_nohifeat' else set()
+  for key in set(out) - unused:
+    assert (out[key].shape, out[key].dtype) == (state[key].shape, state[key].dtype), key
+    assert out[key].tobytes() == state[key].tobytes(), key
+  for key in unused:  # the official code never applies them: written as they start
+    np.testing.assert_array_equal(out[key], float(key == 'norm.weight'))
+
+
+@pytest.mark.parametrize('name', ['hivit_rpe', 'hivit_norpe'])
+def test_an_imported_model_gives_the_golden_logits(written, name):
+  _, arrays = load_golden(f'{name}.npz')
+  model = hivit_jax.create_model(weights=written(name), **HEADS)
+  logits = jax.jit(lambda x: model(x))(arrays['image_nchw'].transpose(0, 2, 3, 1))
+  assert_close(logits, arrays['logits'])
+
+
+def _heads(name):
+  return OPTIONS if name.startswith('mae') else HEADS
+
+
+@functools.cache
+def _shapes(model_name):
+  """The state dict of a full-size model, of no memory."""
+  _, abstract = abstract_model(model_name)
+  empty = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), abstract)
+  return exporter.named_arrays(empty)
+
+
+@pytest.mark.parametrize(
+  ('golden', 'model', 'layout'),
+  [
+    ('hivit_tiny', 'hivit_tiny', 'official'),
+    ('hivit_small', 'hivit_small', 'official'),
+    ('hivit_base', 'hivit_base', 'official'),
+    ('mae_hivit_base_dec512d6b', 'mae_hivit_base', 'mae'),
+  ],
+)
+def test_names_and_shapes_are_those_of_the_official_code(golden, model, layout):
+  expected = json.loads((GOLDEN / 'state_dict_names.json').read_text())[golden]
+  state = StateDict(_shapes(model), 'x', {'image_size': (224, 224)})
+  out = exporter.in_layout(state, layout)
+  assert {name: list(value.shape) for name, value in out.items()} == expected
+
+
+@pytest.mark.parametrize('name', ['hivit_tiny', 'hivit_small', 'hivit_base', 'mae_hivit_base'])
+def test_the_model_is_told_from_its_shapes(name):
+  described = infer.describe(_shapes(name), 'x')
+  assert described.name == name
+  ours, theirs = models.MODELS[name][1], described.arguments
+  assert {key: theirs[key] for key in ours} == ours
+
+
+def test_backbone_layout_holds_the_encoder_only_under_its_prefix():
+  state = golden_state('mae_hifeat_normpix')
+  out = exporter.in_layout(StateDict(state, 'x', {}), 'backbone')
+  encoder = {k for k in state if k.startswith(('patch_embed.', 'blocks.', 'absolute_pos_embed'))}
+  assert set(out) == {f'backbone.{name}' for name in encoder}
+
+
+def test_mmpretrain_names_out_and_in():
+  model = models.create_model('hivit_tiny', **TINY, num_classes=7)
+  out = exporter.state_dict(model, 'mmpretrain')
+  assert {'backbone.pos_embed', 'head.fc.weight', 'backbone.blocks.7.mlp.fc1.bias'} < set(out)
+  assert 'backbone.blocks.6.attn.relative_position_index' in out
+  assert not any('absolute' in name or 'fc_norm' in name for name in out)
+  arrays = files.normal_names(out)
+  again = models.create_model('hivit_tiny', **TINY, num_classes=7, seed=1)
+  with pytest.raises(UserError, match=r'missing: fc_norm\.'):
+    _load(again, arrays)
+  report = _load(again, arrays, partial=True)
+  assert report.new == ['fc_norm.bias', 'fc_norm.weight']
+  np.testing.assert_array_equal(again.head.kernel[...], model.head.kernel[...])
+  np.testing.assert_array_equal(again.absolute_pos_embed[...], model.absolute_pos_embed[...])
+
+
+def _load(model, arrays, metadata=None, **options):
+  return importer.load_into(model, StateDict(arrays, 'FILE', metadata or {}), **options)
+
+
+def test_itpn_with_odd_stem_and_feature_pyramid_is_imported():
+  options = TINY | {'depths': (2, 2, 3), 'stem_blocks': (3, 3), 'rpe': False}
+  model = models.create_model('backbone_hivit_tiny', **options)
+  arrays = exporter.state_dict(model, prefix='')
+  pyramid = {
+    'align_dim_16tofpn.weight': (8, 32), 'fpn_modules.0.norm2.weight': (8,),
+    'split_16to8.reduction.weight': (8, 8), 'block_8to4.1.mlp.fc1.bias': (8,),
+  }  # fmt: skip
+  arrays |= {name: np.zeros(shape, np.float32) for name, shape in pyramid.items()}
+  described = infer.describe(arrays, 'x', num_heads=4)
+  assert described.arguments['stem_blocks'] == (3, 3)
+  assert described.arguments['depths'][2] == 3
+  again = models.create_model(described.name, seed=1, **described.arguments)
+  report = _load(again, arrays)
+  assert set(report.ignored) == set(pyramid)
+  images = random_images(1, 64, 64, 3)
+  np.testing.assert_array_equal(again.encode(images)[-1], model.encode(images)[-1])
+  assert [level.shape[1] for level in again(images)] == [16, 8, 4, 2]
+
+
+def test_a_pretrained_encoder_goes_into_a_classifier_and_the_report_is_exact(caplog):
+  pretrained = golden_state('mae_hifeat_normpix')
+  model = models.create_model('hivit_tiny', **TINY, num_classes=5, seed=3)
+  head = np.asarray(model.head.kernel[...])
+  with pytest.raises(UserError, match=r'MAE checkpoint .* partial=True'):
+    _load(model, pretrained)
+  with caplog.at_level(logging.INFO):
+    report = _load(model, pretrained, partial=True)
+  decoder = {k for k in pretrained if k.startswith(('decoder', 'mask_token', 'norm.'))}
+  tables = {f'blocks.{i}.attn.relative_position_bias_table' for i in (6, 7)}
+  assert set(report.dropped) == decoder
+  assert set(report.new) == {'fc_norm.weight', 'fc_norm.bias', 'head.weight', 'head.bias'} | tables
+  assert set(report.zeroed) == tables
+  assert set(report.loaded) == set(pretrained) - decoder
+  for name in (*report.dropped, *report.new):
+    assert name in caplog.text
+  np.testing.assert_array_equal(model.head.kernel[...], head)
+  # With zero tables the encoder computes what the pretrained one did.
+  mae = models.create_model('mae_hivit_tiny', **TINY_MAE)
+  _load(mae, pretrained)
+  images = random_images(2, 64, 64, 3)
+  assert_close(model.encode(images)[-1], mae.encode(images)[-1], relative=1e-6)
+
+
+def test_a_head_of_other_classes_starts_anew_only_in_a_partial_load():
+  state = golden_state('hivit_rpe')
+  model = models.create_model('hivit_tiny', **TINY, num_classes=5)
+  with pytest.raises(UserError, match=r'head\.weight is \(7, 32\) there, \(5, 32\) here'):
+    _load(model, state)
+  report = _load(model, state, partial=True)
+  assert set(report.new) == set(report.dropped) == {'head.weight', 'head.bias'}
+
+
+def _without(state, *prefixes):
+  return {name: value for name, value in state.items() if not name.startswith(prefixes)}
+
+
+@pytest.mark.parametrize('partial', [False, True])
+@pytest.mark.parametrize(
+  ('state', 'options', 'message'),
+  [
+    (lambda s: _without(s, 'blocks.7.mlp.fc1'), {}, r'missing: blocks\.7\.mlp\.fc1\.bias'),
+    (lambda s: s | {'blocks.0.gamma': np.ones(3, np.float32)}, {}, r'unused: blocks\.0\.gamma'),
+    (lambda s: s, {'depths': (1, 1, 1)}, r'depths=\(1, 1, 2\), the model \(1, 1, 1\)'),
+    (lambda s: s, {'depths': (1, 1, 3)}, r'depths=\(1, 1, 2\), the model \(1, 1, 3\)'),
+    (lambda s: s, {'embed_dim': 64}, 'embed_dim=32, the model 64'),
+    (lambda s: _without(s, 'patch_embed'), {}, 'not a HiViT checkpoint'),
+  ],
+)
+def test_what_does_not_fit_is_refused_with_names_and_cause(state, options, message, partial):
+  model = models.create_model('hivit_tiny', **(TINY | options), num_classes=7)
+  before = torch_gradients(nnx.to_pure_dict(nnx.state(model)))
+  with pytest.raises(UserError, match=message) as error:
+    _load(model, state(golden_state('hivit_rpe')), partial=partial)
+  assert '\n' not in str(error.value)
+  after = torch_gradients(nnx.to_pure_dict(nnx.state(model)))
+  assert all((before[name] == after[name]).all() for name in before)  # nothing half loaded
+
+
+def test_extra_names_outside_the_encoder_are_refused_unless_partial():
+  state = golden_state('hivit_rpe') | {'neck.conv.weight': np.ones(3, np.float32)}
+  model = models.create_model('hivit_tiny', **TINY, num_classes=7)
+  with pytest.raises(UserError, match=r'unused: neck\.conv\.weight'):
+    _load(model, state)
+  assert _load(model, state, partial=True).dropped == ['neck.conv.weight']
+
+
+def test_other_tables_than_the_model_has_are_explained():
+  model = models.create_model('hivit_tiny', **TINY, num_classes=7, rpe=False)
+  with pytest.raises(UserError, match='rpe=True'):
+    _load(model, golden_state('hivit_rpe'))
+
+
+@pytest.mark.parametrize('size', [(96, 96), (64, 96), (32, 48)])
+def test_another_image_size_resizes_positions_and_says_so(caplog, size):
+  state = golden_state('hivit_rpe')
+  grid = size[0] // 16, size[1] // 16
+  model = models.create_model('hivit_tiny', **(TINY | {'image_size': size}), num_classes=7)
+  with caplog.at_level(logging.INFO):
+    report = _load(model, state)
+  assert set(report.resized) == {k for k in state if 'pos_embed' in k or 'bias_table' in k}
+  assert f'from 4x4 to {grid[0]}x{grid[1]} units' in caplog.text
+  expected = resize.position_embedding(state['absolute_pos_embed'], (4, 4), grid)
+  np.testing.assert_array_equal(model.absolute_pos_embed[...], expected)
+  table = state['blocks.6.attn.relative_position_bias_table']
+  np.testing.assert_array_equal(
+    model.blocks[6].attn.relative_position_bias_table[...],
+    resize.bias_table(table, (4, 4), grid),
+  )
+  assert np.isfinite(model(random_images(1, *size, 3))).all()
+
+
+def test_the_decoders_fixed_positions_are_computed_again():
+  options = TINY_MAE | {'image_size': (96, 48)}
+  model = models.create_model('mae_hivit_tiny', **options)
+  _load(model, golden_state('mae_hifeat_normpix'))
+  np.testing.assert_array_equal(model.decoder_pos_embed[...], positions.sincos_2d(16, (6, 3)))
+
+
+def test_weights_of_images_that_are_not_square_need_their_size_once(tmp_path):
+  wide = models.create_model('hivit_tiny', **(TINY | {'image_size': (32, 96)}))
+  state = exporter.state_dict(wide)
+  square = models.create_model('hivit_tiny', **TINY)
+  with pytest.raises(UserError, match=r'12 units.*image_size'):
+    _load(square, state)
+  _load(square, state, image_size=(32, 96))
+  expected = resize.position_embedding(state['absolute_pos_embed'], (2, 6), (4, 4))
+  np.testing.assert_array_equal(square.absolute_pos_embed[...], expected)
+  path = tmp_path / 'wide.safetensors'  # which can carry it
+  files.write(path, state, metadata={'image_size': [32, 96]})
+  again = hivit_jax.create_model(weights=path, num_heads=4)
+  assert again.grid == (2, 6)
+  np.testing.assert_array_equal(again.absolute_pos_embed[...], wide.absolute_pos_embed[...])
+
+
+def test_loaded_weights_do_not_share_the_files_memory(tmp_path):
+  pytest.importorskip('torch')
+  path = save(tmp_path / 'x.pth', tensors(golden_state('hivit_norpe')))
+  model = hivit_jax.create_model(weights=path, **HEADS)
+  path.write_bytes(bytes(path.stat().st_size))
+  expected = golden_state('hivit_norpe')['head.bias']
+  np.testing.assert_array_equal(model.head.bias[...], expected)
+
+
+def test_no_half_written_file_is_left(tmp_path):
+  with pytest.raises(UserError, match='must end in'):
+    files.write(tmp_path / 'x.bin.txt', {})
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='cannot write'):
+    files.write(tmp_path / 'file' / 'x.safetensors', {'a': np.ones(2, np.float32)})
+  assert [path.name for path in tmp_path.iterdir()] == ['file']

@@ -1,0 +1,118 @@
+"""Dense features: against the official code, and what the golden files do not show."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import hivit_jax
+from hivit_jax.errors import UserError
+from tests.helpers import (
+  TINY,
+  TINY_MAE,
+  abstract_model,
+  assert_close,
+  golden_params,
+  load_golden,
+  random_images,
+  random_model,
+)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+def test_features_are_those_of_the_official_code(task, scan):
+  config, arrays = load_golden(f'{task}_backbone.npz')
+  keys = ('embed_dim', 'depths', 'num_heads', 'stem_mlp_ratio', 'mlp_ratio', 'rpe')
+  graphdef, abstract = abstract_model(
+    'backbone_hivit_tiny',
+    image_size=config['img_size'],
+    bias_image_size=config.get('task_img_size'),
+    window_size=config.get('window_size'),
+    global_blocks=config.get('global_indices', ()),
+    level_norms=task == 'detection',
+    scan=scan,
+    **{key: config[key] for key in keys},
+  )
+  unused = {'relative_position_index'} if config['rpe'] else set()
+  params = golden_params(abstract, arrays, unused)
+  images = arrays['image_nchw'].transpose(0, 2, 3, 1)
+  maps = jax.jit(lambda params: nnx.merge(graphdef, params)(images))(params)
+  for i, feature in enumerate(maps):
+    assert_close(feature, arrays[f'feature_{i}'].transpose(0, 2, 3, 1), name=f'feature_{i}')
+
+
+@pytest.mark.parametrize(
+  ('name', 'options'), [('hivit_tiny', TINY), ('mae_hivit_tiny', TINY_MAE)], ids=['hivit', 'mae']
+)
+def test_every_model_gives_the_levels_that_feature_info_tells_at_any_size(name, options):
+  graphdef, params = random_model(name, **options)
+  model = nnx.merge(graphdef, params)
+  images = random_images(2, 80, 48, 3)
+  levels = (4, 1, 3)
+  maps = model.features(images, levels)
+  for level, feature in zip(levels, maps, strict=True):
+    info = model.feature_info[level - 1]
+    assert info.level == level
+    assert feature.shape == (2, 80 // info.stride, 48 // info.stride, info.channels)
+  assert [info.stride for info in model.feature_info] == [4, 8, 16, 32]
+
+
+def test_at_the_models_own_size_level_3_is_what_encode_gives():
+  graphdef, params = random_model('hivit_tiny', **TINY)
+  model = nnx.merge(graphdef, params)
+  images = random_images(2, 64, 64, 3)
+  (feature,) = model.features(images, (3,))
+  assert_close(feature.reshape(2, 16, -1), model.encode(images)[-1], relative=1e-6)
+
+
+def test_a_window_as_large_as_the_image_is_global_attention():
+  graphdef, params = random_model('hivit_tiny', **TINY, rpe=False)
+  model = nnx.merge(graphdef, params)
+  images = random_images(1, 64, 64, 3)
+  everywhere, windowed = (model.features(images, (3,), window_size=w)[0] for w in (None, 4))
+  assert_close(windowed, everywhere)
+
+
+def test_nothing_crosses_a_window_until_a_global_block():
+  graphdef, params = random_model('hivit_tiny', **TINY, rpe=False)
+  model = nnx.merge(graphdef, params)
+  images = random_images(1, 64, 64, 3)
+  changed = images.copy()
+  changed[:, :32, :32] += 1.0  # the first of four windows
+  for global_blocks, crosses in [((), False), ((1,), True)]:
+    a, b = (
+      model.features(x, (3,), window_size=2, global_blocks=global_blocks)[0]
+      for x in (images, changed)
+    )
+    differs = np.abs(a - b).max(axis=(0, 3)) > 1e-6
+    assert differs[:2, :2].all()
+    assert differs[2:].all() == differs[:, 2:].all() == crosses
+
+
+def test_drop_path_drops_whole_examples_with_windows_too():
+  graphdef, params = random_model('hivit_tiny', **TINY, rpe=False, drop_path_rate=0.5)
+  model = nnx.merge(graphdef, params)
+  images = random_images(2, 64, 96, 3)
+  noise = jnp.stack([jnp.ones((6, 2)), jnp.zeros((6, 2))]).at[0].set(0.999)
+  kept = model.features(images, (3,), window_size=2, noise=jnp.zeros((2, 6, 2)))[0]
+  mixed = model.features(images, (3,), window_size=2, noise=noise)[0]
+  assert_close(mixed[1], kept[1])
+  assert np.abs(mixed[0] - kept[0]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+  ('options', 'size', 'arguments', 'message'),
+  [
+    ({}, 60, {}, 'multiples of 16'),
+    ({}, 64, {'levels': (0, 1)}, 'levels must be of 1, 2, 3, 4'),
+    ({}, 16, {}, 'leave out level 4'),
+    ({}, 64, {'window_size': 2}, 'rpe=False'),
+    ({'rpe': False}, 64, {'window_size': 2, 'global_blocks': (2,)}, r'0\.\.1'),
+  ],
+)
+def test_mistakes_are_named(options, size, arguments, message):
+  model = hivit_jax.create_model('hivit_tiny', **TINY, **options)
+  with pytest.raises(UserError, match=message):
+    model.features(random_images(1, size, size, 3), **arguments)

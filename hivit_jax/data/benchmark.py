@@ -1,35 +1,39 @@
 """How much of the speed of bare decoding and resizing the input pipeline keeps.
 
-Both sides read the same JPEG files from memory in the same number of threads, by turns in one
+All sides read the same JPEG files from memory in the same number of threads, by turns in one
 process. The bare side is PIL alone: decode, crop, bicubic resize. The pipeline is `train_loader`
-with the augmentation of MAE pretraining: shuffled order, random crops, flips, arrays, batches.
+with the augmentation of MAE pretraining: shuffled order, random crops, flips, arrays, batches. The
+supervised pipeline has that of the classifiers instead: smaller crops, and RandAugment.
 
 Images per second *per core* are images per second of CPU time (`time.process_time`: all threads of
 the process), so that neither idle cores nor other programs count.
 """
 
 import concurrent.futures
+import functools
 import importlib.util
 import io
 import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from PIL import Image
 
 from hivit_jax.data.chunks import generator
 from hivit_jax.data.pipeline import train_loader, usable_cores
-from hivit_jax.data.transforms import RandomResizedCrop, mae_train_transform
+from hivit_jax.data.transforms import RandomResizedCrop, train_transform
 from hivit_jax.errors import UserError
 
 PHOTO_SIZE = (500, 375)  # Width and height: the most frequent ones in ImageNet.
 JPEG_QUALITY = 95
 PHOTOS = ('astronaut.png', 'coffee.png', 'motorcycle_left.png', 'ihc.png', 'rocket.jpg')
 BATCH_SIZE = 64
-TARGET = 0.85
+RAND_AUGMENT = 'rand-m9-mstd0.5-inc1'
+# Side -> the one it is compared with, and the share of its speed to be kept.
+TARGETS = {'pipeline': ('bare', 0.85), 'supervised': ('pipeline', 0.7)}
 
 
 class MemorySource:
@@ -74,7 +78,7 @@ def photo_files() -> list[bytes]:
 def measure(
   *, images: int = 512, repeats: int = 7, size: int = 224, num_threads: int | None = None
 ) -> dict[str, Any]:
-  """Measures bare PIL and the pipeline by turns.
+  """Measures bare PIL, the pipeline of pretraining and that of supervised training by turns.
 
   Args:
     images: Images in a turn; rounded up to whole batches.
@@ -83,9 +87,10 @@ def measure(
     num_threads: Threads of either side; None for one a usable core.
 
   Returns:
-    `bare` and `pipeline`, each with `images_per_second_per_core` (CPU time) and `images_per_second`
-    (wall clock); `kept` and `kept_wall`, the pipeline's share of the bare speed, as the median over
-    pairs of neighbouring turns; `target`; and the conditions of the measurement.
+    `bare`, `pipeline` and `supervised`, each with `images_per_second_per_core` (CPU time) and
+    `images_per_second` (wall clock); the last two also with `kept` and `kept_wall`, the share of
+    the speed of the one before, as the median over pairs of neighbouring turns, and `target`; and
+    the conditions of the measurement.
 
   Raises:
     UserError: scikit-image, which has the photographs, is not installed.
@@ -94,7 +99,7 @@ def measure(
   steps = -(-images // BATCH_SIZE)
   images = steps * BATCH_SIZE
   threads = num_threads or usable_cores()
-  source, transform = MemorySource(files, images), mae_train_transform(size)
+  source = MemorySource(files, images)
   crop, rng = RandomResizedCrop((size, size)), generator(0, 0)
   work = [(files[i % len(files)], crop.box(*PHOTO_SIZE, rng)) for i in range(images)]
 
@@ -107,32 +112,29 @@ def measure(
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
       list(pool.map(bare_share, range(threads)))
 
-  def pipeline() -> None:
+  def pipeline(**augmentation: Any) -> None:
+    transform = train_transform(size, **augmentation)
     options = {'batch_size': BATCH_SIZE, 'seed': 0, 'num_steps': steps, 'num_threads': threads}
     with train_loader(source, transform, **options) as loader:
       for _ in loader:
         pass
 
-  sides = {'bare': bare, 'pipeline': pipeline}
+  supervised = functools.partial(pipeline, scale=(0.08, 1.0), rand_augment=RAND_AUGMENT)
+  sides = {'bare': bare, 'pipeline': pipeline, 'supervised': supervised}
   for run in sides.values():  # Imports, allocations, clock speed.
     run()
   turns = [{name: _speeds(run, images) for name, run in sides.items()} for _ in range(repeats)]
-  shares = [
-    [pipeline / bare for pipeline, bare in zip(turn['pipeline'], turn['bare'], strict=True)]
-    for turn in turns
-  ]
   report: dict[str, Any] = {}
   for name in sides:
-    per_core, wall = zip(*(turn[name] for turn in turns), strict=True)
-    report[name] = {
-      'images_per_second_per_core': statistics.median(per_core),
-      'images_per_second': statistics.median(wall),
-    }
-  kept, kept_wall = (statistics.median(share) for share in zip(*shares, strict=True))
+    per_core, wall = _medians(turn[name] for turn in turns)
+    report[name] = {'images_per_second_per_core': per_core, 'images_per_second': wall}
+  for name, (other, target) in TARGETS.items():
+    kept, kept_wall = _medians(
+      [speed / reference for speed, reference in zip(turn[name], turn[other], strict=True)]
+      for turn in turns
+    )
+    report[name] |= {'kept': kept, 'kept_wall': kept_wall, 'target': target}
   return report | {
-    'kept': kept,
-    'kept_wall': kept_wall,
-    'target': TARGET,
     'threads': threads,
     'images_per_turn': images,
     'turns': repeats,
@@ -151,15 +153,20 @@ def format_report(report: dict[str, Any]) -> str:
     f'{report["turns"]} turns of {report["images_per_turn"]} images',
     f'{"images/s":24}{"per core (CPU time)":>22}{"wall clock":>14}',
   ]
-  for name, title in (('bare', 'bare decode + resize'), ('pipeline', 'pipeline')):
-    speeds = report[name]
+  for name, title in (
+    ('bare', 'bare decode + resize'),
+    ('pipeline', 'pipeline'),
+    ('supervised', 'supervised pipeline'),
+  ):
+    side = report[name]
     lines.append(
-      f'{title:24}{speeds["images_per_second_per_core"]:22.1f}{speeds["images_per_second"]:14.1f}'
+      f'{title:24}{side["images_per_second_per_core"]:22.1f}{side["images_per_second"]:14.1f}'
     )
-  lines.append(
-    f'{"kept":24}{report["kept"]:22.1%}{report["kept_wall"]:14.1%}   '
-    f'(target: {report["target"]:.0%} per core)'
-  )
+    if name in TARGETS:
+      lines.append(
+        f'{"  kept":24}{side["kept"]:22.1%}{side["kept_wall"]:14.1%}   '
+        f'(of {TARGETS[name][0]}; target: {side["target"]:.0%} per core)'
+      )
   return '\n'.join(lines)
 
 
@@ -180,3 +187,7 @@ def _speeds(run: Callable[[], None], images: int) -> tuple[float, float]:
   cpu, wall = time.process_time(), time.perf_counter()
   run()
   return images / (time.process_time() - cpu), images / (time.perf_counter() - wall)
+
+
+def _medians(rows: Iterable[Sequence[float]]) -> list[float]:
+  return [statistics.median(column) for column in zip(*rows, strict=True)]

@@ -13,8 +13,9 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 
+from hivit_jax.data import randaugment
 from hivit_jax.errors import UserError
 
 Size = int | Sequence[int]
@@ -96,6 +97,32 @@ class RandomFlip:
 
 
 @dataclasses.dataclass(frozen=True)
+class ColorJitter:
+  """Changes brightness, contrast and saturation, in random order, as torchvision's does.
+
+  Attributes:
+    amount: Every change is by a factor drawn uniformly from [max(0, 1 - amount), 1 + amount].
+  """
+
+  amount: float
+
+  def __post_init__(self):
+    if self.amount < 0:
+      raise UserError(f'Colour jitter {self.amount!r}: expected 0 (off) or more, such as 0.4.')
+
+  def draw(self, rng: np.random.Generator) -> list[tuple[type, float]]:
+    """Draws the changes of one image, in their order: classes of `ImageEnhance` and factors."""
+    changes = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    low, high = max(0, 1 - self.amount), 1 + self.amount
+    return [(changes[index], rng.uniform(low, high)) for index in rng.permutation(3)]
+
+  def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    for change, factor in self.draw(rng):
+      image = change(image).enhance(factor)
+    return image
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainTransform:
   """The steps one after the other, then uint8 (H, W, C)."""
 
@@ -107,25 +134,42 @@ class TrainTransform:
     return to_array(image)
 
 
-def mae_train_transform(
+def train_transform(
   size: Size,
+  *,
   scale: tuple[float, float] = (0.2, 1.0),
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
   flip: bool = True,
+  rand_augment: str | None = None,
+  color_jitter: float = 0.0,
+  mean: Sequence[float] = (0.5,),
 ) -> TrainTransform:
-  """Returns the augmentation of MAE pretraining: a random resized crop and a mirror image.
+  """Returns an augmentation for training: crop and mirror image, then a change of colours and form.
+
+  The first two alone are the augmentation of MAE pretraining. The order is that of timm, which the
+  published recipes for classifiers use.
 
   Args:
     size: Side of the square output, or (height, width), in pixels.
     scale: See `RandomResizedCrop`.
     ratio: See `RandomResizedCrop`.
     flip: Mirror half of the images; off for data in which left and right matter, such as digits.
+    rand_augment: Such as 'rand-m9-mstd0.5-inc1', see `randaugment.rand_augment`; None or '': off.
+    color_jitter: See `ColorJitter`; 0: off. RandAugment, when given, takes its place.
+    mean: Colour that RandAugment fills in, per channel, in [0, 1]: that of the data set.
 
   Raises:
-    UserError: The size, the scale or the ratio makes no sense.
+    UserError: The size, the scale, the ratio, RandAugment or the jitter makes no sense.
   """
-  crop: Step = RandomResizedCrop(as_size(size), scale, ratio)
-  return TrainTransform((crop, RandomFlip()) if flip else (crop,))
+  jitter = ColorJitter(color_jitter)
+  steps: list[Step] = [RandomResizedCrop(as_size(size), scale, ratio)]
+  if flip:
+    steps.append(RandomFlip())
+  if rand_augment:
+    steps.append(randaugment.rand_augment(rand_augment, mean))
+  elif color_jitter:
+    steps.append(jitter)
+  return TrainTransform(tuple(steps))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,9 @@
   python -m hivit_jax.tools.benchmark --data
 
 The first measures the whole step (gradient, optimizer) on synthetic images; the second the input
-pipeline next to bare decoding. Steps and the reference product take turns, so that a machine with
-other work slows both alike; what is reported is the median of the pairs.
+pipelines of pretraining and of supervised training next to bare decoding. Steps and the reference
+product take turns, so that a machine with other work slows both alike; what is reported is the
+median of the pairs.
 """
 
 import json
@@ -29,7 +30,7 @@ from hivit_jax.train import build, host_memory, sharding, step
 from hivit_jax.train.logging import setup_logging
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config of the step to measure.')
-_DATA = flags.DEFINE_bool('data', False, 'Measure the input pipeline instead.')
+_DATA = flags.DEFINE_bool('data', False, 'Measure the input pipelines instead.')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Images a step on each device.', lower_bound=1)
 _STEPS = flags.DEFINE_integer('steps', 10, 'Steps to measure.', lower_bound=1)
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object instead of text.')

@@ -31,7 +31,7 @@ def _loader_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def train_batches(config: ml_collections.ConfigDict, source: Any, start: int, end: int) -> Any:
   """This process's training batches of steps [start, end)."""
   d = config.data
-  transform = transforms.mae_train_transform(
+  transform = transforms.train_transform(
     image_size(config), scale=tuple(d.crop_scale), ratio=tuple(d.crop_ratio), flip=d.flip
   )
   return pipeline.train_loader(

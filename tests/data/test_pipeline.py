@@ -185,7 +185,7 @@ def test_ends_after_num_steps_and_reads_no_more_than_that():
 
 
 def test_greyscale_batches_have_one_channel():
-  transform = transforms.mae_train_transform(16)
+  transform = transforms.train_transform(16)
   loader = train_loader(MemorySource(20), transform, batch_size=4, seed=0, channels=1)
   assert take(loader, 1)[0]['image'].shape == (4, 16, 16, 1)
 

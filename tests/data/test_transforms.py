@@ -5,9 +5,10 @@ import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from hivit_jax.data import transforms
+from hivit_jax.data.randaugment import RandAugment
 from hivit_jax.errors import UserError
 
 
@@ -100,7 +101,7 @@ def test_flip_mirrors_half_of_the_images():
 
 
 def test_train_transform_is_crop_then_flip_as_uint8_and_a_function_of_the_generator():
-  transform = transforms.mae_train_transform((32, 48), scale=(0.3, 0.9))
+  transform = transforms.train_transform((32, 48), scale=(0.3, 0.9))
   image = noise_image(100, 80)
   assert transform.steps[0] == transforms.RandomResizedCrop((32, 48), (0.3, 0.9), (3 / 4, 4 / 3))
   first = transform(image, generator(1))
@@ -110,8 +111,56 @@ def test_train_transform_is_crop_then_flip_as_uint8_and_a_function_of_the_genera
   assert not np.array_equal(first, transform(image, generator(2)))
 
 
+def test_classifiers_get_crop_flip_and_rand_augment_instead_of_colour_jitter():
+  crop = transforms.RandomResizedCrop((32, 32), (0.08, 1.0), (3 / 4, 4 / 3))
+  options = {'scale': (0.08, 1.0), 'color_jitter': 0.4}
+  jittered = transforms.train_transform(32, **options)
+  assert jittered.steps == (crop, transforms.RandomFlip(), transforms.ColorJitter(0.4))
+  augmented = transforms.train_transform(
+    32, **options, rand_augment='rand-m9-mstd0.5-inc1', mean=(0.1, 0.2, 0.3)
+  )
+  rand_augment = RandAugment(9.0, 0.5, 2, (0.1, 0.2, 0.3))
+  assert augmented.steps == (crop, transforms.RandomFlip(), rand_augment)
+  for off in (None, ''):
+    assert transforms.train_transform(32, rand_augment=off).steps[2:] == ()
+
+  image, rng = noise_image(50, 40), generator(5)
+  expected = image
+  for step in (crop, transforms.RandomFlip(), rand_augment):
+    expected = step(expected, rng)
+  np.testing.assert_array_equal(augmented(image, generator(5)), expected)
+
+
+@pytest.mark.parametrize(('amount', 'low', 'high'), [(0.4, 0.6, 1.4), (1.5, 0.0, 2.5)])
+def test_colour_jitter_draws_every_order_and_factors_uniformly(amount, low, high):
+  jitter, rng = transforms.ColorJitter(amount), generator()
+  draws = [jitter.draw(rng) for _ in range(3000)]
+  orders = [tuple(change for change, _ in draw) for draw in draws]
+  changes = {ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color}
+  assert all(set(order) == changes for order in orders)
+  assert len(set(orders)) == 6
+  assert all(420 < orders.count(order) < 580 for order in set(orders))
+  for change in changes:
+    factors = np.array([dict(draw)[change] for draw in draws])
+    assert low <= factors.min() < low + 0.01 * (high - low)
+    assert high - 0.01 * (high - low) < factors.max() <= high
+    assert factors.mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+def test_colour_jitter_applies_what_it_draws(mode):
+  image, jitter = noise_image(9, 7).convert(mode), transforms.ColorJitter(0.4)
+  expected = image
+  for change, factor in jitter.draw(generator(2)):
+    expected = change(expected).enhance(factor)
+  jittered = jitter(image, generator(2))
+  assert jittered.mode == mode
+  np.testing.assert_array_equal(jittered, expected)
+  assert not np.array_equal(jittered, image)
+
+
 def test_without_flip_nothing_is_mirrored():
-  transform = transforms.mae_train_transform(16, scale=(1, 1), ratio=(1, 1), flip=False)
+  transform = transforms.train_transform(16, scale=(1, 1), ratio=(1, 1), flip=False)
   ramp = Image.fromarray(np.tile(np.arange(0, 240, 10, dtype=np.uint8), (24, 1)))
   rng = generator()
   for _ in range(20):
@@ -120,7 +169,7 @@ def test_without_flip_nothing_is_mirrored():
 
 def test_greyscale_keeps_one_channel():
   image = noise_image(40, 30).convert('L')
-  assert transforms.mae_train_transform(16)(image, generator()).shape == (16, 16, 1)
+  assert transforms.train_transform(16)(image, generator()).shape == (16, 16, 1)
   assert transforms.eval_transform(16)(image).shape == (16, 16, 1)
 
 
@@ -144,6 +193,19 @@ def test_evaluation_resizes_the_shorter_side_and_crops_the_centre(
   np.testing.assert_array_equal(transforms.eval_transform(side)(image), expected)
 
 
+@pytest.mark.parametrize('image_size', [(500, 375), (375, 501), (64, 64), (97, 333)])
+def test_evaluation_is_that_of_torchvision_for_every_size(image_size):
+  image = noise_image(*image_size)
+  for side in (32, 90, 96, 160, 192, 200, 223, 224, 225, 288):
+    shorter = int(side * 256 / 224) if side <= 224 else side
+    longer = int(shorter * max(image_size) / min(image_size))
+    wide = image.width > image.height
+    resized = image.resize((longer, shorter) if wide else (shorter, longer), Image.BICUBIC)
+    top, left = round((resized.height - side) / 2.0), round((resized.width - side) / 2.0)
+    expected = np.asarray(resized)[top : top + side, left : left + side]
+    np.testing.assert_array_equal(transforms.eval_transform(side)(image), expected)
+
+
 @pytest.mark.parametrize('output', [(64, 128), (128, 64), (256, 320)])
 @pytest.mark.parametrize('image_size', [(500, 375), (375, 500), (97, 101), (40, 400)])
 def test_non_square_evaluation_covers_the_output_without_distortion(output, image_size):
@@ -164,7 +226,7 @@ def test_non_square_evaluation_covers_the_output_without_distortion(output, imag
 
 @pytest.mark.parametrize('size', [0, -16, (16,), (16, 0), (16.0, 16.0), (16, 16, 3)])
 def test_senseless_size_is_a_user_error(size):
-  for make in (transforms.mae_train_transform, transforms.eval_transform):
+  for make in (transforms.train_transform, transforms.eval_transform):
     with pytest.raises(UserError, match=r'expected one side or \(height, width\)'):
       make(size)
 
@@ -174,9 +236,26 @@ def test_senseless_size_is_a_user_error(size):
 )
 def test_senseless_crop_is_a_user_error(options):
   with pytest.raises(UserError, match='expected 0 <'):
-    transforms.mae_train_transform(16, **options)
+    transforms.train_transform(16, **options)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'color_jitter': -0.4}, r'Colour jitter -0\.4: expected 0'),
+    ({'rand_augment': 'rand-m9', 'color_jitter': -1.0}, 'Colour jitter'),
+    ({'rand_augment': 'augmix'}, 'RandAugment "augmix": expected'),
+  ],
+)
+def test_senseless_augmentation_is_a_user_error(options, message):
+  with pytest.raises(UserError, match=message):
+    transforms.train_transform(16, **options)
 
 
 def test_transforms_travel_to_worker_processes():
-  for transform in (transforms.mae_train_transform((16, 32)), transforms.eval_transform(16)):
+  for transform in (
+    transforms.train_transform((16, 32), color_jitter=0.4),
+    transforms.train_transform(16, rand_augment='rand-m9-mstd0.5-inc1'),
+    transforms.eval_transform(16),
+  ):
     assert pickle.loads(pickle.dumps(transform)) == transform

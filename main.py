@@ -6,6 +6,7 @@ Any setting of the config can be given on the command line: --config.batch_size=
 variants follow a colon: --config=configs/mae_hivit_b.py:1600.
 """
 
+import json
 import pathlib
 
 from absl import flags
@@ -21,6 +22,12 @@ _WORKDIR = flags.DEFINE_string(
   'Directory of checkpoints, metrics and pictures; a run that is in it already goes on. '
   'Default: workdirs/<name of the config>_<variant>.',
 )
+_MODE = flags.DEFINE_enum(
+  'mode',
+  'train',
+  ['train', 'evaluate'],
+  'evaluate: the newest checkpoint of --workdir or, without one, config.init.',
+)
 
 
 def main(argv: list[str]) -> None:
@@ -31,6 +38,9 @@ def main(argv: list[str]) -> None:
   # Imported here: worker processes of the data pipeline import this file, and --help must be fast.
   from hivit_jax.train import experiment
 
+  if _MODE.value == 'evaluate':
+    print(json.dumps(experiment.evaluate(_CONFIG.value, _WORKDIR.value)))
+    return
   file, _, variant = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
   name = '_'.join(filter(None, (pathlib.Path(file).stem, variant)))
   experiment.run(_CONFIG.value, _WORKDIR.value or f'workdirs/{name}')

@@ -11,7 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
 
   config.seed = 0  # of parameters, data order, augmentation, masks
-  config.task = 'mae'  # masked autoencoding
+  config.task = 'mae'  # masked autoencoding; classify; linear: train the last layer alone
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
   config.channels = 3  # of the images: 3 (RGB) or 1 (greyscale)
   config.epochs = 300.0  # length of the run and of the learning rate's schedule
@@ -26,39 +26,54 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.stem_blocks = config_dict.placeholder(tuple)  # MLPs of the first two stages (iTPN)
   config.model.rpe = config_dict.placeholder(bool)  # relative position bias
   config.model.drop_path_rate = 0.0
+  config.model.num_classes = config_dict.placeholder(int)  # None: those of the data set
+  config.model.head_std = config_dict.placeholder(float)  # of the last layer's initial weights
+  config.model.head_batch_norm = config_dict.placeholder(bool)  # before it: for linear probes
   config.model.decoder_embed_dim = config_dict.placeholder(int)
   config.model.decoder_depth = config_dict.placeholder(int)
   config.model.decoder_num_heads = config_dict.placeholder(int)
-  config.model.mask_ratio = 0.75  # share of the units removed
-  config.model.norm_pix_loss = True  # predict pixels normalised per unit
-  config.model.hifeat = True  # decode from all three stages
+  config.model.mask_ratio = config_dict.placeholder(float)  # share of the units removed
+  config.model.norm_pix_loss = config_dict.placeholder(bool)  # predict pixels normalised per unit
+  config.model.hifeat = config_dict.placeholder(bool)  # decode from all three stages
   config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
   config.model.remat = False  # recompute activations: less memory, about a third more time
   config.model.scan = False  # compile the main block once, not once a layer: slower on CPUs
 
-  config.init = ml_collections.ConfigDict()  # weights to start from
-  config.init.path = config_dict.placeholder(str)  # .pth, .safetensors, checkpoint or workdir
-  config.init.partial = False  # take what fits: a pretrained encoder into a classifier
-  config.init.ema = False  # the averaged weights
+  # Weights to start from: a .pth or .safetensors file, a checkpoint or a workdir. What is on one
+  # side only is left out or stays new; the log tells.
+  config.init = config_dict.placeholder(str)
+  config.init_ema = False  # take its averaged weights
 
   config.data = ml_collections.ConfigDict()
   config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, or folder:/path
   config.data.data_dir = config_dict.placeholder(str)  # None: TFDS_DATA_DIR or TFDS's default
   config.data.train_split = 'train'  # may be cut: train[:90%]; see docs/data.md
-  config.data.eval_split = 'validation'  # images of the k-NN accuracy and of the pictures
+  config.data.eval_split = 'validation'  # of accuracies and pictures
   config.data.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
   config.data.std = (0.229, 0.224, 0.225)  # likewise
-  config.data.crop_scale = (0.2, 1.0)  # RandomResizedCrop: share of the image's area
-  config.data.crop_ratio = (3 / 4, 4 / 3)  # and width / height
-  config.data.flip = True  # mirror every second image
   config.data.num_threads = 0  # that decode; 0: one per core, at most 16
   config.data.num_workers = 0  # processes that decode; 0: threads of this one
   config.data.max_broken_fraction = 0.01  # more unreadable images than this stop the run
+
+  config.augment = ml_collections.ConfigDict()
+  config.augment.crop_scale = (0.2, 1.0)  # RandomResizedCrop: share of the image's area
+  config.augment.crop_ratio = (3 / 4, 4 / 3)  # and width / height
+  config.augment.flip = True  # mirror every second image
+  # RandAugment, such as rand-m9-mstd0.5-inc1; color_jitter is for runs without it
+  config.augment.rand_augment = config_dict.placeholder(str)
+  config.augment.color_jitter = 0.0  # change of brightness, contrast and saturation, at most
+  # Of classification, on the device:
+  config.augment.erase = 0.0  # share of the images with a rectangle of noise
+  config.augment.mixup = 0.0  # alpha; 0: off
+  config.augment.cutmix = 0.0  # alpha; 0: off
+  config.augment.switch_probability = 0.5  # of cutmix where mixup is on as well
+  config.augment.label_smoothing = 0.0  # share of the target spread over all classes
 
   config.batch_size = 4096  # over all devices and hosts
   config.accumulate_steps = 1  # parts that a batch is computed in, one after the other
 
   config.optim = ml_collections.ConfigDict()
+  config.optim.name = 'adamw'  # or lars
   config.optim.base_lr = 1e-4  # per 256 images of batch_size: lr = base_lr * batch_size / 256
   config.optim.lr = config_dict.placeholder(float)  # peak; instead of base_lr
   config.optim.end_lr = 0.0  # after the cosine
@@ -67,8 +82,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.b1 = 0.9  # AdamW: decay of the mean of the gradients
   config.optim.b2 = 0.95  # and of the mean of their squares
   config.optim.eps = 1e-8  # of AdamW
+  config.optim.momentum = 0.9  # of LARS
+  # Factor of the learning rate from each block to the one before it; None: the same for all.
+  config.optim.layer_decay = config_dict.placeholder(float)
   config.optim.weight_decay = 0.05  # times the learning rate; not of biases and LayerNorms
   config.optim.clip_norm = config_dict.placeholder(float)  # of the global gradient; None: off
+
+  config.ema_decay = config_dict.placeholder(float)  # average the parameters; None: off
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1  # devices that split the batch; -1: all of them
@@ -80,12 +100,15 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.log_every_steps = 50  # one line of metrics: the means since the last one
 
+  config.evaluation = ml_collections.ConfigDict()  # of classifiers on the evaluation set
+  config.evaluation.every_epochs = 1.0  # 0: never
+  config.evaluation.batch_size = 256  # over all devices; of the k-NN accuracy, too
+
   config.knn = ml_collections.ConfigDict()  # k-NN accuracy of the pooled features
   config.knn.every_epochs = 20.0  # 0: never
   config.knn.k = 20  # neighbours that vote
   config.knn.temperature = 0.07  # of their votes; small: the nearest decide
   config.knn.bank_size = 50_000  # training images to compare with; 0: all
-  config.knn.batch_size = 256  # over all devices
 
   config.pictures = ml_collections.ConfigDict()  # reconstructions of evaluation images
   config.pictures.every_epochs = 20.0  # 0: never
@@ -100,10 +123,13 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.max_steps = 2
   config.batch_size = 16
   config.model.update(embed_dim=32, depths=(1, 1, 2), num_heads=2)
-  config.model.update(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+  if config.task == 'mae':
+    config.model.update(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+  config.init = None
   config.data.update(name='digits', train_split='train[:64]', eval_split='test[:32]')
   config.log_every_steps = 1
-  config.knn.update(k=5, bank_size=32, batch_size=16)
+  config.evaluation.batch_size = 16
+  config.knn.update(k=5, bank_size=32)
   config.pictures.count = 2
   return config
 
@@ -117,11 +143,77 @@ def pretrain(size: str, variant: str | None, **optim) -> ml_collections.ConfigDi
     **optim: what differs from the base recipe in `config.optim`.
   """
   config = get_config()
-  config.model.name = f'mae_hivit_{size}'
+  config.model.update(name=f'mae_hivit_{size}', mask_ratio=0.75, norm_pix_loss=True, hifeat=True)
   config.optim.update(optim)
   if variant == 'debug':
     return debug(config)
   if variant not in (None, '', '300', '800', '1600'):
     raise UserError(f'unknown variant ":{variant}"; known: 300, 800, 1600 (epochs), debug')
   config.epochs = float(variant or 300)
+  return config
+
+
+def classify(size: str) -> ml_collections.ConfigDict:
+  """What supervised training and finetuning of one HiViT size share."""
+  config = get_config()
+  config.task = 'classify'
+  config.model.name = f'hivit_{size}'
+  config.batch_size = 1024
+  config.augment.update(crop_scale=(0.08, 1.0), rand_augment='rand-m9-mstd0.5-inc1', erase=0.25)
+  config.augment.update(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+  config.optim.b2 = 0.999
+  config.checkpoint.keep_every_epochs = 0.0
+  config.knn.every_epochs = 0.0
+  return config
+
+
+def supervised(
+  size: str, variant: str | None, *, drop_path_rate: float
+) -> ml_collections.ConfigDict:
+  """Training from scratch: Table 2 of arXiv 2205.14949.
+
+  Args:
+    size: tiny, small or base.
+    variant: 'debug' or None.
+    drop_path_rate: the largest, see `config.model`.
+  """
+  config = classify(size)
+  config.model.drop_path_rate = drop_path_rate
+  config.epochs = 300.0
+  config.optim.update(base_lr=2.5e-4, end_lr=1e-5, warmup_start_lr=1e-6, warmup_epochs=20.0)
+  return debug_or(config, variant)
+
+
+def finetune(
+  size: str,
+  variant: str | None,
+  *,
+  epochs: float = 100.0,
+  base_lr: float = 5e-4,
+  layer_decay: float = 0.85,
+  drop_path_rate: float = 0.2,
+) -> ml_collections.ConfigDict:
+  """Finetuning of a pretrained HiViT, by default of what `mae_hivit_<size>.py` left.
+
+  Args:
+    size: tiny, small, base or large.
+    variant: 'debug' or None.
+    epochs, base_lr, layer_decay, drop_path_rate: see the settings of these names.
+  """
+  config = classify(size)
+  config.init = f'workdirs/mae_hivit_{size[0]}'
+  config.model.update(drop_path_rate=drop_path_rate, head_std=2e-5)
+  config.epochs = epochs
+  config.optim.update(base_lr=base_lr, end_lr=1e-6, warmup_epochs=5.0, layer_decay=layer_decay)
+  return debug_or(config, variant)
+
+
+def debug_or(
+  config: ml_collections.ConfigDict, variant: str | None
+) -> ml_collections.ConfigDict:
+  """The config, or its `:debug` variant, of a file that has no other variants."""
+  if variant == 'debug':
+    return debug(config)
+  if variant:
+    raise UserError(f'unknown variant ":{variant}"; known: debug')
   return config

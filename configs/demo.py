@@ -9,7 +9,8 @@ def get_config(variant: str | None = None):
     return base.debug(config)
   if variant:
     raise base.UserError(f'unknown variant ":{variant}"; known: debug')
-  config.data.update(name='photo_tiles', eval_split='test', crop_scale=(0.5, 1.0))
+  config.data.update(name='photo_tiles', eval_split='test')
+  config.augment.crop_scale = (0.5, 1.0)
   config.image_size = (64, 64)
   config.epochs = 20.0
   config.batch_size = 32

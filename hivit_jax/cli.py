@@ -5,7 +5,6 @@ import inspect
 import itertools
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -150,8 +149,6 @@ def _wrong_value(config: ml_collections.ConfigDict | None, message: str) -> User
 
 
 def _guarded(main: Callable, argv: list[str]) -> None:
-  # From here on both signals end a program in the same way; what has work to save catches them.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
     main(argv)
   except UserError as error:
@@ -159,7 +156,7 @@ def _guarded(main: Callable, argv: list[str]) -> None:
   except Stopped as stop:
     _stop(str(stop))
   except KeyboardInterrupt:
-    _stop('stopped; there was nothing to save. The same command starts again')
+    _stop('stopped; there was nothing to save')
 
 
 def _stop(message: str) -> NoReturn:

@@ -71,7 +71,7 @@ VALUES = [
   ('optim.lr=high', '--config.optim.lr=high: expected float'),
   ('batch_size=many', '--config.batch_size=many: expected int such as 16'),
   ('batch_size=1.5', '--config.batch_size=1.5: expected int such as 16'),
-  ('data.flip=perhaps', '--config.data.flip=perhaps: expected bool such as True'),
+  ('augment.flip=perhaps', '--config.augment.flip=perhaps: expected bool such as True'),
   ('task=classify', 'config.task="classify" is unknown; there is: mae'),
   ('model.name=mae_hivit_bas', 'did you mean "mae_hivit_base"?'),
   ('model.name=hivit_base', 'config.task="mae" needs; try mae_hivit_base'),
@@ -107,7 +107,7 @@ VALUES = [
   ('checkpoint.every_epochs=-1', 'config.checkpoint.every_epochs=-1.0: expected 0 or more'),
   ('knn.k=0', 'config.knn.k=0: expected at least 1'),
   ('knn.temperature=0', 'config.knn.temperature=0.0: expected more than 0'),
-  ('knn.batch_size=0', 'config.knn.batch_size=0: expected at least 1'),
+  ('evaluation.batch_size=0', 'config.evaluation.batch_size=0: expected at least 1'),
   ('knn.every_epochs=-1', 'config.knn.every_epochs=-1.0: expected 0 or more'),
   ('pictures.count=0', 'config.pictures.count=0: expected at least 1'),
   ('optim.b2=1', 'config.optim.b2=1.0: expected 0 or more, and less than 1'),
@@ -115,8 +115,8 @@ VALUES = [
   ('data.mean=0.5,0.5', 'config.data.mean=(0.5, 0.5): expected one number a channel'),
   ('data.mean=(0.5,)', 'config.data.mean: 1 numbers for config.channels=3'),
   ('data.std=0.,0.,0.', 'config.data.std=(0.0, 0.0, 0.0): expected one number a channel'),
-  ('data.crop_scale=0.5,0.2', 'config.data.crop_scale=(0.5, 0.2): expected two shares'),
-  ('data.crop_ratio=wide', "config.data.crop_ratio=('wide',): expected two ratios"),
+  ('augment.crop_scale=0.5,0.2', 'config.augment.crop_scale=(0.5, 0.2): expected two shares'),
+  ('augment.crop_ratio=wide', "config.augment.crop_ratio=('wide',): expected two ratios"),
   ('data.max_broken_fraction=2', 'config.data.max_broken_fraction=2.0: expected from 0 to 1'),
   ('data.num_workers=-1', 'config.data.num_workers=-1: expected 0 or more'),
   ('data.name=nosuchset', "unknown data set 'nosuchset'"),
@@ -139,9 +139,9 @@ def test_a_batch_that_does_not_divide_among_the_devices(main, tmp_path):
   three = {'XLA_FLAGS': '--xla_force_host_platform_device_count=3'}
   error = error_of(main(DEBUG, f'--workdir={tmp_path}/w', **three))
   assert error == 'config.batch_size=16 is not divisible by 3 devices; try 15 or 18'
-  flags = ('--config.batch_size=18', '--config.knn.batch_size=20')
+  flags = ('--config.batch_size=18', '--config.evaluation.batch_size=20')
   error = error_of(main(DEBUG, f'--workdir={tmp_path}/w', *flags, **three))
-  assert error == 'config.knn.batch_size=20 is not divisible by 3 devices; try 18 or 21'
+  assert error == 'config.evaluation.batch_size=20 is not divisible by 3 devices; try 18 or 21'
   assert not (tmp_path / 'w').exists()
 
 

@@ -241,7 +241,7 @@ def test_the_published_pretraining_recipe(name, lr, epochs):
   assert (model.mask_ratio, model.norm_pix_loss, model.hifeat) == (0.75, True, True)
   assert model.drop_path_rate == 0
   assert config.data.name == 'imagenet2012'
-  assert (config.data.crop_scale, config.data.flip) == ((0.2, 1.0), True)
+  assert (config.augment.crop_scale, config.augment.flip) == ((0.2, 1.0), True)
   schedule = build.schedule(config)
   np.testing.assert_allclose(schedule(20.0), lr / 2, rtol=1e-6)  # half of the warmup
   np.testing.assert_allclose(schedule(40.0), lr, rtol=1e-6)

@@ -264,13 +264,14 @@ def test_a_second_signal_ends_a_run_at_once_even_while_compiling(runs, finished,
   assert checkpoints(workdir)[-1] == str(STEPS)
 
 
-def test_a_signal_before_there_is_anything_to_save_ends_a_run_with_one_line(runs, tmp_path):
-  with runs.start(runs.command(tmp_path / 'run')) as process:
-    process.wait_until(lambda: (tmp_path / 'run').exists(), 'a workdir')
+def test_a_signal_before_training_begins_ends_a_run_with_one_line(runs, tmp_path):
+  workdir = tmp_path / 'run'
+  with runs.start(runs.command(workdir)) as process:
+    process.wait_until(lambda: (workdir / 'config.json').exists(), 'config.json')
     process.send(signal.SIGTERM)
     assert process.wait() == 143
     last = process.output().splitlines()[-1]
-    assert last == 'stopped; there was nothing to save. The same command starts again'
+    assert last == 'SIGTERM: stopped before training began; the same command starts again'
     assert 'Traceback' not in process.output()
 
 

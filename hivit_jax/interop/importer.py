@@ -313,7 +313,7 @@ def _cause(model, state: StateDict, missing, unused, partial: bool) -> str:
   if there != here and not partial:
     return (
       f'This is {kinds[there]}: load it into {described.name}, or take its encoder alone with '
-      'partial=True (--partial, --config.init.partial=True)'
+      'partial=True (--partial)'
     )
   if any(name.endswith(_TABLE) for name in (*missing, *unused)):
     return (

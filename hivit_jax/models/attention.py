@@ -37,20 +37,22 @@ def _forward(q, k, v, bias):
 
 
 def _backward(residuals, g):
+  # All (N, N) arrays are (keys, queries) here: then one product of five transposes an operand of
+  # its own, else two would, which CPUs are slow at.
   q, k, v, bias, out, log_total = residuals
-  weights = jnp.exp(_logits(q, k, bias) - log_total)
-  dv = jnp.einsum('...qk,...qd->...kd', weights.astype(g.dtype), g)
-  dweights = jnp.einsum('...qd,...kd->...qk', g, v, preferred_element_type=jnp.float32)
+  weights = jnp.exp(_logits(k, q, None if bias is None else bias.mT) - log_total.mT)
+  dv = jnp.einsum('...kq,...qd->...kd', weights.astype(g.dtype), g)
+  dweights = jnp.einsum('...kd,...qd->...kq', v, g, preferred_element_type=jnp.float32)
   # sum_k weights * dweights, without the (N, N) product
   mean = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-  dlogits = weights * (dweights - mean)
+  dlogits = weights * (dweights - mean.mT)
   dbias = None
   if bias is not None:
     extra = tuple(range(dlogits.ndim - bias.ndim))
-    dbias = dlogits.sum(axis=extra).astype(bias.dtype)
+    dbias = dlogits.sum(axis=extra).mT.astype(bias.dtype)
   dlogits = dlogits.astype(q.dtype)
-  dq = jnp.einsum('...qk,...kd->...qd', dlogits, k)
-  dk = jnp.einsum('...qk,...qd->...kd', dlogits, q)
+  dq = jnp.einsum('...kq,...kd->...qd', dlogits, k)
+  dk = jnp.einsum('...kq,...qd->...kd', dlogits, q)
   return dq, dk, dv, dbias
 
 

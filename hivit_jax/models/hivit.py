@@ -418,7 +418,15 @@ def _to_map(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 
 class HiViT(HiViTEncoder):
-  """HiViT classifier: encoder, mean over the tokens, LayerNorm, Linear."""
+  """HiViT classifier: encoder, mean over the tokens, LayerNorm, Linear.
+
+  Args:
+    num_classes: number of logits.
+    head_std: standard deviation of the Linear's initial weights.
+    head_batch_norm: a BatchNorm without scale and bias before the Linear: that of MAE's linear
+      probe (arXiv 2111.06377, appendix A).
+    Others as for `HiViTEncoder`.
+  """
 
   def __init__(
     self,
@@ -435,6 +443,8 @@ class HiViT(HiViTEncoder):
     rpe: bool = True,
     drop_path_rate: float = 0.0,
     remat: bool = False,
+    head_std: float = 0.02,
+    head_batch_norm: bool = False,
     scan: bool = False,
     dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
@@ -458,17 +468,24 @@ class HiViT(HiViTEncoder):
       rngs=rngs,
     )
     self.fc_norm = layers.layer_norm(embed_dim, rngs=rngs, dtype=dtype)
-    self.head = layers.linear(embed_dim, num_classes, rngs=rngs, dtype=dtype)
+    self.head_norm = layers.batch_norm(embed_dim, rngs=rngs) if head_batch_norm else None
+    self.head = layers.linear(embed_dim, num_classes, std=head_std, rngs=rngs, dtype=dtype)
 
   def pooled(self, images: jax.Array, *, noise: jax.Array | None = None) -> jax.Array:
     """(B, H, W, channels) normalised images -> (B, C) mean of the main stage's tokens."""
     return self.encode(images, noise=noise)[-1].mean(axis=1)
 
-  def __call__(self, images: jax.Array, *, noise: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self, images: jax.Array, *, noise: jax.Array | None = None, train: bool = False
+  ) -> jax.Array:
     """(B, H, W, channels) normalised images -> (B, num_classes) float32 logits.
 
     Args:
       images: of this model's image size.
       noise: from `drop_path_noise` in training; None (evaluation) switches drop path off.
+      train: with `head_batch_norm`, normalise by the batch and update the running statistics.
     """
-    return self.head(self.fc_norm(self.pooled(images, noise=noise))).astype(jnp.float32)
+    x = self.fc_norm(self.pooled(images, noise=noise))
+    if self.head_norm is not None:
+      x = self.head_norm(x, use_running_average=not train)
+    return self.head(x).astype(jnp.float32)

@@ -76,11 +76,11 @@ def measure_step(
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
   dtype = build.compute_dtype(config)
   create = build.model_creator(config)
-  graphdef, tx, abstract = step.abstract_state(create, build.optimizer(config), mesh)
+  graphdef, optimizer, abstract = step.abstract_state(create, build.optimizer(config), mesh)
   train_step = step.make_train_step(
     graphdef,
     build.task(config),
-    tx,
+    optimizer,
     build.schedule(config),
     epochs_per_step=1e-3,
     seed=config.seed,
@@ -88,7 +88,7 @@ def measure_step(
     compiler_options=sharding.compiler_options(mesh),
   )
   batch = _synthetic_batch(config, mesh)
-  state = step.init_state(create, tx, mesh)
+  state = step.init_state(create, optimizer, mesh)
 
   start = time.perf_counter()
   lowered = train_step.lower(state, batch)
@@ -182,18 +182,18 @@ def _host_seconds(config: ml_collections.ConfigDict, mesh: Mesh, repeats: int) -
   config.model.update(embed_dim=16, num_heads=1)
   config.model.update(decoder_embed_dim=16, decoder_num_heads=1)
   create = build.model_creator(config)
-  graphdef, tx, _ = step.abstract_state(create, build.optimizer(config), mesh)
+  graphdef, optimizer, _ = step.abstract_state(create, build.optimizer(config), mesh)
   train_step = step.make_train_step(
     graphdef,
     build.task(config),
-    tx,
+    optimizer,
     build.schedule(config),
     epochs_per_step=1e-3,
     seed=0,
     accumulate_steps=config.accumulate_steps,
     compiler_options=sharding.compiler_options(mesh),
   )
-  state = step.init_state(create, tx, mesh)
+  state = step.init_state(create, optimizer, mesh)
   batch = _synthetic_batch(config, mesh)
   times = []
   for _ in range(repeats + 2):

@@ -9,12 +9,21 @@ import ml_collections
 
 from hivit_jax import models
 from hivit_jax.errors import UserError
-from hivit_jax.models.hivit import UNIT
+from hivit_jax.interop import files, infer
+from hivit_jax.models.hivit import UNIT, HiViT
 from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
 from hivit_jax.train import optim, schedules, weights
 
 _DTYPES = ('auto', 'float32', 'bfloat16')
+_PUBLISHED_CLASSES = 1000  # of a config that names no number, before there is a data set
+# task -> class of its models, how they are called, rules of the optimizer
+_TASKS = {
+  'mae': (MaskedAutoencoder, 'masked autoencoder', optim.PRETRAIN_RULES),
+  'classify': (HiViT, 'classifier', optim.CLASSIFY_RULES),
+  'linear': (HiViT, 'classifier', optim.LINEAR_RULES),
+}
 
 
 def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -66,34 +75,67 @@ def model_creator(config: ml_collections.ConfigDict) -> Callable[[], Any]:
 def initial_model(config: ml_collections.ConfigDict) -> Callable[[], Any]:
   """Returns a function that builds the config's model with the weights of `config.init`."""
   create = model_creator(config)
-  path, partial, ema = config.init.path, config.init.partial, config.init.ema
+  path, ema = config.init, config.init_ema
 
   def load():
     model = create()
     if path:
-      weights.load_weights(model, path, partial=partial, ema=ema)
+      weights.load_weights(model, path, partial=True, ema=ema)
     return model
 
   return load
 
 
-def task(config: ml_collections.ConfigDict) -> MAETask:
+def infer_model(config: ml_collections.ConfigDict, state: files.StateDict) -> None:
+  """Sets `config.model` and `config.task` to what the weights are for; the image size stays."""
+  known = infer.hints(state.metadata)
+  name, arguments = infer.describe(state.arrays, state.source, **known)
+  config.task = 'mae' if models.MODELS[name][0] is MaskedAutoencoder else 'classify'
+  config.channels = arguments['channels']
+  config.model.name = name
+  config.model.update({k: v for k, v in arguments.items() if k in config.model})
+
+
+def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:
   """The task named by `config.task`."""
-  if config.task != 'mae':
-    raise UserError(f'config.task="{config.task}" is unknown; there is: mae')
-  if models.MODELS.get(config.model.name, (MaskedAutoencoder,))[0] is not MaskedAutoencoder:
+  if config.task not in _TASKS:
+    raise UserError(f'config.task="{config.task}" is unknown; there are: {", ".join(_TASKS)}')
+  wanted, kind, _ = _TASKS[config.task]
+  name = config.model.name
+  if models.MODELS.get(name, (wanted,))[0] is not wanted:
+    fitting = [other for other, (cls, _) in models.MODELS.items() if cls is wanted]
+    size = str(name).rsplit('_', 1)[-1]
+    guess = next((other for other in fitting if other.endswith(f'_{size}')), fitting[0])
     raise UserError(
-      f'config.model.name="{config.model.name}" is no masked autoencoder, which config.task="mae" '
-      f'needs; try mae_{config.model.name}'
+      f'config.model.name="{name}" is no {kind}, which config.task="{config.task}" needs; '
+      f'try {guess}'
     )
-  return MAETask(mean=tuple(config.data.mean), std=tuple(config.data.std))
+  statistics = {'mean': tuple(config.data.mean), 'std': tuple(config.data.std)}
+  if wanted is MaskedAutoencoder:
+    return MAETask(**statistics)
+  a = config.augment
+  return ClassifyTask(
+    **statistics,
+    num_classes=config.model.num_classes or _PUBLISHED_CLASSES,
+    label_smoothing=a.label_smoothing,
+    erase=a.erase,
+    mixup=a.mixup,
+    cutmix=a.cutmix,
+    switch_probability=a.switch_probability,
+  )
 
 
-def optimizer(config: ml_collections.ConfigDict) -> Callable[[Any], Any]:
+def optimizer(config: ml_collections.ConfigDict) -> Callable[[Any], optim.Optimizer]:
   """Returns a function from parameters to their optimizer."""
-  keys = ('b1', 'b2', 'eps', 'weight_decay', 'clip_norm')
-  arguments = {key: config.optim[key] for key in keys}
-  return lambda params: optim.adamw(params, rules=optim.PRETRAIN_RULES, **arguments)
+  o = config.optim
+  shared = {'rules': _TASKS[config.task][2], 'weight_decay': o.weight_decay}
+  shared['clip_norm'] = o.clip_norm
+  if o.name == 'adamw':
+    own = {'b1': o.b1, 'b2': o.b2, 'eps': o.eps, 'layer_decay': o.layer_decay}
+    return lambda params: optim.adamw(params, **shared, **own)
+  if o.name == 'lars':
+    return lambda params: optim.lars(params, **shared, momentum=o.momentum)
+  raise UserError(f'config.optim.name="{o.name}" is unknown; there are: adamw, lars')
 
 
 def schedule(config: ml_collections.ConfigDict) -> Callable:

@@ -1,5 +1,6 @@
 """One run from its config: set up, resume, train, report."""
 
+import contextlib
 import logging
 import pathlib
 import shlex
@@ -9,10 +10,21 @@ from typing import Any
 
 import jax
 import ml_collections
+from flax import nnx
 
-from hivit_jax.errors import UserError
-from hivit_jax.interop import torch_names
-from hivit_jax.train import build, hooks, host_memory, inputs, loop, settings, sharding, step
+from hivit_jax.errors import Stopped, UserError
+from hivit_jax.interop import importer, torch_names
+from hivit_jax.train import (
+  build,
+  hooks,
+  host_memory,
+  inputs,
+  loop,
+  settings,
+  sharding,
+  step,
+  weights,
+)
 from hivit_jax.train.checkpoint import Checkpoints, Restored
 from hivit_jax.train.logging import (
   MetricWriter,
@@ -21,6 +33,7 @@ from hivit_jax.train.logging import (
   setup_logging,
   write_run_info,
 )
+from hivit_jax.train.signals import Interrupted, StopSignals
 
 _log = logging.getLogger(__name__)
 _ORDER = {'seed', 'batch_size', 'data.name', 'data.train_split'}  # settings that decide who is next
@@ -40,94 +53,171 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   setup_logging()  # before JAX looks for devices, and has something to say about it
   primary = jax.process_index() == 0
   setup_logging(primary)
+  directory = pathlib.Path(workdir).expanduser().absolute()
+  with StopSignals() as signals, contextlib.ExitStack() as stack:
+    try:
+      with signals.interruptible():
+        training = _set_up(config, directory, stack)
+    except Interrupted:
+      raise Stopped(
+        f'{signals.received}: stopped before training began; the same command starts again'
+      ) from None
+    if training is None:
+      return
+    loop.run(**training, signals=signals)
+  broken = len(training['batches'].broken)
+  if broken:
+    _log.warning(
+      '%d broken training images were replaced by others; each is named above', broken
+    )
+  if primary:
+    _report(config, directory, training['checkpoints'].path(training['total_steps']))
+
+
+def _set_up(
+  config: ml_collections.ConfigDict, directory: pathlib.Path, stack: contextlib.ExitStack
+) -> dict[str, Any] | None:
+  """Makes the arguments of `loop.run`, or None if the run is finished; `stack` closes them."""
+  primary = jax.process_index() == 0
   settings.check(config)
   if jax.default_backend() == 'cpu':
     host_memory.keep_freed_memory()
-  mesh = sharding.make_mesh(config.mesh.data)
+  mesh = _mesh(config)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
-  if config.knn.every_epochs:
-    sharding.check_batch_size(config.knn.batch_size, mesh, key='knn.batch_size')
-  task = build.task(config)
-  create = build.model_creator(config)
-  graphdef, tx, abstract = step.abstract_state(create, build.optimizer(config), mesh)
+  build.task(config)  # what is wrong with it is said before data are looked for
   train_source, eval_source = inputs.open_sources(config)
+  inputs.set_num_classes(config, train_source, eval_source)
+  task = build.task(config)
+  ema = config.ema_decay is not None
+  graphdef, optimizer, abstract = step.abstract_state(
+    build.model_creator(config), build.optimizer(config), mesh, ema=ema
+  )
   steps = build.Steps(len(train_source), config.batch_size)
   total = config.max_steps or steps.of(config.epochs)
 
-  directory = pathlib.Path(workdir).expanduser().absolute()
-  with Checkpoints(
-    directory / 'checkpoints',
-    keep_last=config.checkpoint.keep_last,
-    keep_every_steps=steps.between_kept(config.checkpoint),
-  ) as checkpoints:
-    restored = _restore(checkpoints, abstract, config_changes(directory, config.to_dict()))
-    start = restored.step if restored else 0
-    evaluated = restored is not None and restored.metadata['evaluated']
-    if restored:
-      _warn_of_changes(restored, directory, config, steps, total)
-    if start >= total and evaluated:
-      _log.info(
-        'this run is finished: %s is at step %d of %d. To train longer: a larger --config.epochs '
-        'or --config.max_steps; to begin anew: another --workdir',
-        checkpoints.path(start), start, total,
-      )  # fmt: skip
-      return
-    if primary:
-      write_run_info(directory, config.to_dict())
-    if restored:
-      state = restored.state
-    else:
-      state = step.init_state(build.initial_model(config), tx, mesh)
-      _log_overview(state['params'])
-    _log.info(
-      '%s step %d of %d: %s, %d training examples of %s, %d evaluation examples, %s on %d x %s',
-      'resuming at' if restored else 'starting at', start, total, config.model.name,
-      len(train_source), train_source.name, len(eval_source), build.compute_dtype(config),
-      mesh.size, mesh.devices.flat[0].device_kind,
-    )  # fmt: skip
-    train_step = step.make_train_step(
-      graphdef,
-      task,
-      tx,
-      build.schedule(config),
-      epochs_per_step=steps.epochs_per_step,
-      seed=config.seed,
-      accumulate_steps=config.accumulate_steps,
-      compiler_options=sharding.compiler_options(mesh),
+  checkpoints = stack.enter_context(
+    Checkpoints(
+      directory / 'checkpoints',
+      keep_last=config.checkpoint.keep_last,
+      keep_every_steps=steps.between_kept(config.checkpoint),
     )
-    with (
-      MetricWriter(directory, start_step=start, primary=primary) as writer,
-      Progress(total, start_step=start, primary=primary) as progress,
-      inputs.train_batches(config, train_source, start, total) as batches,
-    ):
-      loop.run(
-        state=state,
-        train_step=train_step,
-        batches=batches,
-        mesh=mesh,
-        start_step=start,
-        total_steps=total,
-        batch_size=config.batch_size,
-        epochs_per_step=steps.epochs_per_step,
-        hooks=[
-          *hooks.knn_hook(config, task, graphdef, mesh, train_source, eval_source, steps),
-          *hooks.picture_hook(config, graphdef, eval_source, steps, directory, writer),
-        ],
-        evaluated=evaluated,
-        checkpoints=checkpoints,
-        metadata={'config': config.to_dict(), 'examples': len(train_source)},
-        save_every=steps.between_saves(config.checkpoint),
-        writer=writer,
-        progress=progress,
-        log_every=config.log_every_steps,
-      )
-    if batches.broken:
-      _log.warning(
-        '%d broken training images were replaced by others; each is named above',
-        len(batches.broken),
-      )
-    if primary:
-      _report(directory, checkpoints.path(total))
+  )
+  restored = _restore(checkpoints, abstract, config_changes(directory, config.to_dict()))
+  start = restored.step if restored else 0
+  evaluated = restored is not None and restored.metadata['evaluated']
+  if restored:
+    _warn_of_changes(restored, directory, config, steps, total)
+  if start >= total and evaluated:
+    _log.info(
+      'this run is finished: %s is at step %d of %d. To train longer: a larger --config.epochs '
+      'or --config.max_steps; to begin anew: another --workdir',
+      checkpoints.path(start), start, total,
+    )  # fmt: skip
+    return None
+  if primary:
+    write_run_info(directory, config.to_dict())
+  if restored:
+    state = restored.state
+  else:
+    state = step.init_state(build.initial_model(config), optimizer, mesh, ema=ema)
+    _log_overview(state['params'])
+  _log.info(
+    '%s step %d of %d: %s, %d training examples of %s, %d evaluation examples, %s on %d x %s',
+    'resuming at' if restored else 'starting at', start, total, config.model.name,
+    len(train_source), train_source.name, len(eval_source), build.compute_dtype(config),
+    mesh.size, mesh.devices.flat[0].device_kind,
+  )  # fmt: skip
+  train_step = step.make_train_step(
+    graphdef,
+    task,
+    optimizer,
+    build.schedule(config),
+    epochs_per_step=steps.epochs_per_step,
+    seed=config.seed,
+    accumulate_steps=config.accumulate_steps,
+    ema_decay=config.ema_decay,
+    compiler_options=sharding.compiler_options(mesh),
+  )
+  writer = stack.enter_context(MetricWriter(directory, start_step=start, primary=primary))
+  return {
+    'state': state,
+    'train_step': train_step,
+    'batches': stack.enter_context(inputs.train_batches(config, train_source, start, total)),
+    'mesh': mesh,
+    'start_step': start,
+    'total_steps': total,
+    'batch_size': config.batch_size,
+    'epochs_per_step': steps.epochs_per_step,
+    'hooks': [
+      *hooks.accuracy_hook(config, task, graphdef, mesh, eval_source, steps),
+      *hooks.knn_hook(config, task, graphdef, mesh, train_source, eval_source, steps),
+      *hooks.picture_hook(config, graphdef, eval_source, steps, directory, writer),
+    ],
+    'evaluated': evaluated,
+    'checkpoints': checkpoints,
+    'metadata': {
+      'config': config.to_dict(),
+      'examples': len(train_source),
+      'class_names': list(train_source.class_names),
+    },
+    'save_every': steps.between_saves(config.checkpoint),
+    'writer': writer,
+    'progress': stack.enter_context(Progress(total, start_step=start, primary=primary)),
+    'log_every': config.log_every_steps,
+  }
+
+
+def evaluate(config: ml_collections.ConfigDict, path: str | None) -> dict[str, float]:
+  """Evaluates weights on the config's evaluation set, as training does now and then.
+
+  Args:
+    config: see configs/base.py; with `config.model.name` None the model is told from the weights.
+      The k-NN accuracy is computed if `config.knn.every_epochs` is not 0.
+    path: .pth or .safetensors file, checkpoint or workdir; None: `config.init`.
+
+  Returns:
+    The metrics.
+
+  Raises:
+    UserError: a setting, data set or file that does not fit.
+  """
+  setup_logging(jax.process_index() == 0)
+  path = path or config.init
+  if not path:
+    raise UserError('what to evaluate? Give --workdir=DIRECTORY or --config.init=FILE')
+  weights_read = weights.read(path, ema=config.init_ema)
+  settings.check(config)
+  if config.model.name is None:
+    build.infer_model(config, weights_read)
+  mesh = _mesh(config)
+  build.task(config)
+  train_source, eval_source = inputs.open_sources(config)
+  inputs.set_num_classes(config, train_source, eval_source)
+  task = build.task(config)
+  model = nnx.eval_shape(build.model_creator(config))
+  importer.load_into(model, weights_read)
+  graphdef, params = nnx.split(model)
+  state = {'params': jax.device_put(nnx.to_pure_dict(params), sharding.replicated(mesh))}
+  steps = build.Steps(len(train_source), config.batch_size)
+  metrics: dict[str, float] = {}
+  for hook in (
+    *hooks.accuracy_hook(config, task, graphdef, mesh, eval_source, steps),
+    *hooks.knn_hook(config, task, graphdef, mesh, train_source, eval_source, steps),
+  ):
+    metrics |= hook.run(0, state)
+  shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
+  _log.info(
+    '%s on %s of %s (%d examples): %s',
+    weights_read.source, eval_source.split, eval_source.name, len(eval_source), shown,
+  )  # fmt: skip
+  return metrics
+
+
+def _mesh(config: ml_collections.ConfigDict) -> Any:
+  mesh = sharding.make_mesh(config.mesh.data)
+  if config.evaluation.every_epochs or config.knn.every_epochs:
+    sharding.check_batch_size(config.evaluation.batch_size, mesh, key='evaluation.batch_size')
+  return mesh
 
 
 def _restore(
@@ -178,15 +268,21 @@ def _log_overview(params: Any) -> None:
   _log.info('\n%s', parameter_overview.get_parameter_overview(flat, include_stats=False))
 
 
-def _report(directory: pathlib.Path, checkpoint: pathlib.Path) -> None:
-  quoted = shlex.quote(str(directory))
+def _report(
+  config: ml_collections.ConfigDict, directory: pathlib.Path, checkpoint: pathlib.Path
+) -> None:
+  workdir = f'--workdir={shlex.quote(str(directory))}'
+  python = pathlib.Path(sys.executable).name
   lines = [f'finished: checkpoint {checkpoint}']
   picture = hooks.newest_picture(directory)
   if picture:
     lines.append(f'reconstructions: {picture}')
-  lines += [
-    f'curves: tensorboard --logdir={quoted}/tensorboard',
-    f'next, try your own pictures: {pathlib.Path(sys.executable).name} -m '
-    f'hivit_jax.tools.reconstruct --workdir={quoted} --images=PICTURE.jpg --mask_ratio=0.6',
-  ]
+  lines.append(f'curves: tensorboard --logdir={shlex.quote(str(directory))}/tensorboard')
+  if config.task == 'mae':
+    tool, more = 'reconstruct', ' --images=PICTURE.jpg --mask_ratio=0.6'
+  else:
+    tool, more = 'predict', ' PICTURE.jpg'
+  lines.append(
+    f'next, try your own pictures: {python} -m hivit_jax.tools.{tool} {workdir}{more}'
+  )
   _log.info('%s', '\n  '.join(lines))

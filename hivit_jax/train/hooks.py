@@ -1,4 +1,4 @@
-"""What a pretraining run does now and then between steps: k-NN accuracy, pictures."""
+"""What a run does now and then between steps: accuracies, pictures."""
 
 import pathlib
 from typing import Any
@@ -10,11 +10,59 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hivit_jax.data.subset import Subset
+from hivit_jax.errors import UserError
 from hivit_jax.tasks import knn, reconstruction
+from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.train import inputs, sharding
 from hivit_jax.train.build import Steps
 from hivit_jax.train.logging import MetricWriter
 from hivit_jax.train.loop import Hook
+
+
+def accuracy_hook(
+  config: ml_collections.ConfigDict,
+  task: Any,
+  graphdef: nnx.GraphDef,
+  mesh: Mesh,
+  eval_source: Any,
+  steps: Steps,
+) -> list[Hook]:
+  """`eval/top1`, `eval/top5`, `eval/loss` of the evaluation set; `eval/ema_*` of the average.
+
+  Shares of the examples that could be read, each counted once, however many devices and hosts.
+  """
+  every = config.evaluation.every_epochs
+  if not every or not isinstance(task, ClassifyTask):
+    return []
+
+  @jax.jit
+  def sums(params, batch):
+    return task.evaluate(nnx.merge(graphdef, params), batch)
+
+  def evaluate(_, state):
+    models = {'': state['params']}
+    if 'ema' in state:
+      models['ema_'] = state['ema']
+    results = {prefix: [] for prefix in models}
+    with inputs.eval_batches(config, eval_source, config.evaluation.batch_size) as batches:
+      for batch in batches:
+        arrays = sharding.put_batch(batch, mesh)
+        for prefix, params in models.items():
+          results[prefix].append(sums(params, arrays))
+    metrics = {}
+    for prefix, parts in results.items():
+      parts = jax.device_get(parts)
+      totals = {key: np.sum([part[key] for part in parts], dtype=np.float64) for key in parts[0]}
+      count = totals.pop('count')
+      if not count:
+        raise UserError(
+          f'none of the {len(eval_source)} examples of {eval_source.name} ({eval_source.split}) '
+          'has a label; choose another --config.data.eval_split'
+        )
+      metrics |= {f'eval/{prefix}{key}': float(total / count) for key, total in totals.items()}
+    return metrics
+
+  return [Hook(steps.of(every), evaluate)]
 
 
 def knn_hook(
@@ -38,7 +86,7 @@ def knn_hook(
 
   def collect(params, source):
     values, labels = [], []
-    with inputs.eval_batches(config, source, options.batch_size) as batches:
+    with inputs.eval_batches(config, source, config.evaluation.batch_size) as batches:
       for batch in batches:
         arrays = sharding.put_batch(batch, mesh)
         keep = sharding.fetch(arrays['mask'])
@@ -46,9 +94,9 @@ def knn_hook(
         labels.append(sharding.fetch(arrays['label'])[keep])
     return np.concatenate(values), np.concatenate(labels)
 
-  def evaluate(_, params):
-    bank, bank_labels = collect(params, bank_source)
-    queries, labels = collect(params, eval_source)
+  def evaluate(_, state):
+    bank, bank_labels = collect(state['params'], bank_source)
+    queries, labels = collect(state['params'], eval_source)
     predicted = knn.knn_predict(
       bank,
       bank_labels,
@@ -72,7 +120,7 @@ def picture_hook(
 ) -> list[Hook]:
   """Reconstructions of the same evaluation images each time, as PNG files and in TensorBoard."""
   options = config.pictures
-  if not options.every_epochs or jax.process_index():
+  if config.task != 'mae' or not options.every_epochs or jax.process_index():
     return []
   source = Subset(eval_source, options.count)
   # Pictures are one process's business: its whole batch, no part of a global one.
@@ -82,8 +130,8 @@ def picture_hook(
     graphdef, mean=tuple(config.data.mean), std=tuple(config.data.std)
   )
 
-  def draw(at, params):
-    result = pictures(sharding.local(params), images, seed=config.seed)
+  def draw(at, state):
+    result = pictures(sharding.local(state['params']), images, seed=config.seed)
     picture = reconstruction.draw(result, title=f'{config.model.name}, step {at}')
     path = directory / 'reconstructions' / f'step_{at:08d}.png'
     path.parent.mkdir(exist_ok=True)

@@ -32,7 +32,7 @@ class Hook:
 
   Attributes:
     every: steps from one time to the next; also done at the start and the end of the run.
-    run: `(step, params) -> metrics`, which are logged. A signal to stop may interrupt it anywhere;
+    run: `(step, state) -> metrics`, which are logged. A signal to stop may interrupt it anywhere;
       the continued run then does it again.
   """
 
@@ -88,6 +88,7 @@ def run(
   writer: Any,
   progress: Any,
   log_every: int,
+  signals: StopSignals,
 ) -> Any:
   """Trains from `start_step` to `total_steps`.
 
@@ -114,6 +115,7 @@ def run(
     writer: has `write(step, metrics)`.
     progress: has `update(step, metrics)`.
     log_every: steps between log lines.
+    signals: an entered `StopSignals`.
 
   Returns:
     The final state.
@@ -163,7 +165,7 @@ def run(
       last = step == total_steps > start_step
       try:
         with contextlib.nullcontext() if last else signals.interruptible():
-          metrics = hook.run(step, state['params'])
+          metrics = hook.run(step, state)
       except Interrupted:
         stop(step, evaluated=False)
       if metrics:
@@ -186,43 +188,42 @@ def run(
     )
 
   in_flight: collections.deque = collections.deque()
-  with StopSignals() as signals:
-    if not evaluated:
-      evaluate(start_step)
-    for step in range(start_step + 1, total_steps + 1):
-      before = time.perf_counter()
-      try:
-        with signals.interruptible():
-          batch = next(batches)
-      except Interrupted:
-        stop(step - 1, evaluated=True)
-      batch = sharding.put_batch(batch, mesh)
-      interval.waited += time.perf_counter() - before
-      first = step == start_step + 1
-      if first:
-        _log.info('compiling the training step')
-      state, metrics = train_step(state, batch)
-      interval.steps.append((step, metrics))
-      if first:
-        jax.block_until_ready(metrics)
-        _log.info('compiled in %.1f s', time.perf_counter() - before)
-        interval.restart_clock()
-      in_flight.append(metrics['loss'])
-      if len(in_flight) > _IN_FLIGHT:
-        in_flight.popleft().block_until_ready()
-      if step % log_every == 0:
-        interval.stop(len(batches.broken))
-        flush(late)
-        interval, late = _Interval(), interval
-      if step == total_steps:
-        evaluate(step)
-        save(step, wait=True)
-      elif signals.received:
-        stop(step, evaluated=not hooks_of(step))
-      else:
-        evaluate(step)
-        if save_every and step % save_every == 0:
-          save(step)
+  if not evaluated:
+    evaluate(start_step)
+  for step in range(start_step + 1, total_steps + 1):
+    before = time.perf_counter()
+    try:
+      with signals.interruptible():
+        batch = next(batches)
+    except Interrupted:
+      stop(step - 1, evaluated=True)
+    batch = sharding.put_batch(batch, mesh)
+    interval.waited += time.perf_counter() - before
+    first = step == start_step + 1
+    if first:
+      _log.info('compiling the training step')
+    state, metrics = train_step(state, batch)
+    interval.steps.append((step, metrics))
+    if first:
+      jax.block_until_ready(metrics)
+      _log.info('compiled in %.1f s', time.perf_counter() - before)
+      interval.restart_clock()
+    in_flight.append(metrics['loss'])
+    if len(in_flight) > _IN_FLIGHT:
+      in_flight.popleft().block_until_ready()
+    if step % log_every == 0:
+      interval.stop(len(batches.broken))
+      flush(late)
+      interval, late = _Interval(), interval
+    if step == total_steps:
+      evaluate(step)
+      save(step, wait=True)
+    elif signals.received:
+      stop(step, evaluated=not hooks_of(step))
+    else:
+      evaluate(step)
+      if save_every and step % save_every == 0:
+        save(step)
   return state
 
 

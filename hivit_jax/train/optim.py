@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 # The first rule whose pattern matches a parameter's path from its start decides. 'decay': weight
-# decay applies; 'no_decay': it does not; 'frozen': the parameter is never changed.
+# decay applies; 'no_decay': it does not; 'frozen': the optimizer never changes it.
 Rules = Sequence[tuple[str, str]]
 
 # As the official pretraining: everything with more than one dimension decays, the learned position
@@ -19,6 +19,40 @@ PRETRAIN_RULES: Rules = (
   (r'(.*/)?kernel', 'decay'),
   (r'absolute_pos_embed|mask_token|.*/relative_position_bias_table', 'decay'),
 )
+# As the official finetuning and supervised training: position parameters do not decay.
+CLASSIFY_RULES: Rules = (
+  (r'head_norm/(mean|var)', 'frozen'),  # running statistics
+  (r'(.*/)?(bias|scale)', 'no_decay'),
+  (r'(.*/)?kernel', 'decay'),
+  (r'absolute_pos_embed|.*/relative_position_bias_table', 'no_decay'),
+)
+# A linear probe trains nothing but the last layer.
+LINEAR_RULES: Rules = ((r'head/kernel', 'decay'), (r'head/bias', 'no_decay'), (r'.*', 'frozen'))
+
+
+class Optimizer(NamedTuple):
+  """What makes updates, and of which parameters.
+
+  Attributes:
+    tx: over the trained parameters, as `split` returns them; its updates are still to be scaled by
+      minus the learning rate.
+    trained: tree of bools, for `split`.
+  """
+
+  tx: optax.GradientTransformation
+  trained: Any
+
+
+def split(params: Any, trained: Any) -> tuple[Any, Any]:
+  """Two trees of the structure of `params`: the trained leaves, the others; None elsewhere."""
+  pick = lambda wanted: jax.tree.map(lambda x, t: x if t == wanted else None, params, trained)  # noqa: E731
+  return pick(True), pick(False)
+
+
+def join(trained: Any, others: Any) -> Any:
+  """Inverse of `split`."""
+  is_none = lambda x: x is None  # noqa: E731
+  return jax.tree.map(lambda x, y: y if x is None else x, trained, others, is_leaf=is_none)
 
 
 def path_name(path) -> str:
@@ -50,6 +84,40 @@ def apply_rules(rules: Rules, params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(label, params)
 
 
+def layer_scales(params: Any, decay: float) -> Any:
+  """Factors of the learning rate that fall towards the input ("layer-wise decay").
+
+  As in BEiT (arXiv 2106.08254): `decay ** (L + 1 - layer)`, L residual blocks in all. Patch and
+  position embedding are layer 0, block i is layer i + 1, a merge goes with the block before it,
+  and what follows the blocks is layer L + 1, with a factor of 1.
+
+  Args:
+    params: pytree of the parameters of a model with one flat list `blocks`.
+    decay: in (0, 1].
+
+  Returns:
+    A pytree of floats, of the structure of `params`.
+  """
+  paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  merges = {m[1] for path in paths if (m := re.match(r'blocks/(\d+)/reduction/', path))}
+  blocks = {m[1] for path in paths if (m := re.match(r'blocks/(\d+)/', path))}
+  layers: dict[str, int] = {}
+  count = 0
+  for block in sorted(blocks, key=int):
+    count += block not in merges
+    layers[block] = count
+
+  def scale(path, _):
+    first, *rest = path_name(path).split('/')
+    if first == 'blocks':
+      layer = layers[rest[0]]
+    else:
+      layer = 0 if first in ('patch_embed', 'absolute_pos_embed') else count + 1
+    return decay ** (count + 1 - layer)
+
+  return jax.tree_util.tree_map_with_path(scale, params)
+
+
 def adamw(
   params: Any,
   *,
@@ -58,9 +126,10 @@ def adamw(
   b2: float,
   eps: float,
   weight_decay: float,
-  clip_norm: float | None,
-) -> optax.GradientTransformation:
-  """AdamW whose updates are still to be scaled by minus the learning rate.
+  clip_norm: float | None = None,
+  layer_decay: float | None = None,
+) -> Optimizer:
+  """AdamW.
 
   Args:
     params: pytree of parameters or their shapes, for the rules.
@@ -68,23 +137,53 @@ def adamw(
     b1, b2, eps: of Adam.
     weight_decay: decoupled, of the parameters labelled 'decay'.
     clip_norm: global norm to clip the gradients to, or None.
+    layer_decay: see `layer_scales`; None: the same rate for all.
   """
-  labels = apply_rules(rules, params)
-  decay = jax.tree.map(lambda label: label == 'decay', labels)
-  trained = optax.chain(
+  trained, decayed = _labels(rules, params)
+  parts = [
+    _clip(clip_norm),
     optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-    optax.add_decayed_weights(weight_decay, mask=lambda tree: _like(decay, tree)),
-  )
-  frozen = jax.tree.map(lambda label: 'frozen' if label == 'frozen' else 'trained', labels)
-  transforms = {'trained': trained, 'frozen': optax.set_to_zero()}
-  # Neither has a state, and the chain is there in any case: a run may go on with another clip_norm.
-  clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
-  return optax.chain(clip, optax.partition(transforms, frozen))
+    optax.add_decayed_weights(weight_decay, mask=decayed),
+  ]
+  if layer_decay is not None:
+    scales = split(layer_scales(params, layer_decay), trained)[0]
+    parts.append(_scale_each(scales))
+  return Optimizer(optax.chain(*parts), trained)
 
 
-def _like(labels: Any, masked: Any) -> Any:
-  """Labels with the masked-out leaves that `optax.partition` puts into a tree."""
-  is_masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
-  return jax.tree.map(
-    lambda leaf, label: leaf if is_masked(leaf) else label, masked, labels, is_leaf=is_masked
-  )
+def lars(
+  params: Any, *, rules: Rules, momentum: float, weight_decay: float, clip_norm: float | None = None
+) -> Optimizer:
+  """LARS (arXiv 1708.03888) as in MAE's linear probe: matrices alone decay and get a trust ratio.
+
+  Args:
+    params: pytree of parameters or their shapes, for the rules.
+    rules: see `apply_rules`.
+    momentum: of the updates before the learning rate.
+    weight_decay: of the parameters labelled 'decay', part of the update that is scaled.
+    clip_norm: global norm to clip the gradients to, or None.
+  """
+  trained, decayed = _labels(rules, params)
+  parts = [
+    _clip(clip_norm),
+    optax.add_decayed_weights(weight_decay, mask=decayed),
+    optax.masked(optax.scale_by_trust_ratio(trust_coefficient=1e-3), decayed),
+    optax.trace(momentum),
+  ]
+  return Optimizer(optax.chain(*parts), trained)
+
+
+def _labels(rules: Rules, params: Any) -> tuple[Any, Any]:
+  """Trees of bools: which parameters are trained; which of these decay."""
+  labels = apply_rules(rules, params)
+  trained = jax.tree.map(lambda label: label != 'frozen', labels)
+  return trained, split(jax.tree.map(lambda label: label == 'decay', labels), trained)[0]
+
+
+def _clip(norm: float | None) -> optax.GradientTransformation:
+  # Neither has a state, and one is there in any case: a run may go on with another clip_norm.
+  return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
+
+
+def _scale_each(scales: Any) -> optax.GradientTransformation:
+  return optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: u * s, updates, scales))

@@ -20,20 +20,30 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'at least 1',
     lambda x: x >= 1,
     'max_steps batch_size accumulate_steps log_every_steps checkpoint.keep_last knn.k '
-    'knn.batch_size pictures.count model.embed_dim model.num_heads model.decoder_embed_dim '
-    'model.decoder_depth model.decoder_num_heads',
+    'evaluation.batch_size pictures.count model.embed_dim model.num_heads model.num_classes '
+    'model.decoder_embed_dim model.decoder_depth model.decoder_num_heads',
   ),
   (
     '0 or more',
     lambda x: x >= 0,
     'data.num_threads data.num_workers optim.base_lr optim.lr optim.end_lr optim.warmup_start_lr '
     'optim.warmup_epochs optim.weight_decay checkpoint.every_epochs checkpoint.keep_every_epochs '
-    'knn.every_epochs knn.bank_size pictures.every_epochs',
+    'evaluation.every_epochs knn.every_epochs knn.bank_size pictures.every_epochs augment.mixup '
+    'augment.cutmix augment.color_jitter model.head_std',
   ),
   ('more than 0', lambda x: x > 0, 'epochs optim.eps optim.clip_norm knn.temperature'),
-  ('0 or more, and less than 1', lambda x: 0 <= x < 1, 'optim.b1 optim.b2 model.drop_path_rate'),
+  (
+    '0 or more, and less than 1',
+    lambda x: 0 <= x < 1,
+    'optim.b1 optim.b2 optim.momentum ema_decay model.drop_path_rate augment.label_smoothing',
+  ),
   ('more than 0 and less than 1', lambda x: 0 < x < 1, 'model.mask_ratio'),
-  ('from 0 to 1', lambda x: 0 <= x <= 1, 'data.max_broken_fraction'),
+  ('more than 0, at most 1', lambda x: 0 < x <= 1, 'optim.layer_decay'),
+  (
+    'from 0 to 1',
+    lambda x: 0 <= x <= 1,
+    'data.max_broken_fraction augment.erase augment.switch_probability',
+  ),
   ('0 or more, and less than 2**32', lambda x: 0 <= x < 2**32, 'seed'),
   ('3 (RGB) or 1 (greyscale)', lambda x: x in (1, 3), 'channels'),
   (
@@ -44,12 +54,12 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
   (
     'two shares of the area, 0 < smallest <= largest <= 1',
     lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
-    'data.crop_scale',
+    'augment.crop_scale',
   ),
   (
     'two ratios, 0 < narrowest <= widest',
     lambda x: len(x) == 2 and 0 < x[0] <= x[1] < math.inf,
-    'data.crop_ratio',
+    'augment.crop_ratio',
   ),
   (
     'one number a channel, of pixels in [0, 1]',

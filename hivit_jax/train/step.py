@@ -6,45 +6,48 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from hivit_jax.train import sharding
+from hivit_jax.train import optim, sharding
 
-State = dict[str, Any]  # step: () int32; params, opt_state: pytrees
+# step: () int32; params, opt_state: pytrees; with an average of the parameters, ema: as params.
+State = dict[str, Any]
 
 
 def abstract_state(
-  create: Callable[[], nnx.Module], make_optimizer: Callable, mesh: Mesh
-) -> tuple[nnx.GraphDef, optax.GradientTransformation, State]:
+  create: Callable[[], nnx.Module], make_optimizer: Callable, mesh: Mesh, *, ema: bool = False
+) -> tuple[nnx.GraphDef, optim.Optimizer, State]:
   """What training needs to know before there is a parameter.
 
   Args:
     create: builds the model.
-    make_optimizer: parameters (or their shapes) -> `optax.GradientTransformation`.
+    make_optimizer: parameters (or their shapes) -> `optim.Optimizer`.
     mesh: the devices.
+    ema: the state has an average of the parameters, too.
 
   Returns:
     graphdef: the model's static half, for `nnx.merge(graphdef, params)`.
-    tx: the optimizer.
+    optimizer: from `make_optimizer`.
     abstract: the state as `jax.ShapeDtypeStruct`s with shardings.
   """
   graphdef, params = nnx.split(nnx.eval_shape(create))
   params = nnx.to_pure_dict(params)
-  tx = make_optimizer(params)
+  optimizer = make_optimizer(params)
   state = {
     'step': jax.ShapeDtypeStruct((), jnp.int32),
     'params': params,
-    'opt_state': jax.eval_shape(tx.init, params),
+    'opt_state': jax.eval_shape(optimizer.tx.init, optim.split(params, optimizer.trained)[0]),
   }
+  if ema:
+    state['ema'] = params
   everywhere = sharding.replicated(mesh)
   place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)  # noqa: E731
-  return graphdef, tx, jax.tree.map(place, state)
+  return graphdef, optimizer, jax.tree.map(place, state)
 
 
 def init_state(
-  create: Callable[[], nnx.Module], tx: optax.GradientTransformation, mesh: Mesh
+  create: Callable[[], nnx.Module], optimizer: optim.Optimizer, mesh: Mesh, *, ema: bool = False
 ) -> State:
   """The state at step 0, on the mesh.
 
@@ -52,20 +55,27 @@ def init_state(
   """
   everywhere = sharding.replicated(mesh)
   params = jax.device_put(nnx.to_pure_dict(nnx.state(create())), everywhere)
-  opt_state = jax.jit(tx.init, out_shardings=everywhere)(params)
-  step = jax.device_put(np.zeros((), np.int32), everywhere)
-  return {'step': step, 'params': params, 'opt_state': opt_state}
+  trained, _ = optim.split(params, optimizer.trained)
+  state = {
+    'step': jax.device_put(np.zeros((), np.int32), everywhere),
+    'params': params,
+    'opt_state': jax.jit(optimizer.tx.init, out_shardings=everywhere)(trained),
+  }
+  if ema:
+    state['ema'] = jax.tree.map(jnp.copy, params)
+  return state
 
 
 def make_train_step(
   graphdef: nnx.GraphDef,
   task: Any,
-  tx: optax.GradientTransformation,
+  optimizer: optim.Optimizer,
   schedule: Callable,
   *,
   epochs_per_step: float,
   seed: int,
   accumulate_steps: int = 1,
+  ema_decay: float | None = None,
   compiler_options: Mapping[str, str] | None = None,
 ) -> Callable[[State, dict], tuple[State, dict]]:
   """Builds `step(state, batch) -> state, metrics`, jitted, the state donated.
@@ -73,12 +83,13 @@ def make_train_step(
   Args:
     graphdef: from `abstract_state`.
     task: has `prepare(model, batch, rng)` and `loss(model, batch)`, see `tasks.mae`.
-    tx: from `abstract_state`; its updates are scaled by minus the learning rate here.
+    optimizer: from `abstract_state`.
     schedule: fractional epoch -> learning rate.
     epochs_per_step: batch size / examples in an epoch.
     seed: all randomness is a function of it and of the step.
     accumulate_steps: parts that a batch is computed in, one after the other. The result is that of
       the whole batch up to rounding: random numbers are drawn for the whole batch before.
+    ema_decay: share of the old average in the new one, for a state with `ema`; None: no average.
     compiler_options: see `sharding.compiler_options`.
 
   Returns:
@@ -86,41 +97,62 @@ def make_train_step(
     parameters) and the task's, () float32.
   """
 
-  def loss(params, batch):
-    value, metrics = task.loss(nnx.merge(graphdef, params), batch)
-    return value, {'loss': value, **metrics}
+  def loss(trained, others, batch):
+    model = nnx.merge(graphdef, optim.join(trained, others))
+    value, metrics = task.loss(model, batch)
+    statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))  # as the batch has changed them
+    return value, ({'loss': value, **metrics}, statistics)
 
-  def mean_gradients(params, batch):
+  gradients = jax.grad(loss, has_aux=True)
+
+  def mean_gradients(trained, others, batch):
     if accumulate_steps == 1:
-      return jax.grad(loss, has_aux=True)(params, batch)
+      return gradients(trained, others, batch)
     # Part i takes examples i, i + A, ...: each device splits its own examples, none move.
     parts = jax.tree.map(
       lambda x: x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1), batch
     )
 
     def add(total, part):
-      result = jax.grad(loss, has_aux=True)(params, part)
+      result = gradients(trained, others, part)
       return jax.tree.map(lambda t, r: t + r / accumulate_steps, total, result), None
 
-    shapes = jax.eval_shape(
-      jax.grad(loss, has_aux=True), params, jax.tree.map(lambda x: x[0], parts)
-    )
+    shapes = jax.eval_shape(gradients, trained, others, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, zeros, parts)[0]
 
   def step(state: State, batch: dict) -> tuple[State, dict]:
-    params = state['params']
     rng = jax.random.fold_in(jax.random.key(seed), state['step'])
-    batch = task.prepare(nnx.merge(graphdef, params), batch, rng)
-    grads, metrics = mean_gradients(params, batch)
-    updates, opt_state = tx.update(grads, state['opt_state'], params)
+    batch = task.prepare(nnx.merge(graphdef, state['params']), batch, rng)
+    trained, others = optim.split(state['params'], optimizer.trained)
+    grads, (metrics, statistics) = mean_gradients(trained, others, batch)
+    updates, opt_state = optimizer.tx.update(grads, state['opt_state'], trained)
     lr = schedule(state['step'] * epochs_per_step)
-    params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
+    trained = jax.tree.map(lambda p, u: p - lr * u, trained, updates)
+    params = _overlay(optim.join(trained, others), statistics)
     metrics |= {
       'learning_rate': lr,
-      'grad_norm': optax.tree.norm(grads),
-      'param_norm': optax.tree.norm(params),  # tells whether the new state is sound
+      'grad_norm': _norm(grads),
+      'param_norm': _norm(params),  # tells whether the new state is sound
     }
-    return {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}, metrics
+    new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
+    if ema_decay is not None:
+      new['ema'] = jax.tree.map(lambda e, p: p + ema_decay * (e - p), state['ema'], params)
+    return new, metrics
 
   return jax.jit(step, donate_argnums=0, compiler_options=dict(compiler_options or {}))
+
+
+def _norm(tree: Any) -> jax.Array:
+  # Rows first: XLA's CPU backend sums to one number in a single thread.
+  rows = [jnp.square(jnp.atleast_1d(x)).sum(axis=-1) for x in jax.tree.leaves(tree)]
+  return jnp.sqrt(sum(row.sum() for row in rows))
+
+
+def _overlay(params: dict, values: dict) -> dict:
+  """`params` with the leaves that `values` has."""
+  nested = {
+    key: _overlay(params[key], value) if isinstance(value, dict) else value
+    for key, value in values.items()
+  }
+  return params | nested

@@ -14,7 +14,7 @@ import hivit_jax
 from hivit_jax.errors import UserError
 from hivit_jax.interop import torch_names
 from hivit_jax.models import layers, positions
-from hivit_jax.models.hivit import join_units, split_units, to_rows_and_columns
+from hivit_jax.models.hivit import join_units, split_units, to_rows_and_columns, unit_patches
 from hivit_jax.tools.flops import matmul_flops
 from tests.helpers import (
   GOLDEN,
@@ -155,6 +155,21 @@ def test_units_are_in_row_major_order_and_join_again():
     expected = images[:, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
     np.testing.assert_array_equal(units[:, n], expected)
   np.testing.assert_array_equal(join_units(units, (2, 4)), images)
+
+
+def test_sub_patches_are_in_the_order_of_the_merges():
+  """Four in sequence are the neighbours that a merge joins: (0,0), (1,0), (0,1), (1,1)."""
+  units = np.arange(16 * 16 * 2).reshape(1, 1, 16, 16, 2)
+  patches = unit_patches(units)
+  corners = [(0, 0), (1, 0), (0, 1), (1, 1)]  # (row, column)
+  places = [(2 * r2 + r1, 2 * c2 + c1) for r2, c2 in corners for r1, c1 in corners]
+  grid = np.asarray(to_rows_and_columns(patches))
+  for place, (row, column) in enumerate(places):
+    pixels = units[0, 0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].ravel()
+    np.testing.assert_array_equal(patches[0, 0, place], pixels)
+    np.testing.assert_array_equal(grid[0, 0, row, column], pixels)
+  joined = to_rows_and_columns(np.arange(4).reshape(1, 1, 4, 1))
+  assert np.asarray(joined)[0, 0, :, :, 0].tolist() == [[0, 2], [1, 3]]
 
 
 @pytest.fixture(scope='module')

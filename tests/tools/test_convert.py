@@ -136,7 +136,7 @@ def test_a_run_starts_from_converted_weights_at_another_image_size_by_config_alo
   config = demo.get_config('debug')
   config.image_size = (32, 32)  # the weights are for 64
   config.model.update(num_heads=4, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2)
-  config.init.path = str(tmp_path / 'x.safetensors')
+  config.init = str(tmp_path / 'x.safetensors')
   config.optim.lr = 0.0
   config.knn.every_epochs = 0.0
   config.pictures.every_epochs = 0.0

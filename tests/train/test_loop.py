@@ -13,6 +13,7 @@ import pytest
 
 from hivit_jax.errors import Stopped
 from hivit_jax.train import loop, sharding
+from hivit_jax.train.signals import StopSignals
 
 BATCH = 4
 
@@ -114,7 +115,8 @@ class Run:
     } | options
 
   def __call__(self):
-    return loop.run(**self._options)
+    with StopSignals() as signals:
+      return loop.run(**self._options, signals=signals)
 
 
 # Steps and metrics
@@ -194,8 +196,8 @@ def test_broken_images_are_a_metric_once_there_are_any():
 def test_hooks_run_at_the_start_at_their_steps_and_at_the_end():
   seen = []
 
-  def hook(step, params):
-    seen.append((step, float(params)))
+  def hook(step, state):
+    seen.append((step, float(state['params'])))
     return {'eval/x': step}
 
   run = Run(hooks=[loop.Hook(4, hook)])
@@ -318,6 +320,13 @@ def test_a_signal_interrupts_an_evaluation_which_the_continued_run_repeats(at):
   again = Run(hooks=[loop.Hook(4, lambda step, params: {'eval/x': step})], start_step=at)
   again()
   assert at in again.writer.column('eval/x')
+
+
+def test_an_evaluation_that_was_interrupted_is_made_up_for_when_no_step_is_left():
+  hook = loop.Hook(4, lambda step, params: {'eval/x': step})
+  run = Run(hooks=[hook], start_step=10, evaluated=False)
+  assert run()['params'] == 55
+  assert run.writer.rows == {10: {'eval/x': 10}}
 
 
 def test_a_signal_during_a_step_that_is_to_be_evaluated_leaves_that_to_the_continued_run():

@@ -1,5 +1,7 @@
 """What the optimizer does to which parameter."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import hivit_jax
 from hivit_jax.interop import torch_names
 from hivit_jax.train import optim
-from tests.helpers import TINY, TINY_MAE, abstract_model
+from tests.helpers import GOLDEN, TINY, TINY_MAE, abstract_model
 
 ADAM = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.0, 'clip_norm': None}
 MODELS = [(name, {}) for name in hivit_jax.list_models() if 'large' not in name]
@@ -34,6 +36,11 @@ def _params():
 
 def _adamw(params, **options):
   return optim.adamw(params, rules=optim.PRETRAIN_RULES, **ADAM | options)
+
+
+def _trained(params):
+  """The parameters that `_adamw` trains."""
+  return optim.split(params, _adamw(params).trained)[0]
 
 
 # --- rules
@@ -72,11 +79,12 @@ def test_the_first_rule_decides():
 
 
 def test_weight_decay_is_of_the_parameters_that_decay():
-  params = _params()
-  tx = _adamw(params, weight_decay=0.3)
+  params = _trained(_params())
+  tx = _adamw(params, weight_decay=0.3).tx
   no_gradients = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(no_gradients, tx.init(params), params)
   flat, values = torch_names.flatten(updates), torch_names.flatten(params)
+  assert flat.pop(('decoder_pos_embed',)) is None
   for path, update in flat.items():
     decays = path in {('head', 'kernel'), ('mask_token',)}
     expected = 0.3 * values[path] if decays else jnp.zeros_like(update)
@@ -84,18 +92,18 @@ def test_weight_decay_is_of_the_parameters_that_decay():
 
 
 def test_frozen_parameters_get_no_update_and_have_no_state():
-  params = _params()
-  tx = _adamw(params, weight_decay=0.3, clip_norm=1.0)
+  params = _trained(_params())
+  tx = _adamw(params, weight_decay=0.3, clip_norm=1.0).tx
   state = tx.init(params)
   gradients = jax.tree.map(lambda x: 100 * jnp.ones_like(x), params)
   updates, state = tx.update(gradients, state, params)
-  assert (updates.pop('decoder_pos_embed') == 0).all()
+  assert updates.pop('decoder_pos_embed') is None
   assert all((leaf != 0).all() for leaf in jax.tree.leaves(updates))
 
   names = {optim.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)}
   assert any('mask_token' in name for name in names)
   assert not any('decoder_pos_embed' in name for name in names)
-  trained = sum(leaf.size for leaf in jax.tree.leaves(params)) - params['decoder_pos_embed'].size
+  trained = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 2 * trained + 1  # and a counter
 
 
@@ -106,13 +114,12 @@ def _first_moment(state):
 
 
 def test_gradients_are_clipped_to_their_global_norm():
-  params = _params()
-  gradients = {**jax.tree.map(jnp.ones_like, params)}
-  gradients['decoder_pos_embed'] = jnp.zeros_like(params['decoder_pos_embed'])
+  params = _trained(_params())
+  gradients = jax.tree.map(jnp.ones_like, params)
   norm = float(optax.tree.norm(gradients))
   moments = {}
   for clip in (None, norm / 4, norm * 4):
-    tx = _adamw(params, clip_norm=clip)
+    tx = _adamw(params, clip_norm=clip).tx
     moments[clip] = _first_moment(tx.update(gradients, tx.init(params), params)[1])
     expected = norm if clip is None else min(norm, clip)
     np.testing.assert_allclose(optax.tree.norm(moments[clip]), 0.1 * expected, rtol=1e-5)
@@ -120,6 +127,80 @@ def test_gradients_are_clipped_to_their_global_norm():
 
 
 def test_a_run_can_go_on_with_another_clipping():
-  params = _params()
-  states = [_adamw(params, clip_norm=clip).init(params) for clip in (None, 1.0)]
+  params = _trained(_params())
+  states = [_adamw(params, clip_norm=clip).tx.init(params) for clip in (None, 1.0)]
   assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
+def test_split_and_join():
+  params = {'a': 1, 'b': {'c': 2, 'd': 3}}
+  trained, others = optim.split(params, {'a': True, 'b': {'c': False, 'd': True}})
+  assert trained == {'a': 1, 'b': {'c': None, 'd': 3}}
+  assert others == {'a': None, 'b': {'c': 2, 'd': None}}
+  assert optim.join(trained, others) == params
+
+
+# --- layer-wise decay, LARS
+
+
+def test_scale_and_decay_of_every_finetuned_parameter_are_the_published_ones():
+  golden = json.loads((GOLDEN / 'finetune_base_layer_decay.json').read_text())
+  _, params = abstract_model('hivit_base')
+  scales = torch_names.flatten(optim.layer_scales(params, 0.85))
+  labels = torch_names.flatten(optim.apply_rules(optim.CLASSIFY_RULES, params))
+  for path, leaf in torch_names.flatten(params).items():
+    name, _ = torch_names.to_torch(path, np.empty((0,) * leaf.ndim))
+    scale, decay = golden.pop(name)
+    np.testing.assert_allclose(scales[path], scale, rtol=1e-12, err_msg=name)
+    assert labels[path] == ('decay' if decay else 'no_decay'), name
+    assert decay in (0.0, 0.05)
+  assert not golden
+
+
+def test_layer_decay_scales_the_whole_update_weight_decay_included():
+  _, abstract = abstract_model('hivit_tiny', **TINY)
+  params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract)
+  gradients = jax.tree.map(jnp.ones_like, params)
+  updates = {}
+  for decay in (None, 0.5):
+    tx = optim.adamw(
+      params, rules=optim.CLASSIFY_RULES, **ADAM | {'weight_decay': 0.3}, layer_decay=decay
+    ).tx
+    updates[decay] = tx.update(gradients, tx.init(params), params)[0]
+  ratio = jax.tree.map(lambda a, b: float((a / b).mean()), updates[0.5], updates[None])
+  # patch embedding, 2 + 2 stem blocks with a merge after each two, 2 main blocks, head
+  assert ratio['patch_embed']['proj']['kernel'] == 0.5**7
+  numbers = [ratio['blocks'][i]['norm2']['scale'] for i in (0, 1, 3, 4, 6, 7)]
+  assert numbers == [0.5**6, 0.5**5, 0.5**4, 0.5**3, 0.5**2, 0.5]
+  merges = [ratio['blocks'][i]['reduction']['kernel'] for i in (2, 5)]
+  assert merges == [0.5**5, 0.5**3]
+  assert ratio['head']['kernel'] == ratio['fc_norm']['scale'] == 1
+
+
+def test_a_linear_probe_trains_the_last_layer_alone():
+  _, params = abstract_model('hivit_tiny', **TINY, head_batch_norm=True)
+  optimizer = optim.lars(params, rules=optim.LINEAR_RULES, momentum=0.9, weight_decay=0.0)
+  trained = torch_names.flatten(optimizer.trained)
+  assert {path for path, value in trained.items() if value} == {
+    ('head', 'kernel'), ('head', 'bias'),
+  }  # fmt: skip
+
+
+def test_lars_by_hand():
+  """MAE's: matrices get |p| / |update| / 1000, vectors none; momentum comes before the rate."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+  params = {'head': {'kernel': draw(4, 3), 'bias': draw(3)}}
+  tx = optim.lars(params, rules=optim.LINEAR_RULES, momentum=0.9, weight_decay=0.1).tx
+  state = tx.init(params)
+  momenta = {'kernel': 0.0, 'bias': 0.0}
+  for _ in range(3):
+    gradients = {'head': {'kernel': draw(4, 3), 'bias': draw(3)}}
+    updates, state = tx.update(gradients, state, params)
+    for key, value in params['head'].items():
+      update = gradients['head'][key]
+      if key == 'kernel':
+        update = update + 0.1 * value
+        update = update * 0.001 * np.linalg.norm(value) / np.linalg.norm(update)
+      momenta[key] = 0.9 * momenta[key] + update
+      np.testing.assert_allclose(updates['head'][key], momenta[key], rtol=1e-5)

@@ -9,7 +9,10 @@ from flax import nnx
 
 import hivit_jax
 from hivit_jax.interop import torch_names
+from hivit_jax.tasks.classify import ClassifyTask
+from hivit_jax.tasks.images import normalize
 from hivit_jax.tasks.mae import MAETask
+from hivit_jax.tools.flops import matmul_flops
 from hivit_jax.train import optim, sharding, step
 from hivit_jax.train.schedules import warmup_cosine
 from tests.helpers import assert_close, assert_trees_close, random_model
@@ -37,8 +40,12 @@ def _batch(seed: int = 0) -> dict:
   return {'image': images}
 
 
-def _sgd(_):
-  return optax.identity()
+def _all(tx: optax.GradientTransformation, params) -> optim.Optimizer:
+  return optim.Optimizer(tx, jax.tree.map(lambda _: True, params))
+
+
+def _sgd(params):
+  return _all(optax.identity(), params)
 
 
 def _adamw(params, **options):
@@ -48,26 +55,28 @@ def _adamw(params, **options):
 def _training(make_optimizer=_adamw, *, task=TASK, seed=0, schedule=lambda _: 0.1, **options):
   """A state at step 0 and the step."""
   graphdef, params = random_model('mae_hivit_tiny', **MODEL)
-  tx = make_optimizer(params)
+  optimizer = make_optimizer(params)
   state = {
     'step': jnp.zeros((), jnp.int32),
     'params': params,
-    'opt_state': jax.jit(tx.init)(params),
+    'opt_state': jax.jit(optimizer.tx.init)(optim.split(params, optimizer.trained)[0]),
   }
   options = {'epochs_per_step': 0.5, 'seed': seed, 'compiler_options': QUICK} | options
-  return state, step.make_train_step(graphdef, task, tx, schedule, **options)
+  return state, step.make_train_step(graphdef, task, optimizer, schedule, **options)
 
 
-def _remembering(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """`tx`, with the last gradients in its state."""
+def _remembering(optimizer: optim.Optimizer) -> optim.Optimizer:
+  """`optimizer`, with the last gradients in its state."""
+  tx = optimizer.tx
 
   def update(grads, state, params=None):
     updates, inner = tx.update(grads, state[0], params)
     return updates, (inner, grads)
 
-  return optax.GradientTransformation(
+  remembering = optax.GradientTransformation(
     lambda params: (tx.init(params), jax.tree.map(jnp.zeros_like, params)), update
   )
+  return optimizer._replace(tx=remembering)
 
 
 def test_five_steps_equal_those_of_torch_adamw():
@@ -97,11 +106,12 @@ def test_five_steps_equal_those_of_torch_adamw():
     np.testing.assert_allclose(metrics['learning_rate'], rate, rtol=1e-5)
     grads = jax.device_get(torch_names.flatten(state['opt_state'][1]))
     for path, p in theirs.items():
-      p.grad = torch.tensor(grads[path])
+      p.grad = None if path == frozen else torch.tensor(grads[path])
     for group in adamw.param_groups:
       group['lr'] = rate
     adamw.step()
-    norm = np.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in grads.values()))
+    squares = [np.square(g.astype(np.float64)).sum() for g in grads.values() if g is not None]
+    norm = np.sqrt(sum(squares))
     np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-5)
   assert state['step'] == 5
   ours = jax.device_get(torch_names.flatten(state['params']))
@@ -118,7 +128,7 @@ def test_accumulated_steps_equal_those_of_the_large_batch():
   results = {}
   for parts in (1, 4):
     state, train_step = _training(
-      lambda _: optax.clip_by_global_norm(0.5), schedule=lambda _: 0.3, accumulate_steps=parts
+      lambda params: _all(optax.clip_by_global_norm(0.5), params), schedule=lambda _: 0.3, accumulate_steps=parts
     )
     told = []
     for number in range(3):
@@ -180,10 +190,86 @@ def test_initial_state_is_what_the_abstract_one_says():
   mesh = sharding.make_mesh(1)
   sizes = MODEL | {'image_size': 32, 'embed_dim': 8}
   create = lambda: hivit_jax.create_model('mae_hivit_tiny', **sizes)  # noqa: E731
-  _, tx, abstract = step.abstract_state(create, _adamw, mesh)
-  state = step.init_state(create, tx, mesh)
+  _, optimizer, abstract = step.abstract_state(create, _adamw, mesh, ema=True)
+  state = step.init_state(create, optimizer, mesh, ema=True)
   describe = lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding)  # noqa: E731
   assert jax.tree.map(describe, state) == jax.tree.map(describe, abstract)
   assert state['step'] == 0
   model = nnx.to_pure_dict(nnx.state(create()))
   jax.tree.map(np.testing.assert_array_equal, state['params'], model)
+  jax.tree.map(np.testing.assert_array_equal, state['ema'], model)
+
+
+# --- averages, running statistics, linear probes
+
+
+CLASSIFIER = {'image_size': 32, 'embed_dim': 16, 'depths': (1, 1, 1), 'num_heads': 2}
+
+
+def _classifier(optimizer, *, schedule=lambda _: 0.1, ema=False, **options):
+  """State and step of a classifier of 5 classes with BatchNorm before its last layer."""
+  create = lambda: hivit_jax.create_model(  # noqa: E731
+    'hivit_tiny', **CLASSIFIER, num_classes=5, head_batch_norm=True
+  )
+  mesh = sharding.make_mesh(1)
+  graphdef, optimizer, _ = step.abstract_state(create, optimizer, mesh, ema=ema)
+  task = ClassifyTask(mean=(0.5,), std=(0.25,), num_classes=5)
+  state = step.init_state(create, optimizer, mesh, ema=ema)
+  options = {'epochs_per_step': 0.5, 'seed': 0, 'compiler_options': QUICK} | options
+  return state, step.make_train_step(graphdef, task, optimizer, schedule, **options), graphdef
+
+
+def _labelled(seed: int = 0) -> dict:
+  rng = np.random.default_rng(seed)
+  images = rng.integers(0, 256, (BATCH, 32, 32, 3), np.uint8)
+  return {'image': images, 'label': rng.integers(0, 5, BATCH, np.int32)}
+
+
+def _lars(params):
+  return optim.lars(params, rules=optim.LINEAR_RULES, momentum=0.9, weight_decay=0.0)
+
+
+def _classify_adamw(params):
+  return optim.adamw(params, rules=optim.CLASSIFY_RULES, **ADAMW)
+
+
+def test_the_average_follows_the_parameters():
+  state, train_step, _ = _classifier(_classify_adamw, ema=True, ema_decay=0.7)
+  average = jax.device_get(state['params'])
+  jax.tree.map(np.testing.assert_array_equal, state['ema'], average)
+  for number in range(3):
+    state, _ = train_step(state, _labelled(number))
+    average = jax.tree.map(lambda a, p: 0.7 * a + 0.3 * np.asarray(p), average, state['params'])
+  assert_trees_close(state['ema'], average)
+  moved = np.abs(state['ema']['head']['kernel'] - state['params']['head']['kernel'])
+  assert moved.max() > 0.01
+
+
+@pytest.mark.parametrize('parts', [1, 2])
+def test_a_linear_probe_changes_the_last_layer_and_the_statistics_before_it(parts):
+  state, train_step, graphdef = _classifier(_lars, accumulate_steps=parts)
+  before = jax.device_get(state['params'])
+  batch = _labelled()
+  model = nnx.merge(graphdef, before)
+  features = np.asarray(model.fc_norm(model.pooled(normalize(batch['image'], (0.5,), (0.25,)))))
+  state, _ = train_step(state, batch)
+  after = jax.device_get(state['params'])
+  groups = [features] if parts == 1 else [features[0::2], features[1::2]]
+  means = np.mean([group.mean(axis=0) for group in groups], axis=0)
+  variances = np.mean([group.var(axis=0) for group in groups], axis=0)
+  assert_close(after['head_norm']['mean'], 0.1 * means)
+  assert_close(after['head_norm']['var'], 0.9 + 0.1 * variances)
+  for tree in (before, after):
+    assert tree.pop('head_norm').keys() == {'mean', 'var'}
+  changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+  assert {key for key, tree in changed.items() if any(jax.tree.leaves(tree))} == {'head'}
+  assert all(jax.tree.leaves(changed['head']))
+
+
+def test_a_linear_probe_differentiates_nothing_but_the_last_layer():
+  """So its step costs little more than a forward pass."""
+  state, probe, graphdef = _classifier(_lars)
+  forward = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
+  images = normalize(_labelled()['image'], (0.5,), (0.25,))
+  share = matmul_flops(probe, state, _labelled()) / matmul_flops(forward, state['params'], images)
+  assert share < 1.05

@@ -1,0 +1,7 @@
+"""Supervised training of HiViT-S on ImageNet (arXiv 2205.14949); variant :debug."""
+
+from configs import base
+
+
+def get_config(variant: str | None = None):
+  return base.supervised('small', variant, drop_path_rate=0.3)

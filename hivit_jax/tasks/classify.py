@@ -1,0 +1,115 @@
+"""Classification as a task for the training loop: supervised, finetuning, linear probe."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from hivit_jax.models.hivit import HiViT
+from hivit_jax.tasks import mixing
+from hivit_jax.tasks.images import normalize
+
+Batch = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifyTask:
+  """Tell the class of an image.
+
+  Attributes:
+    mean, std: per channel, of pixels in [0, 1].
+    num_classes: of the model.
+    label_smoothing: share of the target that is spread over all classes.
+    erase: probability of random erasing.
+    mixup, cutmix: alpha of their Beta distributions; 0: off.
+    switch_probability: of cutmix where mixup is on as well.
+  """
+
+  mean: Sequence[float]
+  std: Sequence[float]
+  num_classes: int
+  label_smoothing: float = 0.0
+  erase: float = 0.0
+  mixup: float = 0.0
+  cutmix: float = 0.0
+  switch_probability: float = 0.5
+
+  def prepare(self, model: HiViT, batch: Batch, rng: jax.Array) -> Batch:
+    """Augments a whole batch, which is then computed whole or in parts.
+
+    Args:
+      model: the model to be trained.
+      batch: `image` (B, H, W, C) uint8, `label` (B,) int32.
+      rng: PRNG key of this step.
+
+    Returns:
+      `image` (B, H, W, C) float32 normalised, `target` (B, classes) probabilities and, with drop
+      path, `drop_path_noise` (B, blocks, 2).
+    """
+    erasing, mixing_key, drop_path = jax.random.split(rng, 3)
+    images = normalize(batch['image'], self.mean, self.std)
+    if self.erase:
+      images = mixing.random_erase(images, erasing, self.erase)
+    targets = jax.nn.one_hot(batch['label'], self.num_classes)
+    targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
+    if self.mixup or self.cutmix:
+      images, targets = mixing.mix(
+        images,
+        targets,
+        mixing_key,
+        mixup=self.mixup,
+        cutmix=self.cutmix,
+        switch_probability=self.switch_probability,
+      )
+    prepared = {'image': images, 'target': targets}
+    if any(model.drop_path_rates):
+      prepared['drop_path_noise'] = model.drop_path_noise(drop_path, len(images))
+    return prepared
+
+  def loss(self, model: HiViT, batch: Batch) -> tuple[jax.Array, dict]:
+    """Loss and metrics of a batch, or a part of one, from `prepare`; means over its examples.
+
+    `accuracy` counts an example as right where the likeliest class is that of the target; with
+    mixup or cutmix there are two, and the larger share counts.
+    """
+    logits = model(batch['image'], noise=batch.get('drop_path_noise'), train=True)
+    right = logits.argmax(axis=-1) == batch['target'].argmax(axis=-1)
+    return _cross_entropy(logits, batch['target']).mean(), {'accuracy': right.mean()}
+
+  def evaluate(self, model: HiViT, batch: Batch) -> dict[str, jax.Array]:
+    """Sums over the examples of an evaluation batch.
+
+    Args:
+      model: the classifier.
+      batch: `image` (B, H, W, C) uint8, `label` (B,), `mask` (B,) bool: which ones count; those
+        without a label (-1) never do.
+
+    Returns:
+      () float32 each: `count`; `loss`, cross entropy; `top1` and `top5`, numbers of right answers.
+    """
+    logits = model(normalize(batch['image'], self.mean, self.std))
+    label = batch['label'][:, None]
+    own = jnp.take_along_axis(logits, label, axis=-1)
+    # Ties count against the model, and so do NaNs: a constant output must not look right.
+    better = (~(logits < own)).sum(axis=-1) - 1
+    results = {
+      'count': jnp.ones(len(logits)),
+      'loss': _cross_entropy(logits, jax.nn.one_hot(label[:, 0], logits.shape[-1])),
+      'top1': better < 1,
+      'top5': better < 5,
+    }
+    counts = batch['mask'] & (batch['label'] >= 0)
+    return {
+      key: jnp.where(counts, value, 0).sum().astype(jnp.float32)
+      for key, value in results.items()
+    }
+
+  def features(self, model: HiViT, images: jax.Array) -> jax.Array:
+    """(B, H, W, C) uint8 -> (B, C) float32 mean tokens, for k-NN classification."""
+    return model.pooled(normalize(images, self.mean, self.std)).astype(jnp.float32)
+
+
+def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """(B, classes) twice -> (B,)."""
+  return -(targets * jax.nn.log_softmax(logits)).sum(axis=-1)

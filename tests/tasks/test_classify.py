@@ -1,0 +1,94 @@
+"""The classification task: targets, loss, exact evaluation sums."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hivit_jax.tasks.classify import ClassifyTask
+from hivit_jax.tasks.images import normalize
+from tests.helpers import TINY, random_model
+
+STATISTICS = {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4)}
+CLASSES = 7
+
+
+class _Fixed:
+  """A classifier whose logits are given; enough of a model for the task."""
+
+  drop_path_rates = ()
+
+  def __init__(self, logits):
+    self.logits = jnp.asarray(logits, jnp.float32)
+
+  def __call__(self, images, **_):
+    return self.logits
+
+
+def _batch(labels, mask=None) -> dict:
+  labels = np.asarray(labels, np.int32)
+  images = np.random.default_rng(0).integers(0, 256, (len(labels), 64, 64, 3), np.uint8)
+  mask = np.ones(len(labels), bool) if mask is None else np.asarray(mask)
+  return {'image': images, 'label': labels, 'mask': mask}
+
+
+def test_targets_are_smoothed_and_images_normalised():
+  task = ClassifyTask(**STATISTICS, num_classes=CLASSES, label_smoothing=0.1)
+  batch = _batch([2, 5])
+  prepared = task.prepare(_Fixed([]), batch, jax.random.key(0))
+  assert set(prepared) == {'image', 'target'}
+  expected = np.full((2, CLASSES), 0.1 / CLASSES)
+  expected[0, 2] += 0.9
+  expected[1, 5] += 0.9
+  np.testing.assert_allclose(prepared['target'], expected, rtol=1e-5)
+  np.testing.assert_allclose(prepared['image'], normalize(batch['image'], *STATISTICS.values()))
+
+
+def test_the_loss_is_the_mean_cross_entropy():
+  logits = np.random.default_rng(1).standard_normal((3, CLASSES)).astype(np.float32)
+  task = ClassifyTask(**STATISTICS, num_classes=CLASSES, label_smoothing=0.1)
+  prepared = task.prepare(_Fixed(logits), _batch([0, 3, 6]), jax.random.key(0))
+  loss, metrics = task.loss(_Fixed(logits), prepared)
+  log = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+  np.testing.assert_allclose(loss, -(prepared['target'] * log).sum(axis=1).mean(), rtol=1e-5)
+  np.testing.assert_allclose(metrics['accuracy'], np.mean(logits.argmax(axis=1) == [0, 3, 6]))
+
+
+def test_everything_random_is_drawn_for_the_whole_batch():
+  """So that a part of a batch is computed as within the whole."""
+  task = ClassifyTask(
+    **STATISTICS, num_classes=CLASSES, label_smoothing=0.1, erase=0.5, mixup=0.8, cutmix=1.0
+  )
+  graphdef, params = random_model('hivit_tiny', **TINY, num_classes=CLASSES, drop_path_rate=0.5)
+  model = nnx.merge(graphdef, params)
+  prepared = task.prepare(model, _batch(range(4)), jax.random.key(0))
+  assert {key: value.shape[0] for key, value in prepared.items()} == {
+    'image': 4, 'target': 4, 'drop_path_noise': 4,
+  }  # fmt: skip
+  whole, _ = task.loss(model, prepared)
+  parts = [task.loss(model, {k: v[i::2] for k, v in prepared.items()})[0] for i in range(2)]
+  np.testing.assert_allclose(whole, np.mean(parts), rtol=1e-5)
+
+
+def test_evaluation_sums_leave_out_what_does_not_count():
+  logits = np.zeros((6, CLASSES), np.float32)
+  logits[0, 1] = logits[1, 2] = logits[2, 3] = 3.0  # right, wrong, right
+  logits[1] += [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.1]  # the label, 4, is third
+  logits[3] = [6, 5, 4, 3, 2, 1, 0]  # the label, 5, is sixth
+  batch = _batch([1, 4, 3, 5, 0, -1], mask=[1, 1, 1, 1, 0, 1] > np.zeros(6))
+  sums = ClassifyTask(**STATISTICS, num_classes=CLASSES).evaluate(_Fixed(logits), batch)
+  log = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+  expected = -(log[0, 1] + log[1, 4] + log[2, 3] + log[3, 5])
+  assert {key: float(sums[key]) for key in ('count', 'top1', 'top5')} == {
+    'count': 4, 'top1': 2, 'top5': 3,
+  }  # fmt: skip
+  np.testing.assert_allclose(sums['loss'], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('value', [0.0, np.nan, np.inf])
+def test_a_model_that_says_the_same_of_all_is_not_right(value):
+  sums = ClassifyTask(**STATISTICS, num_classes=CLASSES).evaluate(
+    _Fixed(np.full((2, CLASSES), value)), _batch([0, 1])
+  )
+  assert (sums['count'], sums['top1'], sums['top5']) == (2, 0, 0)

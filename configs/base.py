@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   # Any argument of the model's class; those left at None have the named model's value.
   config.model = ml_collections.ConfigDict()
-  config.model.name = 'mae_hivit_base'  # hivit_jax.list_models()
+  config.model.name = config_dict.placeholder(str)  # see hivit_jax.list_models()
   config.model.embed_dim = config_dict.placeholder(int)
   config.model.depths = config_dict.placeholder(tuple)
   config.model.num_heads = config_dict.placeholder(int)
@@ -39,9 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.remat = False  # recompute activations: less memory, about a third more time
   config.model.scan = False  # compile the main block once, not once a layer: slower on CPUs
 
-  # Weights to start from: a .pth or .safetensors file, a checkpoint or a workdir. What is on one
-  # side only is left out or stays new; the log tells.
-  config.init = config_dict.placeholder(str)
+  config.init = config_dict.placeholder(str)  # weights: .pth, .safetensors, checkpoint, workdir
   config.init_ema = False  # take its averaged weights
 
   config.data = ml_collections.ConfigDict()
@@ -49,6 +47,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.data_dir = config_dict.placeholder(str)  # None: TFDS_DATA_DIR or TFDS's default
   config.data.train_split = 'train'  # may be cut: train[:90%]; see docs/data.md
   config.data.eval_split = 'validation'  # of accuracies and pictures
+  # Share of the sides that the central crop of an evaluation keeps; None: 7/8 up to 224 pixels.
+  config.data.eval_crop = config_dict.placeholder(float)  # 1: the whole image
   config.data.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
   config.data.std = (0.229, 0.224, 0.225)  # likewise
   config.data.num_threads = 0  # that decode; 0: one per core, at most 16
@@ -59,10 +59,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.crop_scale = (0.2, 1.0)  # RandomResizedCrop: share of the image's area
   config.augment.crop_ratio = (3 / 4, 4 / 3)  # and width / height
   config.augment.flip = True  # mirror every second image
-  # RandAugment, such as rand-m9-mstd0.5-inc1; color_jitter is for runs without it
-  config.augment.rand_augment = config_dict.placeholder(str)
-  config.augment.color_jitter = 0.0  # change of brightness, contrast and saturation, at most
-  # Of classification, on the device:
+  config.augment.rand_augment = config_dict.placeholder(str)  # such as rand-m9-mstd0.5-inc1
+  config.augment.color_jitter = 0.0  # of brightness, contrast, saturation; without RandAugment
+  # The rest is for classification, and happens on the device.
   config.augment.erase = 0.0  # share of the images with a rectangle of noise
   config.augment.mixup = 0.0  # alpha; 0: off
   config.augment.cutmix = 0.0  # alpha; 0: off
@@ -83,8 +82,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.b2 = 0.95  # and of the mean of their squares
   config.optim.eps = 1e-8  # of AdamW
   config.optim.momentum = 0.9  # of LARS
-  # Factor of the learning rate from each block to the one before it; None: the same for all.
-  config.optim.layer_decay = config_dict.placeholder(float)
+  config.optim.layer_decay = config_dict.placeholder(float)  # of the rate, block by block; None: 1
   config.optim.weight_decay = 0.05  # times the learning rate; not of biases and LayerNorms
   config.optim.clip_norm = config_dict.placeholder(float)  # of the global gradient; None: off
 
@@ -125,6 +123,12 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.model.update(embed_dim=32, depths=(1, 1, 2), num_heads=2)
   if config.task == 'mae':
     config.model.update(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+  else:  # one set of numbers, so that all of them compile to the same program
+    config.model.drop_path_rate = 0.1
+    config.epochs = 2.0
+    config.optim.update(base_lr=1e-2, end_lr=0.0, warmup_start_lr=0.0, warmup_epochs=1.0)
+    if config.optim.layer_decay:
+      config.optim.layer_decay = 0.8
   config.init = None
   config.data.update(name='digits', train_split='train[:64]', eval_split='test[:32]')
   config.log_every_steps = 1
@@ -153,14 +157,20 @@ def pretrain(size: str, variant: str | None, **optim) -> ml_collections.ConfigDi
   return config
 
 
-def classify(size: str) -> ml_collections.ConfigDict:
-  """What supervised training and finetuning of one HiViT size share."""
+def classify(size: str, *, augment: bool = True) -> ml_collections.ConfigDict:
+  """What supervised training and finetuning of one HiViT size share.
+
+  Args:
+    size: tiny, small, base or large.
+    augment: with the published augmentation, which is for large data and long training.
+  """
   config = get_config()
   config.task = 'classify'
   config.model.name = f'hivit_{size}'
   config.batch_size = 1024
-  config.augment.update(crop_scale=(0.08, 1.0), rand_augment='rand-m9-mstd0.5-inc1', erase=0.25)
-  config.augment.update(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+  if augment:
+    config.augment.update(crop_scale=(0.08, 1.0), rand_augment='rand-m9-mstd0.5-inc1', erase=0.25)
+    config.augment.update(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
   config.optim.b2 = 0.999
   config.checkpoint.keep_every_epochs = 0.0
   config.knn.every_epochs = 0.0

@@ -10,10 +10,12 @@ from configs import base
 
 def get_config(variant: str | None = None):
   config = base.classify('base')
-  if variant != 'debug':
-    config.model.name = None
+  if variant == 'debug':
+    return base.debug(config)
+  config.model.name = None
   if variant == 'knn':
     config.evaluation.every_epochs = 0.0
     config.knn.every_epochs = 1.0
-    return config
-  return base.debug_or(config, variant)
+  elif variant:
+    raise base.UserError(f'unknown variant ":{variant}"; known: knn, debug')
+  return config

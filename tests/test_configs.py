@@ -33,6 +33,14 @@ PARAMETERS = {
   'mae_hivit_s': 57_845_536,
   'mae_hivit_b': 87_041_152,
   'mae_hivit_l': 311_765_824,
+  'supervised_hivit_t': 19_181_668,
+  'supervised_hivit_s': 37_526_464,
+  'supervised_hivit_b': 66_418_952,
+  'finetune_hivit_t': 19_181_668,
+  'finetune_hivit_s': 37_526_464,
+  'finetune_hivit_b': 66_418_952,
+  'finetune_hivit_l': 290_712_328,
+  'linear_hivit_b': 66_418_952 + 2 * 512,  # and the statistics of its BatchNorm
 }
 
 
@@ -44,7 +52,7 @@ def load(name: str, variant: str | None = None) -> ml_collections.ConfigDict:
 def variants(name: str) -> list[str]:
   """The variants that a config's docstring names, without `debug`, which all have."""
   doc = importlib.import_module(f'configs.{name}').__doc__
-  return sorted(set(re.findall(r'(?<!\S):(\w+)', doc)) - {'debug'})
+  return sorted(set(re.findall(r'(?:(?<!\S)|\.py):(\w+)', doc)) - {'debug'})
 
 
 def keys(config: ml_collections.ConfigDict, prefix: str = '') -> set[str]:
@@ -212,7 +220,7 @@ def test_every_setting_has_a_comment():
   assert keys(base.get_config()) - commented == set()
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', sorted(PARAMETERS))
 def test_parameter_counts(name):
   config = load(name)
   mesh = sharding.make_mesh()
@@ -247,6 +255,69 @@ def test_the_published_pretraining_recipe(name, lr, epochs):
   np.testing.assert_allclose(schedule(40.0), lr, rtol=1e-6)
   np.testing.assert_allclose(schedule((40 + epochs) / 2), lr / 2, rtol=1e-5)
   np.testing.assert_allclose(schedule(float(epochs)), 0, atol=1e-9)
+
+
+AUGMENTATION = {
+  'crop_scale': (0.08, 1.0), 'crop_ratio': (3 / 4, 4 / 3), 'flip': True, 'color_jitter': 0.0,
+  'rand_augment': 'rand-m9-mstd0.5-inc1', 'erase': 0.25, 'mixup': 0.8, 'cutmix': 1.0,
+  'switch_probability': 0.5, 'label_smoothing': 0.1,
+}  # fmt: skip
+
+
+def _assert_classification(name, *, epochs, warmup, start, peak, end, drop_path, layer_decay):
+  """Epochs, learning rates at the start, after the warmup and at the end; all else is shared."""
+  config = load(name)
+  assert (config.task, config.batch_size, config.epochs) == ('classify', 1024, epochs)
+  assert (config.model.drop_path_rate, config.optim.layer_decay) == (drop_path, layer_decay)
+  optim = config.optim
+  assert (optim.name, optim.b1, optim.b2, optim.weight_decay) == ('adamw', 0.9, 0.999, 0.05)
+  assert optim.clip_norm is None
+  assert config.augment.to_dict() == AUGMENTATION
+  schedule = build.schedule(config)
+  np.testing.assert_allclose(schedule(0.0), start, atol=1e-12)
+  np.testing.assert_allclose(schedule(float(warmup)), peak, rtol=1e-6)
+  np.testing.assert_allclose(schedule(float(epochs)), end, rtol=1e-4)
+  return config
+
+
+@pytest.mark.parametrize(('size', 'drop_path'), [('t', 0.05), ('s', 0.3), ('b', 0.5)])
+def test_the_published_supervised_recipe(size, drop_path):
+  config = _assert_classification(
+    f'supervised_hivit_{size}', epochs=300, warmup=20, start=1e-6, peak=1e-3, end=1e-5,
+    drop_path=drop_path, layer_decay=None,
+  )  # fmt: skip
+  assert config.init is None
+
+
+@pytest.mark.parametrize(
+  ('size', 'epochs', 'peak', 'layer_decay', 'drop_path'),
+  [
+    ('b', 100, 2e-3, 0.85, 0.2),  # published
+    ('t', 100, 2e-3, 0.85, 0.1),
+    ('s', 100, 2e-3, 0.85, 0.1),
+    ('l', 50, 4e-3, 0.84, 0.2),
+  ],
+)
+def test_the_finetuning_recipes(size, epochs, peak, layer_decay, drop_path):
+  config = _assert_classification(
+    f'finetune_hivit_{size}', epochs=epochs, warmup=5, start=0, peak=peak, end=1e-6,
+    drop_path=drop_path, layer_decay=layer_decay,
+  )  # fmt: skip
+  assert config.init == f'workdirs/mae_hivit_{size}'  # where main.py leaves the pretraining
+  assert config.model.head_std == 2e-5
+
+
+def test_the_linear_probe_is_that_of_mae():
+  config = load('linear_hivit_b')
+  assert (config.task, config.batch_size, config.epochs) == ('linear', 16384, 90)
+  assert (config.optim.name, config.optim.momentum, config.optim.weight_decay) == ('lars', 0.9, 0)
+  assert (config.model.drop_path_rate, config.model.head_batch_norm) == (0, True)
+  off = {key: 0.0 for key in ('color_jitter', 'erase', 'mixup', 'cutmix', 'label_smoothing')}
+  assert config.augment.to_dict() == AUGMENTATION | off | {'rand_augment': None}
+  schedule = build.schedule(config)
+  np.testing.assert_allclose(schedule(10.0), 6.4, rtol=1e-6)
+  np.testing.assert_allclose(schedule(5.0), 3.2, rtol=1e-6)
+  np.testing.assert_allclose(schedule(90.0), 0, atol=1e-6)
 
 
 def test_300_epochs_are_the_default():

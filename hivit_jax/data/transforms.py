@@ -177,12 +177,16 @@ class EvalTransform:
   """Resizes and takes the central crop; see `eval_transform`."""
 
   size: tuple[int, int]
+  crop: float | None = None
 
   def __call__(self, image: Image.Image) -> np.ndarray:
     width, height = image.size
     h, w = self.size
-    # The rectangle that the resized image has to cover: with a margin of 1/7 up to 224 pixels.
-    cover_h, cover_w = (h * 256 // 224, w * 256 // 224) if max(h, w) <= 224 else (h, w)
+    # The rectangle that the resized image has to cover.
+    if self.crop is not None:
+      cover_h, cover_w = int(h / self.crop), int(w / self.crop)
+    else:
+      cover_h, cover_w = (h * 256 // 224, w * 256 // 224) if max(h, w) <= 224 else (h, w)
     if cover_h * width >= cover_w * height:
       resized = image.resize((cover_h * width // height, cover_h), Image.Resampling.BICUBIC)
     else:
@@ -191,7 +195,7 @@ class EvalTransform:
     return to_array(resized.crop((left, top, left + w, top + h)))
 
 
-def eval_transform(size: Size) -> EvalTransform:
+def eval_transform(size: Size, crop: float | None = None) -> EvalTransform:
   """Returns the transform of the published evaluations: resize, then the central crop.
 
   Up to size S = 224 the shorter side becomes `int(S * 256 / 224)`, above it S; bicubic with
@@ -200,8 +204,12 @@ def eval_transform(size: Size) -> EvalTransform:
 
   Args:
     size: Side of the square output, or (height, width), in pixels.
+    crop: Share of the resized image's sides that the crop keeps, in (0, 1], instead of 7/8 up to
+      224 pixels and 1 above: 1 for images whose borders matter.
 
   Raises:
-    UserError: The size makes no sense.
+    UserError: The size or the crop makes no sense.
   """
-  return EvalTransform(as_size(size))
+  if crop is not None and not 0 < crop <= 1:
+    raise UserError(f'Evaluation crop {crop!r}: expected more than 0, at most 1.')
+  return EvalTransform(as_size(size), crop)

@@ -28,21 +28,21 @@ def random_erase(images: jax.Array, rng: jax.Array, probability: float) -> jax.A
     (B, H, W, C).
   """
   b, h, w, _ = images.shape
-  keys = jax.random.split(rng, 6)
-  tries = (b, _ERASE_TRIES)
-  area = h * w * jax.random.uniform(keys[0], tries, minval=_ERASED_AREA[0], maxval=_ERASED_AREA[1])
-  low, high = map(math.log, _ERASED_ASPECT)
-  aspect = jnp.exp(jax.random.uniform(keys[1], tries, minval=low, maxval=high))
+  boxes, noise = jax.random.split(rng)
+  # One draw for all: every further one costs XLA's CPU backend a quarter of a second to compile.
+  uniform = jax.random.uniform(boxes, (b, 2 * _ERASE_TRIES + 3))
+  area = h * w * _between(uniform[:, :_ERASE_TRIES], *_ERASED_AREA)
+  aspect = jnp.exp(_between(uniform[:, _ERASE_TRIES:-3], *map(math.log, _ERASED_ASPECT)))
   heights = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
   widths = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
   fits = (heights < h) & (widths < w)
   first = fits.argmax(axis=1)[:, None]
   height, width = (jnp.take_along_axis(x, first, axis=1)[:, 0] for x in (heights, widths))
-  top = _below(jax.random.uniform(keys[2], (b,)), h - height + 1)
-  left = _below(jax.random.uniform(keys[3], (b,)), w - width + 1)
-  erased = fits.any(axis=1) & (jax.random.uniform(keys[4], (b,)) < probability)
+  top = _below(uniform[:, -3], h - height + 1)
+  left = _below(uniform[:, -2], w - width + 1)
+  erased = fits.any(axis=1) & (uniform[:, -1] < probability)
   inside = _inside(h, w, top, left, top + height, left + width) & erased[:, None, None]
-  return jnp.where(inside[..., None], jax.random.normal(keys[5], images.shape), images)
+  return jnp.where(inside[..., None], jax.random.normal(noise, images.shape), images)
 
 
 def mix(
@@ -70,22 +70,26 @@ def mix(
     images and targets, mixed.
   """
   h, w = images.shape[1:3]
-  choice, mixup_key, cutmix_key, place = jax.random.split(rng, 4)
-  use_cutmix = jax.random.uniform(choice) < switch_probability if mixup and cutmix else cutmix > 0
+  places, share_key = jax.random.split(rng)
+  uniform = jax.random.uniform(places, (3,))
+  use_cutmix = uniform[0] < switch_probability if mixup and cutmix else jnp.asarray(cutmix > 0)
+  alpha = jnp.where(use_cutmix, cutmix, mixup)
+  share = jax.random.beta(share_key, alpha, alpha)
   other = images[::-1]
-  share = jax.random.beta(mixup_key, mixup, mixup) if mixup else 1.0
   mixed = images * share + other * (1 - share)
   if cutmix:
-    kept = jax.random.beta(cutmix_key, cutmix, cutmix)
-    height, width = (jnp.int32(side * jnp.sqrt(1 - kept)) for side in (h, w))
-    centre = jax.random.uniform(place, (2,))
-    y, x = _below(centre[0], h), _below(centre[1], w)
+    height, width = (jnp.int32(side * jnp.sqrt(1 - share)) for side in (h, w))
+    y, x = _below(uniform[1], h), _below(uniform[2], w)
     top, left = jnp.maximum(y - height // 2, 0), jnp.maximum(x - width // 2, 0)
     bottom, right = jnp.minimum(y + height // 2, h), jnp.minimum(x + width // 2, w)
     inside = _inside(h, w, top[None], left[None], bottom[None], right[None])[..., None]
     mixed = jnp.where(use_cutmix, jnp.where(inside, other, images), mixed)
     share = jnp.where(use_cutmix, 1 - (bottom - top) * (right - left) / (h * w), share)
   return mixed, targets * share + targets[::-1] * (1 - share)
+
+
+def _between(uniform: jax.Array, low: float, high: float) -> jax.Array:
+  return low + (high - low) * uniform
 
 
 def _below(uniform: jax.Array, limit: jax.Array | int) -> jax.Array:

@@ -102,9 +102,11 @@ def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:
     raise UserError(f'config.task="{config.task}" is unknown; there are: {", ".join(_TASKS)}')
   wanted, kind, _ = _TASKS[config.task]
   name = config.model.name
+  if name is None:
+    raise UserError('config.model.name is not set; hivit_jax.list_models() has the names')
   if models.MODELS.get(name, (wanted,))[0] is not wanted:
     fitting = [other for other, (cls, _) in models.MODELS.items() if cls is wanted]
-    size = str(name).rsplit('_', 1)[-1]
+    size = name.rsplit('_', 1)[-1]
     guess = next((other for other in fitting if other.endswith(f'_{size}')), fitting[0])
     raise UserError(
       f'config.model.name="{name}" is no {kind}, which config.task="{config.task}" needs; '

@@ -75,7 +75,7 @@ def eval_batches(
   config: ml_collections.ConfigDict, source: Any, batch_size: int, *, alone: bool = False
 ) -> Any:
   """This process's batches of one pass over a source; `alone`: all of it, not this host's share."""
-  transform = transforms.eval_transform(image_size(config))
+  transform = transforms.eval_transform(image_size(config), config.data.eval_crop)
   options = _loader_options(config)
   if alone:
     options |= {'process_index': 0, 'process_count': 1}

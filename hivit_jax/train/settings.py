@@ -38,7 +38,7 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'optim.b1 optim.b2 optim.momentum ema_decay model.drop_path_rate augment.label_smoothing',
   ),
   ('more than 0 and less than 1', lambda x: 0 < x < 1, 'model.mask_ratio'),
-  ('more than 0, at most 1', lambda x: 0 < x <= 1, 'optim.layer_decay'),
+  ('more than 0, at most 1', lambda x: 0 < x <= 1, 'optim.layer_decay data.eval_crop'),
   (
     'from 0 to 1',
     lambda x: 0 <= x <= 1,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hivit_jax.errors import UserError
+from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
 from hivit_jax.train import optim, sharding, step
 from tests.helpers import random_model
@@ -64,16 +65,31 @@ class _Recording(MAETask):
     return value, metrics | {'noise': batch['noise'].mean()}
 
 
-def train(devices: int, accumulate_steps: int) -> dict:
+class _Mixing(ClassifyTask):
+  """The task, telling an average of its augmented images and targets as a metric."""
+
+  def loss(self, model, batch):
+    value, metrics = super().loss(model, batch)
+    weights = jnp.arange(10.0)
+    return value, metrics | {'noise': batch['image'].mean() + (batch['target'] @ weights).mean()}
+
+
+def train(devices: int, accumulate_steps: int, *, classify: bool = False) -> dict:
   """Five steps on some of this process's devices: numbers, and where things lie."""
   mesh = sharding.make_mesh(devices)
-  graphdef, params = random_model(
-    'mae_hivit_tiny',
-    image_size=32, embed_dim=16, depths=(1, 1, 1), num_heads=2, drop_path_rate=0.3,
-    decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2,
-  )  # fmt: skip
+  size = {
+    'image_size': 32, 'embed_dim': 16, 'depths': (1, 1, 1), 'num_heads': 2, 'drop_path_rate': 0.3
+  }  # fmt: skip
+  statistics = (0.5,) * 3, (0.25,) * 3
+  if classify:
+    graphdef, params = random_model('hivit_tiny', **size, num_classes=10)
+    task = _Mixing(*statistics, 10, label_smoothing=0.1, erase=0.5, mixup=0.8, cutmix=1.0)
+  else:
+    decoder = {'decoder_embed_dim': 8, 'decoder_depth': 1, 'decoder_num_heads': 2}
+    graphdef, params = random_model('mae_hivit_tiny', **size, **decoder)
+    task = _Recording(*statistics)
   optimizer = optim.adamw(
-    params, rules=optim.PRETRAIN_RULES,
+    params, rules=optim.CLASSIFY_RULES if classify else optim.PRETRAIN_RULES,
     b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=None,
   )  # fmt: skip
   state = {
@@ -84,7 +100,7 @@ def train(devices: int, accumulate_steps: int) -> dict:
   state = jax.device_put(state, sharding.replicated(mesh))
   train_step = step.make_train_step(
     graphdef,
-    _Recording((0.5,) * 3, (0.25,) * 3),
+    task,
     optimizer,
     lambda _: 1e-3,
     epochs_per_step=1.0,
@@ -95,7 +111,8 @@ def train(devices: int, accumulate_steps: int) -> dict:
   losses, noise = [], []
   for number in range(5):
     images = np.random.default_rng(number).integers(0, 256, (16, 32, 32, 3), np.uint8)
-    batch = sharding.put_batch({'image': images}, mesh)
+    labels = np.arange(16, dtype=np.int32) % 10
+    batch = sharding.put_batch({'image': images, 'label': labels}, mesh)
     np.testing.assert_array_equal(sharding.fetch(batch['image']), images)
     state, metrics = train_step(state, batch)
     losses.append(float(metrics['loss']))
@@ -114,12 +131,16 @@ def train(devices: int, accumulate_steps: int) -> dict:
   }  # fmt: skip
 
 
-def test_the_number_of_devices_changes_nothing():
-  """Eight of them, simulated, in a process of their own: the masks and losses of one."""
+@pytest.mark.parametrize('classify', [False, True], ids=['mae', 'classify'])
+def test_the_number_of_devices_changes_nothing(classify):
+  """Eight of them, simulated, in a process of their own: masks, mixing and losses as on one."""
   environment = os.environ | {
     'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu',
   }  # fmt: skip
-  code = 'import json; from tests.train.test_sharding import train; print(json.dumps(train(8, 2)))'
+  code = (
+    'import json; from tests.train.test_sharding import train; '
+    f'print(json.dumps(train(8, 2, classify={classify})))'
+  )
   child = subprocess.run(
     [sys.executable, '-c', code],
     cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
@@ -131,7 +152,7 @@ def test_the_number_of_devices_changes_nothing():
   assert set(eight['on_devices']) == {8}
   np.testing.assert_allclose(eight['local_norm'], eight['norm'], rtol=1e-5)
 
-  one = train(1, 1)
+  one = train(1, 1, classify=classify)
   assert one['shards'] == [16]
   np.testing.assert_allclose(eight['noise'], one['noise'], rtol=1e-6)
   np.testing.assert_allclose(eight['losses'], one['losses'], rtol=1e-6)

@@ -1,0 +1,197 @@
+"""From pretraining to finetuning, evaluation and k-NN, as a user would do it."""
+
+import json
+import pathlib
+import sys
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import pytest
+
+from hivit_jax.train.checkpoint import load_metadata, load_params
+from tests.runs import metrics
+
+STEPS = 4
+# 35 examples: the last batch of 8, or of 15 on three devices, is not full.
+DATA = {'data.name': 'digits', 'data.train_split': 'train[:64]', 'data.eval_split': 'test[:35]'}
+SETTINGS = DATA | {
+  'image_size': '48,32',
+  'batch_size': 12,
+  'evaluation.batch_size': 8,
+  'evaluation.every_epochs': 0.25,
+  'ema_decay': 0.5,
+  'optim.warmup_epochs': 0.1,
+  'optim.lr': 0.02,
+}
+
+
+def _run(runs, config: str, *arguments: str, devices: int = 1, **settings):
+  flags = [f'--config.{key}={value}' for key, value in settings.items()]
+  return runs.finish(
+    [sys.executable, 'main.py', f'--config=configs/{config}', *arguments, *flags],
+    {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'},
+  )
+
+
+def _finetune(runs, init: pathlib.Path, workdir: pathlib.Path, steps: int = STEPS) -> str:
+  settings = SETTINGS | {'init': init, 'max_steps': steps}
+  done = _run(runs, 'finetune_hivit_t.py:debug', f'--workdir={workdir}', **settings)
+  assert done.returncode == 0, done.stderr
+  return done.stderr
+
+
+@pytest.fixture(scope='module')
+def finetuned(runs, finished, tmp_path_factory):
+  """Workdir and log of a finetuning of the tiny pretraining run."""
+  workdir = tmp_path_factory.mktemp('finetuned') / 'run'
+  return workdir, _finetune(runs, finished.workdir, workdir)
+
+
+def _evaluate(runs, *arguments: str, devices: int = 1, **settings) -> dict[str, float]:
+  settings = DATA | {'image_size': '48,32'} | settings
+  done = _run(
+    runs, 'evaluate.py', '--mode=evaluate', *arguments, devices=devices, **settings
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def _accuracies(row: Mapping[str, float], prefix: str = '') -> dict[str, float]:
+  return {key: row[f'eval/{prefix}{key}'] for key in ('top1', 'top5', 'loss')}
+
+
+def test_finetuning_starts_from_pretrained_weights_at_another_size_and_says_so(finished, finetuned):
+  workdir, log = finetuned
+  assert f'parameters from step 40 of {finished.workdir}' in log
+  assert 'resized absolute_pos_embed from 2x2 to 3x2 units, bicubic' in log
+  dropped = next(line for line in log.splitlines() if 'dropped, no place in this model' in line)
+  assert 'mask_token' in dropped
+  assert 'decoder_blocks.0.' in dropped
+  new = next(line for line in log.splitlines() if 'new, not in the file' in line)
+  assert 'head.weight, head.bias' in new
+  assert 'relative_position_bias_table' in new
+  rows = metrics(workdir)
+  assert [row['step'] for row in rows if 'eval/top1' in row] == [0, 1, 2, 3, 4]
+  assert _accuracies(rows[0]) == _accuracies(rows[0], 'ema_')
+  assert rows[-1]['eval/loss'] != rows[-1]['eval/ema_loss']
+  assert rows[-1]['eval/loss'] < rows[0]['eval/loss']
+  for key in ('top1', 'top5'):  # shares of 35 examples
+    assert (35 * rows[-1][f'eval/{key}']) == pytest.approx(round(35 * rows[-1][f'eval/{key}']))
+  assert 'hivit_jax.tools.predict --workdir=' in log
+  assert load_metadata(workdir)['class_names'] == list('0123456789')
+
+
+def test_an_interrupted_finetuning_ends_as_an_uninterrupted_one(
+  runs, finished, finetuned, tmp_path
+):
+  _finetune(runs, finished.workdir, tmp_path / 'run', steps=2)
+  _finetune(runs, tmp_path / 'gone', tmp_path / 'run')  # what it began with is not needed any more
+  assert metrics(tmp_path / 'run')[-1] == metrics(finetuned[0])[-1]
+  for key in ('params', 'ema', 'opt_state'):
+    one, two = (load_params(w, key=key).state for w in (tmp_path / 'run', finetuned[0]))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_evaluation_counts_every_example_once_on_any_number_of_devices(runs, finetuned, tmp_path):
+  workdir, _ = finetuned
+  expected = _accuracies(metrics(workdir)[-1])
+  found = {1: 8, 3: 15}
+  for devices, batch_size in found.items():
+    result = _evaluate(
+      runs, f'--workdir={workdir}', devices=devices, **{'evaluation.batch_size': batch_size}
+    )
+    assert _accuracies(result) == pytest.approx(expected, rel=1e-5)
+  average = _evaluate(runs, init=workdir / 'checkpoints' / '4', init_ema=True)
+  assert _accuracies(average) == pytest.approx(_accuracies(metrics(workdir)[-1], 'ema_'), rel=1e-5)
+
+
+def test_imported_weights_are_evaluated_as_the_checkpoint_they_came_from(runs, finetuned, tmp_path):
+  workdir, _ = finetuned
+  file = tmp_path / 'weights.safetensors'
+  command = [sys.executable, '-m', 'hivit_jax.tools.convert', 'to-torch', str(workdir)]
+  done = runs.finish([*command, f'--out={file}', '--layout=official'])
+  assert done.returncode == 0, done.stderr
+  # A bare file tells neither that its images were not square nor that heads have 16 channels.
+  done = _run(
+    runs, 'finetune_hivit_t.py:debug', '--mode=evaluate', **SETTINGS | {'init': file}
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  result = json.loads(done.stdout.splitlines()[-1])
+  assert _accuracies(result) == pytest.approx(_accuracies(metrics(workdir)[-1]), rel=1e-5)
+
+
+def test_k_nn_of_any_checkpoint(runs, finished, finetuned):
+  for workdir in (finished.workdir, finetuned[0]):
+    done = _run(
+      runs, 'evaluate.py:knn', '--mode=evaluate', f'--workdir={workdir}',
+      **DATA | {'image_size': '32,32', 'evaluation.batch_size': 16, 'knn.bank_size': 0},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result.keys() == {'eval/knn_top1'}
+    assert result['eval/knn_top1'] > 0.15  # chance is 0.1
+
+
+def test_a_linear_probe_of_the_pretrained_model(runs, finished, tmp_path):
+  """Nothing but the head learns; enough to beat chance."""
+  settings = DATA | {
+    'init': finished.workdir, 'image_size': '32,32', 'max_steps': 40, 'batch_size': 32,
+    'optim.name': 'adamw', 'optim.lr': 0.02, 'epochs': 20, 'optim.warmup_epochs': 0,
+    'evaluation.every_epochs': 10,
+    'evaluation.batch_size': 16, 'data.train_split': 'train', 'log_every_steps': 10,
+  }  # fmt: skip
+  done = _run(runs, 'linear_hivit_b.py:debug', f'--workdir={tmp_path / "run"}', **settings)
+  assert done.returncode == 0, done.stderr
+  rows = metrics(tmp_path / 'run')
+  assert rows[-1]['eval/top1'] > 0.25
+  before, after = load_params(finished.workdir).state, load_params(tmp_path / 'run').state
+  jax.tree.map(np.testing.assert_array_equal, before['blocks'][0], after['blocks'][0])
+
+
+# --- mistakes
+
+
+def _error(done) -> str:
+  assert done.returncode == 2, done.stderr
+  return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'model.num_classes': 4}, 'config.model.num_classes=4, but digits (train[:64]) has 10'),
+    ({'init': '/nowhere'}, '/nowhere does not exist; give a .pth or .safetensors file'),
+    ({'optim.name': 'sgd'}, 'config.optim.name="sgd" is unknown; there are: adamw, lars'),
+    ({'model.name': 'mae_hivit_tiny'}, 'is no classifier, which config.task="classify" needs; try '),
+    ({'augment.rand_augment': 'rand-x'}, 'rand-x'),
+    ({'augment.mixup': -1}, 'config.augment.mixup=-1.0: expected 0 or more'),
+    ({'optim.layer_decay': 0}, 'config.optim.layer_decay=0.0: expected more than 0, at most 1'),
+  ],
+)
+def test_mistakes(runs, tmp_path, settings, message):
+  settings = SETTINGS | settings
+  done = _run(runs, 'finetune_hivit_t.py:debug', f'--workdir={tmp_path / "run"}', **settings)
+  assert message in _error(done)
+  assert not (tmp_path / 'run' / 'checkpoints' / '2').exists()
+
+
+def test_evaluating_nothing(runs):
+  done = _run(runs, 'evaluate.py', '--mode=evaluate')
+  assert 'what to evaluate? Give --workdir=DIRECTORY or --config.init=FILE' in _error(done)
+
+
+def test_evaluating_with_other_classes(runs, finetuned):
+  done = _run(
+    runs, 'evaluate.py', '--mode=evaluate', f'--workdir={finetuned[0]}',
+    **DATA | {'data.name': 'photo_tiles', 'image_size': '48,32', 'data.eval_split': 'test[:35]'},
+  )  # fmt: skip
+  assert 'has 16 classes' in _error(done)
+
+
+def test_an_autoencoder_is_no_classifier_before_it_is_finetuned(runs, finished):
+  done = _run(
+    runs, 'finetune_hivit_t.py:debug', '--mode=evaluate', f'--workdir={finished.workdir}',
+    **SETTINGS,
+  )  # fmt: skip
+  assert 'This is an MAE checkpoint' in _error(done)

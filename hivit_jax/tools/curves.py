@@ -87,8 +87,9 @@ def draw(runs: Mapping[str, Rows]) -> Figure:
   panels = _panels({metric for rows in runs.values() for row in rows.values() for metric in row})
   if not panels:
     raise UserError(f'{", ".join(runs)}: nothing to draw: no loss, learning rate or evaluation')
-  epochs = [_to_epochs(rows) for rows in runs.values()]
-  xs = epochs if all(epochs) else [np.asarray] * len(runs)
+  converters = [_to_epochs(rows) for rows in runs.values()]
+  in_epochs = None not in converters
+  xs = [to_epochs if in_epochs and to_epochs else np.asarray for to_epochs in converters]
   columns = min(len(panels), _COLUMNS)
   height = math.ceil(len(panels) / columns)
   figure = Figure(figsize=(1 + 4.2 * columns, 0.8 + 3.4 * height), layout='constrained')
@@ -109,7 +110,7 @@ def draw(runs: Mapping[str, Rows]) -> Figure:
           markersize=3,
         )
     _finish(axis, title, metrics, several_runs=len(runs) > 1)
-    axis.set_xlabel('epoch' if all(epochs) else 'step')
+    axis.set_xlabel('epoch' if in_epochs else 'step')
   for axis in axes[len(panels) :]:
     axis.remove()
   if len(runs) > 1:

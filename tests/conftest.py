@@ -1,11 +1,12 @@
 """Fixtures that several test files share."""
 
 import pathlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 
-from tests.runs import Runs
+from tests.runs import Forks, Runs
 
 
 class Finished(NamedTuple):
@@ -18,6 +19,12 @@ class Finished(NamedTuple):
 @pytest.fixture(scope='session')
 def runs(tmp_path_factory) -> Runs:
   return Runs(tmp_path_factory.mktemp('runs'))
+
+
+@pytest.fixture(scope='session')
+def forks(runs, tmp_path_factory) -> Iterator[Forks]:
+  with Forks(runs.environment, tmp_path_factory.mktemp('forks')) as forks:
+    yield forks
 
 
 @pytest.fixture(scope='session')

@@ -1,7 +1,8 @@
-"""Runs `main.py` in forks of a process that has imported already what it is slow to import.
+"""Runs programs in forks of a process that has imported already what they are slow to import.
 
-Reads one JSON object a line: arguments, environment, file for stderr; answers with the exit status.
-Everything after the imports is as in a process of its own: flags, JAX's devices, exit.
+Reads one JSON object a line: program, arguments, environment, files for stdout and stderr; answers
+with the exit status. Everything after the imports is as in a process of its own: flags, JAX's
+devices, exit.
 """
 
 import json
@@ -17,13 +18,13 @@ import hivit_jax.train.experiment  # noqa: F401
 
 
 def _run(job: dict) -> int:
-  os.dup2(os.open(job['stderr'], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-  os.dup2(2, 1)
+  for number, file in ((1, job['stdout']), (2, job['stderr'])):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
   os.environ.update(job['environment'])
   signal.alarm(120)
-  sys.argv = ['main.py', *job['arguments']]
+  sys.argv = [job['program'], *job['arguments']]
   try:
-    runpy.run_path('main.py', run_name='__main__')
+    runpy.run_path(job['program'], run_name='__main__')
   except SystemExit as stop:
     return stop.code or 0
   except BaseException:
@@ -38,6 +39,7 @@ for line in sys.stdin:
     status = 1
     try:
       status = _run(json.loads(line))
+      sys.stdout.flush()
       sys.stderr.flush()
     finally:
       os._exit(status)

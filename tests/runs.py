@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -112,6 +113,52 @@ class Process:
   def wait(self, seconds: float = _PATIENCE) -> int:
     """Exit status; minus the signal's number if a signal ended it."""
     return self._process.wait(timeout=seconds)
+
+
+class Ended(NamedTuple):
+  """What a program left behind that has ended."""
+
+  status: int
+  stderr: str
+  stdout: str = ''
+
+
+class Forks:
+  """Runs programs in forks of one process, `tests.forks`, that has the slow imports done."""
+
+  def __init__(self, environment: Mapping[str, str], directory: pathlib.Path):
+    self._files = {name: str(directory / name) for name in ('stdout', 'stderr')}
+    self._server = subprocess.Popen(
+      [sys.executable, '-m', 'tests.forks'],
+      cwd=ROOT,
+      env=environment,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+
+  def __enter__(self) -> 'Forks':
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self._server.communicate()
+
+  def __call__(self, program: str, *arguments: str, **environment: str) -> Ended:
+    """Runs a Python file, named from the root of the repository, to its end."""
+    job = {'program': program, 'arguments': arguments, 'environment': environment} | self._files
+    self._server.stdin.write(json.dumps(job) + '\n')
+    self._server.stdin.flush()
+    status = int(self._server.stdout.readline())
+    said = {name: pathlib.Path(file).read_text() for name, file in self._files.items()}
+    return Ended(status, **said)
+
+
+def error_of(ended: Ended) -> str:
+  """The error of a program that ended with one line about a mistake."""
+  assert ended.status == 2, ended.stderr
+  assert ended.stderr.count('\n') == 1, ended.stderr
+  assert ended.stderr.startswith('error: ')
+  return ended.stderr.removeprefix('error: ').rstrip()
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:

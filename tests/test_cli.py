@@ -1,54 +1,23 @@
 """Mistakes on the command line of `main.py`: one line that says what is wrong and what to do."""
 
-import json
+import functools
 import os
 import pathlib
 import resource
 import subprocess
 import sys
-from typing import NamedTuple
 
 import pytest
 
-from tests.runs import ROOT, content
+from tests.runs import ROOT, Ended, content, error_of
 
 DEBUG = '--config=configs/demo.py:debug'
 
 
-class Ended(NamedTuple):
-  status: int
-  stderr: str
-
-
 @pytest.fixture(scope='module')
-def main(runs, tmp_path_factory):
+def main(forks):
   """`main(*arguments, **environment)` of main.py in a process that has its imports done."""
-  stderr = tmp_path_factory.mktemp('cli') / 'stderr'
-  with subprocess.Popen(
-    [sys.executable, '-m', 'tests.forks'],
-    cwd=ROOT,
-    env=runs.environment,
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-  ) as server:
-
-    def run(*arguments: str, **environment: str) -> Ended:
-      job = {'arguments': arguments, 'environment': environment, 'stderr': str(stderr)}
-      server.stdin.write(json.dumps(job) + '\n')
-      server.stdin.flush()
-      return Ended(int(server.stdout.readline()), stderr.read_text())
-
-    yield run
-    server.stdin.close()
-
-
-def error_of(ended: Ended) -> str:
-  """The error of a run that ended with one line about a mistake."""
-  assert ended.status == 2, ended.stderr
-  assert ended.stderr.count('\n') == 1, ended.stderr
-  assert ended.stderr.startswith('error: ')
-  return ended.stderr.removeprefix('error: ').rstrip()
+  return functools.partial(forks, 'main.py')
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,8 @@
-"""From an image file's bytes to an upright 8-bit PIL image, or `BrokenImage`."""
+"""From an image file or its bytes to an upright 8-bit PIL image, or `BrokenImage`."""
 
 import io
+import os
+import pathlib
 import warnings
 
 import numpy as np
@@ -63,6 +65,15 @@ def decode_image(data: bytes | np.ndarray, *, channels: int = 3) -> Image.Image:
     raise
   except Exception as error:  # PIL's parsers fail in every possible way on damaged input.
     raise BrokenImage(_reason(error, data)) from error
+
+
+def read_image(path: str | os.PathLike[str], *, channels: int = 3) -> Image.Image:
+  """Reads and decodes one file, see `decode_image`; `BrokenImage` also when it cannot be read."""
+  try:
+    data = pathlib.Path(path).read_bytes()
+  except OSError as error:
+    raise BrokenImage(error.strerror) from error
+  return decode_image(data, channels=channels)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -126,6 +126,22 @@ class FolderSource:
     return self._path(index)
 
 
+def image_files(folder: str) -> list[str]:
+  """Returns the paths of the images in `folder` and below it, sorted.
+
+  Raises:
+    UserError: There are none, or a folder cannot be read.
+  """
+  paths: list[str] = []
+  try:
+    _collect(folder, os.path.join(folder, ''), paths)
+  except OSError as error:
+    raise UserError(f'cannot read {error.filename}: {error.strerror}') from error
+  if not paths:
+    raise UserError(f'no images in {folder} (looked for {", ".join(IMAGE_SUFFIXES)})')
+  return sorted(paths)
+
+
 def _folders(folder: str) -> list[str]:
   """Returns the names of the visible folders in `folder`, sorted; symbolic links count."""
   with os.scandir(folder) as entries:

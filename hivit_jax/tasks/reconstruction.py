@@ -14,7 +14,7 @@ from hivit_jax.models.hivit import UNIT, join_units, split_units
 from hivit_jax.models.mae import NORM_PIX_EPS, MaskedAutoencoder, unit_moments
 from hivit_jax.tasks.images import denormalize, normalize
 
-_HIDDEN = 128  # grey level of removed units
+_HIDDEN = 128  # grey level of units that a panel leaves out
 _MIN_SIDE = 144  # pixels: smaller images are enlarged by a whole factor
 _MARGIN = 8
 
@@ -26,7 +26,8 @@ class Reconstruction:
   Attributes:
     original: the images.
     masked: removed units grey.
-    reconstruction: every unit as predicted, the visible ones too (which are not trained for).
+    reconstruction: predictions for the removed units, the others grey: the loss leaves visible
+      units out, so what the decoder gives there is noise and no reconstruction.
     pasted: predictions for the removed units, original pixels elsewhere.
     mask_ratio: share of the units removed.
     norm_pix: the model predicts units up to mean and variance; both were taken from the original.
@@ -89,7 +90,7 @@ def assemble(
   return Reconstruction(
     original=images,
     masked=np.where(removed, np.uint8(_HIDDEN), images),
-    reconstruction=predicted,
+    reconstruction=np.where(removed, predicted, np.uint8(_HIDDEN)),
     pasted=np.where(removed, predicted, images),
     mask_ratio=float(np.mean(mask)),
     norm_pix=norm_pix,
@@ -98,7 +99,7 @@ def assemble(
 
 def draw(result: Reconstruction, *, title: str = '') -> Image.Image:
   """One row an image: original, masked, reconstruction, reconstruction with the visible units."""
-  notes = ['visible units are not trained to be predicted: expect noise there']
+  notes = ['grey in the reconstruction: visible units, which the loss trains no prediction of']
   if result.norm_pix:
     notes.append('predicted units have the true mean and variance of each unit (norm_pix_loss)')
   columns: dict[str, np.ndarray] = {

@@ -14,7 +14,7 @@ from flax import nnx
 
 from hivit_jax import cli
 from hivit_jax.data import sources, transforms
-from hivit_jax.data.decode import BrokenImage, decode_image
+from hivit_jax.data.decode import BrokenImage, read_image
 from hivit_jax.data.subset import Subset
 from hivit_jax.errors import UserError
 from hivit_jax.tasks import reconstruction
@@ -34,30 +34,37 @@ def main(argv: list[str]) -> None:
   if _WORKDIR.value is None:
     raise UserError('give --workdir=DIRECTORY, the --workdir of a pretraining run')
   setup_logging()
+  workdir = pathlib.Path(_WORKDIR.value).expanduser()
   files = _IMAGES.value + argv[1:]
-  config = ml_collections.ConfigDict(load_metadata(_WORKDIR.value)['config'])
+  config = ml_collections.ConfigDict(load_metadata(workdir).get('config', {'task': None}))
+  if config.task != 'mae':
+    found = f'trained with config.task="{config.task}"' if config.task else 'converted, not trained'
+    raise UserError(f'--workdir={workdir} was {found}; give the --workdir of a pretraining run')
   task = build.task(config)
   graphdef, abstract = nnx.split(nnx.eval_shape(build.model_creator(config)))
   images = _read(files, config) if files else _evaluation_images(config)
-  restored = load_params(_WORKDIR.value, nnx.to_pure_dict(abstract))
+  restored = load_params(workdir, nnx.to_pure_dict(abstract))
   pictures = reconstruction.Reconstructor(
     graphdef, mean=task.mean, std=task.std, mask_ratio=_MASK_RATIO.value
   )
   result = pictures(restored.state, images, seed=_SEED.value)
-  out = pathlib.Path(_OUT.value or _run_directory(_WORKDIR.value) / 'reconstruction.png')
+  out = pathlib.Path(_OUT.value or _run_directory(workdir) / 'reconstruction.png')
   title = f'{config.model.name}, step {restored.step}'
   try:
     reconstruction.draw(result, title=title).save(out)
   except (OSError, ValueError) as error:
-    raise UserError(f'cannot write --out={out}: {error}') from error
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'cannot write --out={out}: {reason}') from error
   print(f'wrote {out}')
 
 
-def _run_directory(workdir: str) -> pathlib.Path:
-  """The workdir itself when one of its checkpoints was given: those must stay as they are."""
-  path = pathlib.Path(workdir).absolute()
-  parents = [p for p in (path, path.parent) if p.name == 'checkpoints']
-  return parents[0].parent if parents else path
+def _run_directory(workdir: pathlib.Path) -> pathlib.Path:
+  """The workdir, also when one of its checkpoints was given: those must stay as they are."""
+  path = workdir.absolute()
+  if (path / 'state').is_dir():
+    path = path.parent
+  is_run = path.name != 'checkpoints' or (path / 'checkpoints').is_dir()
+  return path if is_run else path.parent
 
 
 def _read(files: list[str], config: ml_collections.ConfigDict) -> np.ndarray:
@@ -65,10 +72,9 @@ def _read(files: list[str], config: ml_collections.ConfigDict) -> np.ndarray:
   images = []
   for file in files:
     try:
-      image = decode_image(pathlib.Path(file).read_bytes(), channels=config.channels)
-    except (OSError, BrokenImage) as error:
+      images.append(transform(read_image(file, channels=config.channels)))
+    except BrokenImage as error:
       raise UserError(f'cannot read the image {file}: {error}') from error
-    images.append(transform(image))
   return np.stack(images)
 
 

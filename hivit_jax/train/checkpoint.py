@@ -368,7 +368,8 @@ def _locate(path: str | os.PathLike[str], step: int | None) -> tuple[pathlib.Pat
   if path.name.isdecimal() and step is None and (path / 'state').is_dir():
     return path.parent, int(path.name)
   if not path.is_dir():
-    raise UserError(f'{path} does not exist; give the --workdir of a training run')
+    what = 'is no directory' if path.exists() else 'does not exist'
+    raise UserError(f'{path} {what}; give the --workdir of a training run')
   return path, step
 
 
@@ -384,7 +385,7 @@ def _newest_usable(
   if step is not None and step not in steps:
     raise UserError(f'{directory} has no checkpoint of step {step}; it has {steps or "none"}')
   if not steps:
-    raise UserError(f'there is no checkpoint in {directory}')
+    raise UserError(f'there is no checkpoint in {directory}; give the --workdir of a training run')
   damaged: dict[int, str] = {}
   for candidate in reversed(steps) if step is None else [step]:
     path = directory / str(candidate)

@@ -1,0 +1,161 @@
+"""Classes of images, told by a classifier.
+
+  python -m hivit_jax.tools.predict (--workdir=WORKDIR | --weights=FILE) IMAGES... [--json]
+      [--top=5] [--save=sheet.png] [--labels=names.txt] [--ema]
+
+IMAGES are files, or folders of them. One that cannot be read is told and passed over; the exit
+status is 2 then.
+"""
+
+import functools
+import itertools
+import json
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from hivit_jax import cli, models
+from hivit_jax.data import folder, transforms
+from hivit_jax.data.decode import BrokenImage, read_image
+from hivit_jax.errors import UserError
+from hivit_jax.interop import files, importer, infer
+from hivit_jax.tasks.images import normalize
+from hivit_jax.tools import contact_sheet
+from hivit_jax.train import build, weights
+from hivit_jax.train.logging import setup_logging
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Of a classifier, or one of its checkpoints.')
+_WEIGHTS = flags.DEFINE_string('weights', None, 'A .pth or .safetensors file instead.')
+_EMA = flags.DEFINE_bool('ema', False, 'Take the exponential moving average of the weights.')
+_TOP = flags.DEFINE_integer('top', 5, 'How many classes an image.', lower_bound=1)
+_LABELS = flags.DEFINE_string('labels', None, 'File with the names of the classes, one a line.')
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object an image.')
+_SAVE = flags.DEFINE_string('save', None, 'Picture to write: the images with their classes.')
+
+_BATCH_SIZE = 32
+# Of pixels in [0, 1]: what weights without a config were trained with.
+_IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+
+
+def main(argv: list[str]) -> None:
+  if (_WORKDIR.value is None) == (_WEIGHTS.value is None):
+    raise UserError("which classifier? Either a run's --workdir=DIRECTORY or --weights=FILE")
+  if not argv[1:]:
+    raise UserError('which images? Name files or folders of them')
+  setup_logging()
+  found = [folder.image_files(path) if os.path.isdir(path) else [path] for path in argv[1:]]
+  paths = list(itertools.chain.from_iterable(found))
+  source = pathlib.Path(_WORKDIR.value or _WEIGHTS.value or '').expanduser()
+  state = weights.read(source, ema=_EMA.value)
+  described = infer.describe(state.arrays, state.source, **infer.hints(state.metadata))
+  if infer.family(state.arrays) != 'classifier':
+    raise UserError(
+      f'{state.source} is {described.name}: it has nothing to classify with. Finetune it first: '
+      'python main.py --config=configs/finetune_hivit_b.py '
+      f'--config.init={shlex.quote(str(source))}'
+    )
+  labels = _labels(state)
+  predict = _predictor(state, described, batch_size=min(_BATCH_SIZE, len(paths)))
+  failed: list[str] = []
+  images = _read(paths, described.arguments, failed)
+  shown: list[contact_sheet.Predicted] = []
+  while batch := list(itertools.islice(images, _BATCH_SIZE)):
+    for (path, image), row in zip(batch, predict([image for _, image in batch]), strict=True):
+      best = np.argsort(-row, kind='stable')[: _TOP.value]
+      predictions = [
+        {'label': labels[i], 'index': int(i), 'probability': float(row[i])} for i in best
+      ]
+      print(_to_json(path, predictions) if _JSON.value else _to_text(path, predictions))
+      if _SAVE.value:
+        classes = [(p['label'], p['probability']) for p in predictions]
+        shown.append(contact_sheet.Predicted(path, image, classes))
+  if _SAVE.value and shown:
+    _save(_SAVE.value, shown)
+  if failed:
+    raise UserError(f'{len(failed)} of {len(paths)} images could not be read')
+
+
+def _labels(state: files.StateDict) -> Sequence[str]:
+  """The name of every class; its index where no names are known."""
+  count = len(state.arrays['head.weight'])
+  if _LABELS.value is None:
+    names = state.metadata.get('class_names') or ()
+    return names if len(names) == count else [str(i) for i in range(count)]
+  try:
+    names = pathlib.Path(_LABELS.value).read_text('utf-8').rstrip().splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    reason = getattr(error, 'strerror', None) or 'not UTF-8 text'
+    raise UserError(f'cannot read --labels={_LABELS.value}: {reason}') from error
+  if len(names) != count:
+    raise UserError(f'--labels={_LABELS.value} has {len(names)} lines, the model {count} classes')
+  return names
+
+
+def _predictor(
+  state: files.StateDict, described: infer.Described, *, batch_size: int
+) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
+  """Returns a function from up to `batch_size` images to (B, classes) probabilities."""
+  statistics, config = _IMAGENET, state.metadata.get('config')
+  create = functools.partial(models.create_model, described.name, **described.arguments)
+  if config:  # of a training run: it tells what shapes do not
+    statistics = {key: tuple(config['data'][key]) for key in statistics}
+    create = build.model_creator(ml_collections.ConfigDict(config))
+  model = nnx.eval_shape(create)
+  importer.load_into(model, state)
+  graphdef, params = nnx.split(model)
+
+  @jax.jit
+  def probabilities(params, images):
+    return jax.nn.softmax(nnx.merge(graphdef, params)(normalize(images, **statistics)))
+
+  def predict(images):
+    batch = np.zeros((batch_size, *images[0].shape), np.uint8)  # of one size: compiled once
+    batch[: len(images)] = images
+    return np.asarray(probabilities(params, batch))[: len(images)]
+
+  return predict
+
+
+def _read(
+  paths: Sequence[str], arguments: Mapping[str, Any], failed: list[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Path and pixels of the images that can be read; the others are told and go to `failed`."""
+  transform = transforms.eval_transform(arguments['image_size'])
+  for path in paths:
+    try:
+      yield path, transform(read_image(path, channels=arguments['channels']))
+    except BrokenImage as error:
+      print(f'cannot read the image {path}: {error}', file=sys.stderr)
+      failed.append(path)
+
+
+def _to_text(path: str, predictions: Sequence[dict[str, Any]]) -> str:
+  return '\n'.join(
+    [path, *(f'  {100 * p["probability"]:5.1f} %  {p["label"]}' for p in predictions)]
+  )
+
+
+def _to_json(path: str, predictions: Sequence[dict[str, Any]]) -> str:
+  return json.dumps({'file': path, 'predictions': predictions})
+
+
+def _save(out: str, shown: Sequence[contact_sheet.Predicted]) -> None:
+  try:
+    contact_sheet.draw(shown).save(out)
+  except (OSError, ValueError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'cannot write --save={out}: {reason}') from error
+  print(f'wrote {out}', file=sys.stderr)  # stdout has the predictions
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,175 @@
+"""Curves of runs: what is drawn is what the metrics say."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hivit_jax.errors import UserError
+from hivit_jax.tools import curves
+from tests.runs import STEPS, error_of
+
+
+def lines(figure) -> dict[str, dict[str, tuple[list, list]]]:
+  """Panel -> 'RUN METRIC' -> x and y of what is drawn."""
+  return {
+    axis.get_title(): {
+      line.get_gid(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines
+    }
+    for axis in figure.axes
+  }
+
+
+def write(workdir, *rows, end: str = ''):
+  workdir.mkdir(parents=True)
+  text = ''.join(json.dumps(row) + '\n' for row in rows)
+  (workdir / 'metrics.jsonl').write_text(text + end)
+  return workdir
+
+
+def trained(step: int, loss: float | None, **more: float) -> dict:
+  return {'step': step, 'train/loss': loss, 'train/epoch': step / 4} | more
+
+
+def test_the_curves_of_a_run_are_its_metrics(finished):
+  figure = curves.draw({'it': curves.read_metrics(finished.workdir)})
+  text = (finished.workdir / 'metrics.jsonl').read_text()
+  rows = [json.loads(line) for line in text.splitlines()]
+  expected = {
+    metric: {
+      f'it {metric}': (
+        [row['step'] / 4 for row in rows if metric in row],
+        [row[metric] for row in rows if metric in row],
+      )
+    }
+    for metric in ('train/loss', 'eval/knn_top1', 'train/learning_rate')
+  }
+  assert lines(figure) == expected
+  assert expected['eval/knn_top1']['it eval/knn_top1'][0] == [0, 2.5, 5, 7.5, 10]
+  assert {axis.get_xlabel() for axis in figure.axes} == {'epoch'}
+  assert {(axis.get_xscale(), axis.get_yscale()) for axis in figure.axes} == {('linear', 'linear')}
+  assert figure.get_suptitle() == 'it'
+
+
+def test_of_a_step_that_is_there_twice_the_last_value_counts_and_half_lines_do_not(tmp_path):
+  workdir = write(
+    tmp_path / 'run',
+    trained(4, 1.0), trained(8, 0.5), trained(8, 0.7), trained(12, None), trained(16, 0.4),
+    end='{"step": 20, "train/lo',
+  )  # fmt: skip
+  rows = curves.read_metrics(workdir)
+  assert [(step, row['train/loss']) for step, row in rows.items() if step != 12] == [
+    (4, 1.0), (8, 0.7), (16, 0.4),
+  ]  # fmt: skip
+  assert np.isnan(rows[12]['train/loss'])  # a gap in the curve
+
+
+def test_metrics_of_one_kind_share_a_panel_and_others_have_their_own(tmp_path):
+  evaluation = ['top1', 'top5', 'ema_top1', 'ema_top5', 'knn_top1', 'loss', 'ema_loss', 'ece']
+  values = {f'eval/{name}': i / 10 for i, name in enumerate(evaluation)}
+  row = trained(4, 1.0, **values) | {'train/learning_rate': 0.1, 'train/grad_norm': 3.0}
+  figure = curves.draw({'r': curves.read_metrics(write(tmp_path / 'run', row))})
+  assert {panel: [gid.split()[1] for gid in found] for panel, found in lines(figure).items()} == {
+    'loss': ['train/loss', 'eval/loss', 'eval/ema_loss'],
+    'accuracy': ['eval/knn_top1', 'eval/top1', 'eval/top5', 'eval/ema_top1', 'eval/ema_top5'],
+    'train/learning_rate': ['train/learning_rate'],
+    'eval/ece': ['eval/ece'],
+  }
+  for axis in figure.axes[:2]:
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    colors = [handle.get_color() for handle in axis.get_legend().get_lines()]
+    assert [(f'r {n}', c) for n, c in zip(names, colors, strict=True)] == [
+      (line.get_gid(), line.get_color()) for line in axis.lines
+    ]
+    assert len(set(colors)) == len(colors)
+
+
+@pytest.mark.parametrize('count', [2, 12])
+def test_of_several_runs_the_colour_tells_the_run_and_the_dashes_tell_the_metric(tmp_path, count):
+  runs = {
+    str(i): curves.read_metrics(write(tmp_path / str(i), trained(4, i, **{'eval/loss': -i})))
+    for i in range(count)
+  }
+  figure = curves.draw(runs)
+  (axis,) = figure.axes
+  assert lines(figure)['loss'] == {
+    f'{i} {metric}': ([1], [sign * i])
+    for metric, sign in (('train/loss', 1), ('eval/loss', -1))
+    for i in range(count)
+  }
+  colors = {line.get_gid().split()[0]: tuple(line.get_color()) for line in axis.lines}
+  styles = {line.get_gid().split()[1]: line.get_linestyle() for line in axis.lines}
+  assert len({(tuple(li.get_color()), li.get_linestyle()) for li in axis.lines}) == 2 * count
+  (legend,) = figure.legends
+  shown = zip(legend.get_texts(), legend.get_lines(), strict=True)
+  assert {text.get_text(): tuple(line.get_color()) for text, line in shown} == colors
+  shown = zip(axis.get_legend().get_texts(), axis.get_legend().get_lines(), strict=True)
+  assert {text.get_text(): line.get_linestyle() for text, line in shown} == styles
+
+
+def test_steps_are_the_axis_unless_every_run_tells_epochs(tmp_path):
+  told = curves.read_metrics(write(tmp_path / 'a', trained(4, 1.0), {'step': 6, 'eval/top1': 0.5}))
+  # An evaluation after the last line of training metrics, as a kill may leave it.
+  assert lines(curves.draw({'a': told}))['eval/top1'] == {'a eval/top1': ([1.5], [0.5])}
+  untold = curves.read_metrics(write(tmp_path / 'b', {'step': 8, 'train/loss': 2.0}))
+  figure = curves.draw({'a': told, 'b': untold})
+  assert lines(figure)['train/loss'] == {'a train/loss': ([4], [1.0]), 'b train/loss': ([8], [2.0])}
+  assert {axis.get_xlabel() for axis in figure.axes} == {'step'}
+
+
+@pytest.mark.parametrize(
+  ('workdirs', 'names'),
+  [
+    (['/r/a'], ['a']),
+    (['/r/a', '/r/b/'], ['a', 'b']),
+    (['/r/a/run', '/r/b/run'], ['a', 'b']),
+    (['/r/a/1/run', '/r/a/2/run', '/r/b/1/run'], ['a/1', 'a/2', 'b/1']),
+    (['/r/a', '/r/a/a'], ['r', 'a']),
+  ],
+)
+def test_runs_are_called_by_what_tells_them_apart(workdirs, names):
+  assert curves.short_names(workdirs) == names
+
+
+def test_metrics_without_anything_to_draw(tmp_path):
+  rows = curves.read_metrics(write(tmp_path / 'x', {'step': 1, 'train/grad_norm': 1.0}))
+  with pytest.raises(UserError, match='x: nothing to draw'):
+    curves.draw({'x': rows})
+
+
+# The command
+
+
+@pytest.fixture(scope='module')
+def plot(forks):
+  return functools.partial(forks, 'hivit_jax/tools/plot.py')
+
+
+def test_the_picture_of_two_runs(plot, finished, tmp_path):
+  other = write(tmp_path / 'other', trained(STEPS, 0.5))
+  out = tmp_path / 'two.png'
+  assert plot(str(finished.workdir), str(other), f'--out={out}') == (0, '', f'wrote {out}\n')
+  with Image.open(out) as picture:
+    assert picture.width > picture.height > 300
+    assert len(np.unique(np.asarray(picture).reshape(-1, 4), axis=0)) > 50
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ([], 'whose curves? python -m hivit_jax.tools.plot WORKDIR...'),
+    (['{tmp}/run', '{tmp}'], 'cannot read {tmp}/metrics.jsonl: No such file or directory; give'),
+    (['{tmp}/empty'], '{tmp}/empty/metrics.jsonl has no metrics yet'),
+    (['{tmp}/run', '--out={tmp}/no/x.png'], '--out={tmp}/no/x.png: No such file or directory'),
+    (['{tmp}/run', '--out={tmp}/run'], 'cannot write --out={tmp}/run: Is a directory'),
+    (['{tmp}/run', '--out={tmp}/x.doc'], "--out={tmp}/x.doc: Format 'doc' is not supported"),
+  ],
+)
+def test_mistakes_are_one_line_and_write_nothing(plot, tmp_path, arguments, message):
+  write(tmp_path / 'run', trained(4, 1.0))
+  write(tmp_path / 'empty')
+  fill = functools.partial(str.format, tmp=tmp_path)
+  assert fill(message) in error_of(plot(*map(fill, arguments)))
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['empty', 'run']

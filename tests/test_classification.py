@@ -50,9 +50,7 @@ def finetuned(runs, finished, tmp_path_factory):
 
 def _evaluate(runs, *arguments: str, devices: int = 1, **settings) -> dict[str, float]:
   settings = DATA | {'image_size': '48,32'} | settings
-  done = _run(
-    runs, 'evaluate.py', '--mode=evaluate', *arguments, devices=devices, **settings
-  )
+  done = _run(runs, 'evaluate.py', '--mode=evaluate', *arguments, devices=devices, **settings)
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout.splitlines()[-1])
 
@@ -145,6 +143,8 @@ def test_a_linear_probe_of_the_pretrained_model(runs, finished, tmp_path):
   assert done.returncode == 0, done.stderr
   rows = metrics(tmp_path / 'run')
   assert rows[-1]['eval/top1'] > 0.25
+  evaluated = _evaluate(runs, f'--workdir={tmp_path / "run"}', image_size='32,32')
+  assert _accuracies(evaluated) == pytest.approx(_accuracies(rows[-1]), rel=1e-5)
   before, after = load_params(finished.workdir).state, load_params(tmp_path / 'run').state
   jax.tree.map(np.testing.assert_array_equal, before['blocks'][0], after['blocks'][0])
 

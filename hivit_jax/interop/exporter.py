@@ -10,6 +10,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import importer, infer, torch_names
 from hivit_jax.interop.files import StateDict
 from hivit_jax.models import positions
+from hivit_jax.models.layers import BATCH_NORM_EPS
 
 # Layout -> (what it is, the key under which a .pth file has the state dict)
 LAYOUTS = {
@@ -76,6 +77,7 @@ def in_layout(
       f'use --layout={fitting}{encoder}'
     )
   arrays = {name: value for name, value in state.arrays.items() if not name.endswith(_INDEX)}
+  arrays = _without_batch_norm(arrays)
   if layout == 'backbone':
     arrays = {name: value for name, value in arrays.items() if name.startswith(_ENCODER)}
     prefix = 'backbone.' if prefix is None else prefix
@@ -87,6 +89,18 @@ def in_layout(
   if layout == 'mmpretrain':
     return _mmpretrain(arrays)
   return {f'{prefix or ""}{name}': value for name, value in arrays.items()}
+
+
+def _without_batch_norm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Makes a linear probe a plain classifier: its BatchNorm becomes part of the last layer."""
+  arrays = dict(arrays)
+  if 'head_norm.running_mean' in arrays:
+    mean = np.asarray(arrays.pop('head_norm.running_mean'), np.float64)
+    scale = 1 / np.sqrt(arrays.pop('head_norm.running_var') + np.float64(BATCH_NORM_EPS))
+    weight = np.asarray(arrays['head.weight'], np.float64) * scale
+    bias = arrays['head.bias'] - weight @ mean
+    arrays |= {'head.weight': weight.astype(np.float32), 'head.bias': bias.astype(np.float32)}
+  return arrays
 
 
 def _indices(

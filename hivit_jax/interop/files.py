@@ -22,6 +22,8 @@ _METADATA_KEY = 'hivit_jax'
 _RENAMED = (
   (r'pos_embed', 'absolute_pos_embed'),  # mmpretrain
   (r'head\.fc\.(weight|bias)', r'head.\1'),  # mmpretrain
+  (r'head\.0\.(running_mean|running_var|num_batches_tracked)', r'head_norm.\1'),  # linear probes
+  (r'head\.1\.(weight|bias)', r'head.\1'),
 )
 
 

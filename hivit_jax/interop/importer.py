@@ -25,6 +25,7 @@ _UNIT = 16  # pixels
 
 # What other code's files have and no model here needs: (names, condition, reason).
 _IGNORED = (
+  (r'head_norm\.num_batches_tracked', None, 'a counter'),
   (r'(blocks\.\d+\.attn\.)?relative_position_index', None, 'a constant, computed when needed'),
   (
     r'(align_dim_\w+|fpn_modules|split_\d+to\d+|block_\d+to\d+)\..*',

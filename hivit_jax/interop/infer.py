@@ -100,6 +100,8 @@ def _describe(arrays: Mapping[str, np.ndarray], source: str, known: dict[str, An
     arguments['stem_mlp_ratio'] = stem[0] / stem[1]
   if kind == 'classifier':
     arguments['num_classes'] = shape['head.weight'][0]
+    if 'head_norm.running_mean' in shape:
+      arguments['head_batch_norm'] = True
   elif kind == 'mae':
     decoder = shape['decoder_embed.weight']
     arguments |= {

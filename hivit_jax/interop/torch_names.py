@@ -5,6 +5,7 @@ Modules carry the PyTorch names, so only the last part of a name and the layout 
     kernel of a Linear (in, out)       <-> weight (out, in)
     kernel of a Conv   (h, w, in, out) <-> weight (out, in, h, w)
     scale of a LayerNorm               <-> weight
+    mean, var of a BatchNorm           <-> running_mean, running_var
     everything else                    <-> the same name and layout
 """
 
@@ -13,6 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 
 Path = tuple[str, ...]
+
+_LEAVES = {'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
 
 
 def flatten(params: Mapping, prefix: Path = ()) -> dict[Path, np.ndarray]:
@@ -42,7 +45,7 @@ def to_torch(path: Path, value: np.ndarray) -> tuple[str, np.ndarray]:
   if leaf == 'kernel':
     axes = (3, 2, 0, 1) if value.ndim == 4 else (1, 0)
     return '.'.join((*module, 'weight')), np.transpose(value, axes)
-  return '.'.join((*module, 'weight' if leaf == 'scale' else leaf)), value
+  return '.'.join((*module, _LEAVES.get(leaf, leaf))), value
 
 
 def from_torch(path: Path, value: np.ndarray) -> np.ndarray:

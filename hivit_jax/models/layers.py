@@ -12,6 +12,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.models import attention, positions, resize
 
 LAYER_NORM_EPS = 1e-6
+BATCH_NORM_EPS = 1e-6
 _normal = nnx.initializers.normal(0.02)
 
 
@@ -86,7 +87,7 @@ def batch_norm(features: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
   return nnx.BatchNorm(
     features,
     momentum=0.9,
-    epsilon=1e-6,
+    epsilon=BATCH_NORM_EPS,
     use_bias=False,
     use_scale=False,
     use_fast_variance=False,

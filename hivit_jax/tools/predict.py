@@ -14,7 +14,7 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -66,7 +66,9 @@ def main(argv: list[str]) -> None:
   labels = _labels(state)
   predict = _predictor(state, described, batch_size=min(_BATCH_SIZE, len(paths)))
   failed: list[str] = []
-  images = _read(paths, described.arguments, failed)
+  crop = state.metadata.get('config', {}).get('data', {}).get('eval_crop')
+  transform = transforms.eval_transform(described.arguments['image_size'], crop)
+  images = _read(paths, transform, described.arguments['channels'], failed)
   shown: list[contact_sheet.Predicted] = []
   while batch := list(itertools.islice(images, _BATCH_SIZE)):
     for (path, image), row in zip(batch, predict([image for _, image in batch]), strict=True):
@@ -126,13 +128,12 @@ def _predictor(
 
 
 def _read(
-  paths: Sequence[str], arguments: Mapping[str, Any], failed: list[str]
+  paths: Sequence[str], transform: transforms.EvalTransform, channels: int, failed: list[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Path and pixels of the images that can be read; the others are told and go to `failed`."""
-  transform = transforms.eval_transform(arguments['image_size'])
   for path in paths:
     try:
-      yield path, transform(read_image(path, channels=arguments['channels']))
+      yield path, transform(read_image(path, channels=channels))
     except BrokenImage as error:
       print(f'cannot read the image {path}: {error}', file=sys.stderr)
       failed.append(path)

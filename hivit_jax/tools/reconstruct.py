@@ -68,7 +68,7 @@ def _run_directory(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _read(files: list[str], config: ml_collections.ConfigDict) -> np.ndarray:
-  transform = transforms.eval_transform(build.image_size(config))
+  transform = transforms.eval_transform(build.image_size(config), config.data.eval_crop)
   images = []
   for file in files:
     try:

@@ -23,6 +23,7 @@ from tests.helpers import (
   assert_close,
   load_golden,
   random_images,
+  random_model,
   torch_gradients,
 )
 from tests.interop_files import HEADS, golden_state, official, save, tensors
@@ -286,3 +287,43 @@ def test_no_half_written_file_is_left(tmp_path):
   with pytest.raises(UserError, match='cannot write'):
     files.write(tmp_path / 'file' / 'x.safetensors', {'a': np.ones(2, np.float32)})
   assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+# Linear probes: a BatchNorm before the last layer
+
+
+def _probe() -> nnx.Module:
+  """A linear probe with statistics as of a training."""
+  graphdef, params = random_model('hivit_tiny', **TINY, num_classes=5, head_batch_norm=True)
+  params['head_norm'] = {
+    'mean': np.linspace(-1, 1, 32, dtype=np.float32),
+    'var': np.linspace(0.1, 3, 32, dtype=np.float32),
+  }
+  return nnx.merge(graphdef, params)
+
+
+def test_a_linear_probe_of_pytorch_is_read(tmp_path):
+  """With the names that `Sequential(BatchNorm1d, Linear)` gives the head."""
+  model = _probe()
+  state = {
+    name.replace('head_norm.', 'head.0.').replace('head.weight', 'head.1.weight').replace(
+      'head.bias', 'head.1.bias'
+    ): value
+    for name, value in exporter.named_arrays(nnx.to_pure_dict(nnx.state(model))).items()
+  }  # fmt: skip
+  state['head.0.num_batches_tracked'] = np.asarray(7)
+  files.write(tmp_path / 'probe.safetensors', state)
+  loaded = hivit_jax.create_model(weights=tmp_path / 'probe.safetensors', num_heads=4)
+  images = random_images(2, 64, 64, 3)
+  np.testing.assert_array_equal(loaded(images), model(images))
+
+
+def test_a_linear_probe_becomes_a_plain_classifier_for_pytorch(tmp_path):
+  model = _probe()
+  out = exporter.state_dict(model, 'official')
+  assert not any('norm.running' in name or name.startswith('head_norm') for name in out)
+  files.write(tmp_path / 'plain.safetensors', out)
+  plain = hivit_jax.create_model(weights=tmp_path / 'plain.safetensors', num_heads=4)
+  assert plain.head_norm is None
+  images = random_images(2, 64, 64, 3)
+  assert_close(plain(images), model(images))

@@ -6,7 +6,6 @@ Any setting of the config can be given on the command line: --config.batch_size=
 variants follow a colon: --config=configs/mae_hivit_b.py:1600.
 """
 
-import json
 import pathlib
 
 from absl import flags
@@ -38,12 +37,13 @@ def main(argv: list[str]) -> None:
   # Imported here: worker processes of the data pipeline import this file, and --help must be fast.
   from hivit_jax.train import experiment
 
-  if _MODE.value == 'evaluate':
-    print(json.dumps(experiment.evaluate(_CONFIG.value, _WORKDIR.value)))
-    return
   file, _, variant = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
   name = '_'.join(filter(None, (pathlib.Path(file).stem, variant)))
-  experiment.run(_CONFIG.value, _WORKDIR.value or f'workdirs/{name}')
+  default = f'workdirs/{name}'
+  if _MODE.value == 'evaluate':
+    experiment.evaluate(_CONFIG.value, _WORKDIR.value, default)
+  else:
+    experiment.run(_CONFIG.value, _WORKDIR.value or default)
 
 
 if __name__ == '__main__':

@@ -218,9 +218,7 @@ def finetune(
   return debug_or(config, variant)
 
 
-def debug_or(
-  config: ml_collections.ConfigDict, variant: str | None
-) -> ml_collections.ConfigDict:
+def debug_or(config: ml_collections.ConfigDict, variant: str | None) -> ml_collections.ConfigDict:
   """The config, or its `:debug` variant, of a file that has no other variants."""
   if variant == 'debug':
     return debug(config)

@@ -67,8 +67,8 @@ def test_finetuning_starts_from_pretrained_weights_at_another_size_and_says_so(f
   assert 'mask_token' in dropped
   assert 'decoder_blocks.0.' in dropped
   new = next(line for line in log.splitlines() if 'new, not in the file' in line)
-  assert 'head.weight, head.bias' in new
-  assert 'relative_position_bias_table' in new
+  for name in ('head.weight', 'head.bias', 'fc_norm.bias', 'relative_position_bias_table'):
+    assert name in new
   rows = metrics(workdir)
   assert [row['step'] for row in rows if 'eval/top1' in row] == [0, 1, 2, 3, 4]
   assert _accuracies(rows[0]) == _accuracies(rows[0], 'ema_')
@@ -110,20 +110,20 @@ def test_imported_weights_are_evaluated_as_the_checkpoint_they_came_from(runs, f
   command = [sys.executable, '-m', 'hivit_jax.tools.convert', 'to-torch', str(workdir)]
   done = runs.finish([*command, f'--out={file}', '--layout=official'])
   assert done.returncode == 0, done.stderr
-  # A bare file tells neither that its images were not square nor that heads have 16 channels.
-  done = _run(
-    runs, 'finetune_hivit_t.py:debug', '--mode=evaluate', **SETTINGS | {'init': file}
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  result = json.loads(done.stdout.splitlines()[-1])
+  result = _evaluate(runs, init=file)
   assert _accuracies(result) == pytest.approx(_accuracies(metrics(workdir)[-1]), rel=1e-5)
 
 
-def test_k_nn_of_any_checkpoint(runs, finished, finetuned):
-  for workdir in (finished.workdir, finetuned[0]):
+def test_k_nn_of_any_checkpoint(runs, finished, finetuned, tmp_path):
+  backbone = tmp_path / 'backbone.safetensors'
+  command = [sys.executable, '-m', 'hivit_jax.tools.convert', 'to-torch', str(finished.workdir)]
+  done = runs.finish([*command, f'--out={backbone}', '--layout=backbone'])
+  assert done.returncode == 0, done.stderr
+  for init in (finished.workdir, finetuned[0], backbone):
     done = _run(
-      runs, 'evaluate.py:knn', '--mode=evaluate', f'--workdir={workdir}',
+      runs, 'evaluate.py:knn', '--mode=evaluate',
       **DATA | {'image_size': '32,32', 'evaluation.batch_size': 16, 'knn.bank_size': 0},
+      **{'init': init, 'model.num_heads': 2},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -163,9 +163,16 @@ def _error(done) -> str:
     ({'model.num_classes': 4}, 'config.model.num_classes=4, but digits (train[:64]) has 10'),
     ({'init': '/nowhere'}, '/nowhere does not exist; give a .pth or .safetensors file'),
     ({'optim.name': 'sgd'}, 'config.optim.name="sgd" is unknown; there are: adamw, lars'),
-    ({'model.name': 'mae_hivit_tiny'}, 'is no classifier, which config.task="classify" needs; try '),
+    (
+      {'model.name': 'mae_hivit_tiny'},
+      'is no classifier, which config.task="classify" needs; try ',
+    ),
     ({'augment.rand_augment': 'rand-x'}, 'rand-x'),
     ({'augment.mixup': -1}, 'config.augment.mixup=-1.0: expected 0 or more'),
+    (
+      {'optim.warmup_epochs': 9.0, 'epochs': 9},
+      'warmup_epochs=9.0 is not shorter than config.epoc',
+    ),
     ({'optim.layer_decay': 0}, 'config.optim.layer_decay=0.0: expected more than 0, at most 1'),
   ],
 )
@@ -173,7 +180,7 @@ def test_mistakes(runs, tmp_path, settings, message):
   settings = SETTINGS | settings
   done = _run(runs, 'finetune_hivit_t.py:debug', f'--workdir={tmp_path / "run"}', **settings)
   assert message in _error(done)
-  assert not (tmp_path / 'run' / 'checkpoints' / '2').exists()
+  assert not (tmp_path / 'run' / 'config.json').exists()
 
 
 def test_evaluating_nothing(runs):
@@ -186,7 +193,17 @@ def test_evaluating_with_other_classes(runs, finetuned):
     runs, 'evaluate.py', '--mode=evaluate', f'--workdir={finetuned[0]}',
     **DATA | {'data.name': 'photo_tiles', 'image_size': '48,32', 'data.eval_split': 'test[:35]'},
   )  # fmt: skip
-  assert 'has 16 classes' in _error(done)
+  assert 'photo_tiles (test[:35]) has other classes than step 4 of ' in _error(done)
+
+
+def test_an_autoencoder_has_no_accuracy(runs, finished):
+  done = _run(
+    runs, 'evaluate.py', '--mode=evaluate', f'--workdir={finished.workdir}', **DATA,
+    image_size='32,32',
+  )  # fmt: skip
+  assert 'nothing to evaluate but its features, with --config=configs/evaluate.py:knn' in _error(
+    done
+  )
 
 
 def test_an_autoencoder_is_no_classifier_before_it_is_finetuned(runs, finished):

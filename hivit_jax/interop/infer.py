@@ -41,6 +41,12 @@ def hints(metadata: Mapping[str, Any]) -> dict[str, Any]:
   return result | ({'image_size': size} if size else {})
 
 
+def pixels(metadata: Mapping[str, Any]) -> dict[str, Any]:
+  """`mean`, `std` and `eval_crop` (see configs/base.py) that a metadata tells; {} if none."""
+  told = metadata.get('data') or metadata.get('config', {}).get('data', {})
+  return {key: told[key] for key in ('mean', 'std', 'eval_crop') if key in told}
+
+
 def image_size(metadata: Mapping[str, Any]) -> tuple[int, int] | None:
   """(height, width) that a file's or checkpoint's metadata tells, if it does."""
   size = metadata.get('image_size') or metadata.get('config', {}).get('image_size')

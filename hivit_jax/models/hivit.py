@@ -469,7 +469,8 @@ class HiViT(HiViTEncoder):
     )
     self.fc_norm = layers.layer_norm(embed_dim, rngs=rngs, dtype=dtype)
     self.head_norm = layers.batch_norm(embed_dim, rngs=rngs) if head_batch_norm else None
-    self.head = layers.linear(embed_dim, num_classes, std=head_std, rngs=rngs, dtype=dtype)
+    # Not in bfloat16, in which several logits would be the largest.
+    self.head = layers.linear(embed_dim, num_classes, std=head_std, rngs=rngs, dtype=jnp.float32)
 
   def pooled(self, images: jax.Array, *, noise: jax.Array | None = None) -> jax.Array:
     """(B, H, W, channels) normalised images -> (B, C) mean of the main stage's tokens."""
@@ -488,4 +489,4 @@ class HiViT(HiViTEncoder):
     x = self.fc_norm(self.pooled(images, noise=noise))
     if self.head_norm is not None:
       x = self.head_norm(x, use_running_average=not train)
-    return self.head(x).astype(jnp.float32)
+    return self.head(x)

@@ -44,11 +44,13 @@ class ClassifyTask:
       rng: PRNG key of this step.
 
     Returns:
-      `image` (B, H, W, C) float32 normalised, `target` (B, classes) probabilities and, with drop
-      path, `drop_path_noise` (B, blocks, 2).
+      `image` (B, H, W, C): float32 normalised, or uint8 still if nothing is done to it here;
+      `target` (B, classes) probabilities and, with drop path, `drop_path_noise` (B, blocks, 2).
     """
     erasing, mixing_key, drop_path = jax.random.split(rng, 3)
-    images = normalize(batch['image'], self.mean, self.std)
+    images = batch['image']
+    if self.erase or self.mixup or self.cutmix:
+      images = normalize(images, self.mean, self.std)
     if self.erase:
       images = mixing.random_erase(images, erasing, self.erase)
     targets = jax.nn.one_hot(batch['label'], self.num_classes)
@@ -73,7 +75,10 @@ class ClassifyTask:
     `accuracy` counts an example as right where the likeliest class is that of the target; with
     mixup or cutmix there are two, and the larger share counts.
     """
-    logits = model(batch['image'], noise=batch.get('drop_path_noise'), train=True)
+    images = batch['image']
+    if images.dtype == jnp.uint8:  # a quarter of the memory until here, for a batch in parts
+      images = normalize(images, self.mean, self.std)
+    logits = model(images, noise=batch.get('drop_path_noise'), train=True)
     right = logits.argmax(axis=-1) == batch['target'].argmax(axis=-1)
     return _cross_entropy(logits, batch['target']).mean(), {'accuracy': right.mean()}
 
@@ -101,8 +106,7 @@ class ClassifyTask:
     }
     counts = batch['mask'] & (batch['label'] >= 0)
     return {
-      key: jnp.where(counts, value, 0).sum().astype(jnp.float32)
-      for key, value in results.items()
+      key: jnp.where(counts, value, 0).sum().astype(jnp.float32) for key, value in results.items()
     }
 
   def features(self, model: HiViT, images: jax.Array) -> jax.Array:

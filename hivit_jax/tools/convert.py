@@ -77,6 +77,8 @@ def _from_torch(path: str, out: pathlib.Path) -> None:
     'model': {'name': name, 'arguments': arguments},
     'image_size': list(arguments['image_size']),
     'converted_from': pathlib.Path(path).name,
+    'data': infer.pixels(state.metadata),
+    'class_names': state.metadata.get('class_names'),
   }
   if out.suffix == '.safetensors':
     files.write(
@@ -124,6 +126,8 @@ def _to_torch(path: str, out: pathlib.Path) -> None:
       'model': {'name': described.name, 'arguments': described.arguments},
       'image_size': list(described.arguments['image_size']),
       'layout': layout,
+      'data': infer.pixels(state.metadata),
+      'class_names': state.metadata.get('class_names'),
     },
   )
   lost = (

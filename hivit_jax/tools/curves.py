@@ -22,7 +22,7 @@ _EPOCH = 'train/epoch'
 # Panel -> its metrics. Any other `eval/` metric has a panel to itself.
 _PANELS = {
   'loss': r'(train|eval)/(\w+_)?loss',
-  'accuracy': r'eval/(\w+_)?(top\d+|accuracy)',
+  'accuracy': r'(train|eval)/(\w+_)?(top\d+|accuracy)',
   'learning rate': r'train/learning_rate',
 }
 _COLUMNS = 3

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
   labels = _labels(state)
   predict = _predictor(state, described, batch_size=min(_BATCH_SIZE, len(paths)))
   failed: list[str] = []
-  crop = state.metadata.get('config', {}).get('data', {}).get('eval_crop')
+  crop = infer.pixels(state.metadata).get('eval_crop')
   transform = transforms.eval_transform(described.arguments['image_size'], crop)
   images = _read(paths, transform, described.arguments['channels'], failed)
   shown: list[contact_sheet.Predicted] = []
@@ -106,10 +106,10 @@ def _predictor(
   state: files.StateDict, described: infer.Described, *, batch_size: int
 ) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
   """Returns a function from up to `batch_size` images to (B, classes) probabilities."""
-  statistics, config = _IMAGENET, state.metadata.get('config')
+  told, config = infer.pixels(state.metadata), state.metadata.get('config')
+  statistics = {key: tuple(told.get(key, value)) for key, value in _IMAGENET.items()}
   create = functools.partial(models.create_model, described.name, **described.arguments)
   if config:  # of a training run: it tells what shapes do not
-    statistics = {key: tuple(config['data'][key]) for key in statistics}
     create = build.model_creator(ml_collections.ConfigDict(config))
   model = nnx.eval_shape(create)
   importer.load_into(model, state)

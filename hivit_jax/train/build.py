@@ -80,7 +80,10 @@ def initial_model(config: ml_collections.ConfigDict) -> Callable[[], Any]:
   def load():
     model = create()
     if path:
-      weights.load_weights(model, path, partial=True, ema=ema)
+      try:
+        weights.load_weights(model, path, partial=True, ema=ema)
+      except UserError as error:
+        raise UserError(f'config.init: {error}') from error
     return model
 
   return load
@@ -89,11 +92,17 @@ def initial_model(config: ml_collections.ConfigDict) -> Callable[[], Any]:
 def infer_model(config: ml_collections.ConfigDict, state: files.StateDict) -> None:
   """Sets `config.model` and `config.task` to what the weights are for; the image size stays."""
   known = infer.hints(state.metadata)
+  height, width = image_size(config)
+  units = state.arrays['absolute_pos_embed'].shape[1] if 'absolute_pos_embed' in state.arrays else 0
+  if units == height * width // UNIT**2:
+    known = {'image_size': (height, width)} | known
   name, arguments = infer.describe(state.arrays, state.source, **known)
+  name = name.removeprefix('backbone_')  # pooled, its features are those of a classifier
   config.task = 'mae' if models.MODELS[name][0] is MaskedAutoencoder else 'classify'
   config.channels = arguments['channels']
   config.model.name = name
   config.model.update({k: v for k, v in arguments.items() if k in config.model})
+  config.data.update(infer.pixels(state.metadata))
 
 
 def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:
@@ -103,7 +112,10 @@ def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:
   wanted, kind, _ = _TASKS[config.task]
   name = config.model.name
   if name is None:
-    raise UserError('config.model.name is not set; hivit_jax.list_models() has the names')
+    raise UserError(
+      'config.model.name is not set; hivit_jax.list_models() has the names. '
+      'configs/evaluate.py goes with --mode=evaluate'
+    )
   if models.MODELS.get(name, (wanted,))[0] is not wanted:
     fitting = [other for other, (cls, _) in models.MODELS.items() if cls is wanted]
     size = name.rsplit('_', 1)[-1]

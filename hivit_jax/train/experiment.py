@@ -1,6 +1,7 @@
 """One run from its config: set up, resume, train, report."""
 
 import contextlib
+import json
 import logging
 import pathlib
 import shlex
@@ -13,7 +14,7 @@ import ml_collections
 from flax import nnx
 
 from hivit_jax.errors import Stopped, UserError
-from hivit_jax.interop import importer, torch_names
+from hivit_jax.interop import importer, infer, torch_names
 from hivit_jax.train import (
   build,
   hooks,
@@ -50,6 +51,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     UserError: a setting, data set or checkpoint that does not fit; nothing was changed then.
     Stopped: after SIGTERM or SIGINT, with a checkpoint saved.
   """
+  host_memory.keep_freed_memory()
   setup_logging()  # before JAX looks for devices, and has something to say about it
   primary = jax.process_index() == 0
   setup_logging(primary)
@@ -67,9 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     loop.run(**training, signals=signals)
   broken = len(training['batches'].broken)
   if broken:
-    _log.warning(
-      '%d broken training images were replaced by others; each is named above', broken
-    )
+    _log.warning('%d broken training images were replaced by others; each is named above', broken)
   if primary:
     _report(config, directory, training['checkpoints'].path(training['total_steps']))
 
@@ -80,13 +80,15 @@ def _set_up(
   """Makes the arguments of `loop.run`, or None if the run is finished; `stack` closes them."""
   primary = jax.process_index() == 0
   settings.check(config)
-  if jax.default_backend() == 'cpu':
-    host_memory.keep_freed_memory()
   mesh = _mesh(config)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
   build.task(config)  # what is wrong with it is said before data are looked for
-  train_source, eval_source = inputs.open_sources(config)
-  inputs.set_num_classes(config, train_source, eval_source)
+  train_source = inputs.open_source(config, config.data.train_split)
+  eval_source = inputs.open_source(config, config.data.eval_split)
+  inputs.set_num_classes(config, train_source)
+  if config.task != 'mae':
+    inputs.check_classes(train_source.class_names, config.data.train_split, eval_source)
+    inputs.check_labels(train_source)
   task = build.task(config)
   ema = config.ema_decay is not None
   graphdef, optimizer, abstract = step.abstract_state(
@@ -114,13 +116,13 @@ def _set_up(
       checkpoints.path(start), start, total,
     )  # fmt: skip
     return None
-  if primary:
-    write_run_info(directory, config.to_dict())
   if restored:
     state = restored.state
   else:
     state = step.init_state(build.initial_model(config), optimizer, mesh, ema=ema)
     _log_overview(state['params'])
+  if primary:
+    write_run_info(directory, config.to_dict())
   _log.info(
     '%s step %d of %d: %s, %d training examples of %s, %d evaluation examples, %s on %d x %s',
     'resuming at' if restored else 'starting at', start, total, config.model.name,
@@ -167,50 +169,69 @@ def _set_up(
   }
 
 
-def evaluate(config: ml_collections.ConfigDict, path: str | None) -> dict[str, float]:
-  """Evaluates weights on the config's evaluation set, as training does now and then.
+def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_workdir: str) -> None:
+  """Evaluates weights on the config's evaluation set and prints the metrics as JSON.
+
+  Weights are those of the newest checkpoint in `workdir` or, without one, of a run in
+  `default_workdir`, else of `config.init`. A config without `config.model.name` is told the model
+  and how its pixels were normalised by the weights, and has no default directory.
 
   Args:
-    config: see configs/base.py; with `config.model.name` None the model is told from the weights.
-      The k-NN accuracy is computed if `config.knn.every_epochs` is not 0.
-    path: .pth or .safetensors file, checkpoint or workdir; None: `config.init`.
-
-  Returns:
-    The metrics.
+    config: see configs/base.py; the k-NN accuracy is computed if `config.knn.every_epochs` is not 0.
+    workdir: a workdir, or one of its checkpoints.
+    default_workdir: where `run` leaves what this config trains.
 
   Raises:
     UserError: a setting, data set or file that does not fit.
   """
+  host_memory.keep_freed_memory()
   setup_logging(jax.process_index() == 0)
-  path = path or config.init
+  trained = pathlib.Path(default_workdir, 'checkpoints').exists() and config.model.name is not None
+  path = workdir or (default_workdir if trained else config.init)
   if not path:
     raise UserError('what to evaluate? Give --workdir=DIRECTORY or --config.init=FILE')
-  weights_read = weights.read(path, ema=config.init_ema)
+  state = weights.read(path, ema=config.init_ema)
   settings.check(config)
   if config.model.name is None:
-    build.infer_model(config, weights_read)
+    build.infer_model(config, state)
+  for key, value in infer.pixels(state.metadata).items():
+    if config.data[key] != (tuple(value) if isinstance(value, list) else value):
+      _log.warning('trained with data.%s=%s, evaluated with %s', key, value, config.data[key])
   mesh = _mesh(config)
   build.task(config)
-  train_source, eval_source = inputs.open_sources(config)
-  inputs.set_num_classes(config, train_source, eval_source)
+  source = inputs.open_source(config, config.data.eval_split)
+  names = state.metadata.get('class_names')
+  if names and config.task != 'mae':
+    inputs.check_classes(names, state.source, source)
+  bank = inputs.open_source(config, config.data.train_split) if config.knn.every_epochs else source
+  inputs.set_num_classes(config, source)
   task = build.task(config)
-  model = nnx.eval_shape(build.model_creator(config))
-  importer.load_into(model, weights_read)
+  create = build.model_creator(config)
+  headless = infer.family(state.arrays) == 'backbone'
+  model = create() if headless else nnx.eval_shape(create)
+  importer.load_into(model, state, partial=headless)
   graphdef, params = nnx.split(model)
-  state = {'params': jax.device_put(nnx.to_pure_dict(params), sharding.replicated(mesh))}
-  steps = build.Steps(len(train_source), config.batch_size)
+  on_devices = jax.device_put(nnx.to_pure_dict(params), sharding.replicated(mesh))
+  steps = build.Steps(len(bank), config.batch_size)
+  evaluations = [
+    *([] if headless else hooks.accuracy_hook(config, task, graphdef, mesh, source, steps)),
+    *hooks.knn_hook(config, task, graphdef, mesh, bank, source, steps),
+  ]
+  if not evaluations:
+    raise UserError(
+      f'{state.source} is {config.model.name}: nothing to evaluate but its features, with '
+      '--config=configs/evaluate.py:knn or --config.knn.every_epochs=1'
+    )
   metrics: dict[str, float] = {}
-  for hook in (
-    *hooks.accuracy_hook(config, task, graphdef, mesh, eval_source, steps),
-    *hooks.knn_hook(config, task, graphdef, mesh, train_source, eval_source, steps),
-  ):
-    metrics |= hook.run(0, state)
+  for evaluation in evaluations:
+    metrics |= evaluation.run(0, {'params': on_devices})
   shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
   _log.info(
     '%s on %s of %s (%d examples): %s',
-    weights_read.source, eval_source.split, eval_source.name, len(eval_source), shown,
+    state.source, source.split, source.name, len(source), shown,
   )  # fmt: skip
-  return metrics
+  if jax.process_index() == 0:
+    print(json.dumps(metrics))
 
 
 def _mesh(config: ml_collections.ConfigDict) -> Any:
@@ -282,7 +303,5 @@ def _report(
     tool, more = 'reconstruct', ' --images=PICTURE.jpg --mask_ratio=0.6'
   else:
     tool, more = 'predict', ' PICTURE.jpg'
-  lines.append(
-    f'next, try your own pictures: {python} -m hivit_jax.tools.{tool} {workdir}{more}'
-  )
+  lines.append(f'next, try your own pictures: {python} -m hivit_jax.tools.{tool} {workdir}{more}')
   _log.info('%s', '\n  '.join(lines))

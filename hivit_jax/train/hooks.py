@@ -43,22 +43,21 @@ def accuracy_hook(
     models = {'': state['params']}
     if 'ema' in state:
       models['ema_'] = state['ema']
-    results = {prefix: [] for prefix in models}
+    results = []
     with inputs.eval_batches(config, eval_source, config.evaluation.batch_size) as batches:
       for batch in batches:
         arrays = sharding.put_batch(batch, mesh)
-        for prefix, params in models.items():
-          results[prefix].append(sums(params, arrays))
+        results.append({prefix: sums(params, arrays) for prefix, params in models.items()})
+        # One batch late: the device never waits, nor has it more than two batches.
+        results[-2:-1] = jax.device_get(results[-2:-1])
+    results = jax.device_get(results)
     metrics = {}
-    for prefix, parts in results.items():
-      parts = jax.device_get(parts)
+    for prefix in models:
+      parts = [result[prefix] for result in results]
       totals = {key: np.sum([part[key] for part in parts], dtype=np.float64) for key in parts[0]}
       count = totals.pop('count')
       if not count:
-        raise UserError(
-          f'none of the {len(eval_source)} examples of {eval_source.name} ({eval_source.split}) '
-          'has a label; choose another --config.data.eval_split'
-        )
+        raise _no_labels(eval_source)
       metrics |= {f'eval/{prefix}{key}': float(total / count) for key, total in totals.items()}
     return metrics
 
@@ -97,6 +96,9 @@ def knn_hook(
   def evaluate(_, state):
     bank, bank_labels = collect(state['params'], bank_source)
     queries, labels = collect(state['params'], eval_source)
+    known = labels >= 0
+    if not known.any():
+      raise _no_labels(eval_source)
     predicted = knn.knn_predict(
       bank,
       bank_labels,
@@ -105,9 +107,16 @@ def knn_hook(
       k=options.k,
       temperature=options.temperature,
     )
-    return {'eval/knn_top1': float(np.mean(predicted == labels))}
+    return {'eval/knn_top1': float(np.mean((predicted == labels)[known]))}
 
   return [Hook(steps.of(options.every_epochs), evaluate)]
+
+
+def _no_labels(source: Any) -> UserError:
+  return UserError(
+    f'none of the {len(source)} examples of {source.name} ({source.split}) has a label; '
+    'choose another --config.data.eval_split'
+  )
 
 
 def picture_hook(

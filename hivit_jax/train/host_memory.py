@@ -1,7 +1,10 @@
 """Memory of the CPU backend."""
 
 import ctypes
+import importlib.util
 import sys
+
+import jax
 
 # Parameters of glibc's mallopt, from its malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -9,17 +12,18 @@ _NEVER = -1  # as glibc documents it
 
 
 def keep_freed_memory() -> bool:
-  """Makes malloc keep large blocks for the next step instead of giving them back.
+  """Makes malloc keep large blocks for the next step instead of giving them back; on CPUs only.
 
   XLA's CPU backend allocates its temporaries anew at every step. By default glibc gets blocks of
   that size from the kernel and gives them back at once, and then every step pays for the kernel's
-  clearing of every page. Does nothing where the C library is another one. Call it before any
-  computation; measurements are in docs/benchmarks.md.
+  clearing of every page. Does nothing where the C library is another one, or where JAX may find an
+  accelerator. Call it before JAX looks for devices: threads that have begun keep arenas of their
+  own. Measurements are in docs/benchmarks.md.
 
   Returns:
     Whether it took effect.
   """
-  if not sys.platform.startswith('linux'):
+  if not sys.platform.startswith('linux') or _accelerator_expected():
     return False
   libc = ctypes.CDLL(None)
   if not hasattr(libc, 'gnu_get_libc_version'):
@@ -27,3 +31,10 @@ def keep_freed_memory() -> bool:
   # One arena: the others cannot hold blocks above 64 MB and would go back to mmap.
   settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER), (_ARENA_MAX, 1))
   return all(libc.mallopt(parameter, value) for parameter, value in settings)
+
+
+def _accelerator_expected() -> bool:
+  platforms = jax.config.jax_platforms
+  if platforms:
+    return platforms != 'cpu'
+  return any(importlib.util.find_spec(name) for name in ('jax_plugins', 'libtpu'))

@@ -1,5 +1,6 @@
 """From a config to examples and batches; apart from `build`, so that a benchmark needs no data."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,30 +11,40 @@ from hivit_jax.errors import UserError
 from hivit_jax.train.build import image_size
 
 
-def open_sources(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
-  """Training and evaluation examples."""
-  d = config.data
-  return tuple(
-    sources.open_source(d.name, split, d.data_dir) for split in (d.train_split, d.eval_split)
-  )
+def open_source(config: ml_collections.ConfigDict, split: str) -> Any:
+  """Examples of a split of the config's data set."""
+  return sources.open_source(config.data.name, split, config.data.data_dir)
 
 
-def set_num_classes(config: ml_collections.ConfigDict, train_source: Any, eval_source: Any) -> None:
-  """Settles `config.model.num_classes` by the data; raises UserError where they disagree."""
+def set_num_classes(config: ml_collections.ConfigDict, source: Any) -> None:
+  """Settles `config.model.num_classes` by a source; raises UserError if they do not agree."""
   if config.task == 'mae':
     return
-  count = train_source.num_classes
+  count = source.num_classes
   config.model.num_classes = config.model.num_classes or count
   if config.model.num_classes < count:
     raise UserError(
-      f'config.model.num_classes={config.model.num_classes}, but {train_source.name} '
-      f'({train_source.split}) has {count} classes; leave it out to take those'
+      f'config.model.num_classes={config.model.num_classes}, but {source.name} ({source.split}) '
+      f'has {count} classes; leave it out to take those'
     )
-  if train_source.class_names != eval_source.class_names:
-    both = set(train_source.class_names) ^ set(eval_source.class_names)
+
+
+def check_classes(names: Sequence[str], where: str, source: Any) -> None:
+  """UserError unless a source has the classes `names`, in their order."""
+  if list(names) != list(source.class_names):
+    other = sorted(set(names) ^ set(source.class_names)) or ['their order']
     raise UserError(
-      f'{train_source.name} has other classes in {train_source.split} than in {eval_source.split}: '
-      f'{", ".join(sorted(both)[:6])}'
+      f'{source.name} ({source.split}) has other classes than {where}; what differs: '
+      + ', '.join(other[:6])
+    )
+
+
+def check_labels(source: Any) -> None:
+  """UserError for a split without labels, such as ImageNet's test images."""
+  if source[0]['label'] < 0:
+    raise UserError(
+      f'{source.name} ({source.split}) has no labels to learn from; choose another '
+      '--config.data.train_split'
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from hivit_jax.data import randaugment
 from hivit_jax.errors import UserError
 from hivit_jax.train import build
 
@@ -86,6 +87,14 @@ def check(config: ml_collections.ConfigDict) -> None:
       if value is not None and not _holds(test, value):
         raise UserError(f'config.{key}={value}: expected {expected}')
   config.image_size = build.image_size(config)
+  if config.optim.warmup_epochs >= config.epochs:
+    raise UserError(
+      f'config.optim.warmup_epochs={config.optim.warmup_epochs} is not shorter than '
+      f'config.epochs={config.epochs}: the learning rate would only rise; for a short run: '
+      f'--config.optim.warmup_epochs={config.epochs / 20:g}'
+    )
+  if config.augment.rand_augment:
+    randaugment.rand_augment(config.augment.rand_augment, tuple(config.data.mean))
   for key in ('data.mean', 'data.std'):
     count = len(_get(config, key))
     if count != config.channels and config.channels != 1:  # one channel gets the average of three

@@ -26,7 +26,7 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> files.StateDict:
   Raises:
     UserError: there is nothing, it is damaged, or it has no averaged weights.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(path).expanduser()
   if path.is_dir():
     restored = load_params(path, key=_EMA_KEY if ema else 'params')
     source = f'step {restored.step} of {path}'

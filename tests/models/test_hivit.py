@@ -559,3 +559,28 @@ def test_images_that_do_not_fit(rpe_model, shape, message):
   with pytest.raises(UserError, match=message) as caught:
     model(jnp.zeros(shape))
   assert '\n' not in str(caught.value)
+
+
+# Heads of classifiers
+
+
+def test_the_last_layer_starts_as_wide_as_asked():
+  widths = {}
+  for std in (0.02, 2e-5):
+    model = hivit_jax.create_model('hivit_tiny', **TINY, num_classes=500, head_std=std)
+    widths[std] = float(model.head.kernel[...].std())
+    assert not model.head.bias[...].any()
+  assert widths == pytest.approx({0.02: 0.02, 2e-5: 2e-5}, rel=0.03)
+
+
+def test_the_batch_norm_of_a_linear_probe():
+  """Of the batch in training, of the running statistics otherwise, and neither scale nor bias."""
+  graphdef, params = random_model('hivit_tiny', **TINY, num_classes=5, head_batch_norm=True)
+  params['head_norm'] = {'mean': jnp.full(32, 0.5), 'var': jnp.full(32, 4.0)}
+  model = nnx.merge(graphdef, params)
+  images = random_images(6, 64, 64, 3)
+  features = np.asarray(model.fc_norm(model.pooled(images)), np.float64)
+  kernel, bias = np.asarray(model.head.kernel[...]), np.asarray(model.head.bias[...])
+  assert_close(model(images), (features - 0.5) / np.sqrt(4.0 + 1e-6) @ kernel + bias)
+  batch = (features - features.mean(axis=0)) / np.sqrt(features.var(axis=0) + 1e-6)
+  assert_close(model(images, train=True), batch @ kernel + bias, relative=1e-4)

@@ -1,5 +1,7 @@
 """The classification task: targets, loss, exact evaluation sums."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ class _Fixed:
     self.logits = jnp.asarray(logits, jnp.float32)
 
   def __call__(self, images, **_):
+    assert images.dtype == jnp.float32
     return self.logits
 
 
@@ -33,7 +36,7 @@ def _batch(labels, mask=None) -> dict:
   return {'image': images, 'label': labels, 'mask': mask}
 
 
-def test_targets_are_smoothed_and_images_normalised():
+def test_targets_are_smoothed_and_images_normalised_before_they_are_augmented():
   task = ClassifyTask(**STATISTICS, num_classes=CLASSES, label_smoothing=0.1)
   batch = _batch([2, 5])
   prepared = task.prepare(_Fixed([]), batch, jax.random.key(0))
@@ -42,7 +45,9 @@ def test_targets_are_smoothed_and_images_normalised():
   expected[0, 2] += 0.9
   expected[1, 5] += 0.9
   np.testing.assert_allclose(prepared['target'], expected, rtol=1e-5)
-  np.testing.assert_allclose(prepared['image'], normalize(batch['image'], *STATISTICS.values()))
+  np.testing.assert_array_equal(prepared['image'], batch['image'])  # normalised with the loss
+  erased = dataclasses.replace(task, erase=1e-9).prepare(_Fixed([]), batch, jax.random.key(0))
+  np.testing.assert_allclose(erased['image'], normalize(batch['image'], *STATISTICS.values()))
 
 
 def test_the_loss_is_the_mean_cross_entropy():

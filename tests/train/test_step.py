@@ -128,7 +128,9 @@ def test_accumulated_steps_equal_those_of_the_large_batch():
   results = {}
   for parts in (1, 4):
     state, train_step = _training(
-      lambda params: _all(optax.clip_by_global_norm(0.5), params), schedule=lambda _: 0.3, accumulate_steps=parts
+      lambda params: _all(optax.clip_by_global_norm(0.5), params),
+      schedule=lambda _: 0.3,
+      accumulate_steps=parts,
     )
     told = []
     for number in range(3):

@@ -177,7 +177,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
   and how its pixels were normalised by the weights, and has no default directory.
 
   Args:
-    config: see configs/base.py; the k-NN accuracy is computed if `config.knn.every_epochs` is not 0.
+    config: see configs/base.py; without k-NN accuracy if `config.knn.every_epochs` is 0.
     workdir: a workdir, or one of its checkpoints.
     default_workdir: where `run` leaves what this config trains.
 

@@ -81,7 +81,7 @@ def test_evaluation_sums_leave_out_what_does_not_count():
   logits[0, 1] = logits[1, 2] = logits[2, 3] = 3.0  # right, wrong, right
   logits[1] += [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.1]  # the label, 4, is third
   logits[3] = [6, 5, 4, 3, 2, 1, 0]  # the label, 5, is sixth
-  batch = _batch([1, 4, 3, 5, 0, -1], mask=[1, 1, 1, 1, 0, 1] > np.zeros(6))
+  batch = _batch([1, 4, 3, 5, 0, -1], mask=[True, True, True, True, False, True])
   sums = ClassifyTask(**STATISTICS, num_classes=CLASSES).evaluate(_Fixed(logits), batch)
   log = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
   expected = -(log[0, 1] + log[1, 4] + log[2, 3] + log[3, 5])

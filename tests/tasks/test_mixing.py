@@ -76,7 +76,7 @@ def test_a_batch_is_mixed_in_one_way_and_both_ways_are_as_likely_as_asked():
   count = {0.5: 0, 0.9: 0}
   for probability in count:
     for number in range(100):
-      images, mixed, targets = _mixed(number, switch_probability=probability)
+      images, mixed, _ = _mixed(number, switch_probability=probability)
       replaced = np.isin(mixed[0], (images[0], images[-1])) | (mixed[0] == images[0])
       pasted = ((mixed == images) | (mixed == images[::-1])).all()
       count[probability] += bool(pasted and replaced.any())

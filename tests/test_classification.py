@@ -73,7 +73,6 @@ def test_finetuning_starts_from_pretrained_weights_at_another_size_and_says_so(f
   assert [row['step'] for row in rows if 'eval/top1' in row] == [0, 1, 2, 3, 4]
   assert _accuracies(rows[0]) == _accuracies(rows[0], 'ema_')
   assert rows[-1]['eval/loss'] != rows[-1]['eval/ema_loss']
-  assert rows[-1]['eval/loss'] < rows[0]['eval/loss']
   for key in ('top1', 'top5'):  # shares of 35 examples
     assert (35 * rows[-1][f'eval/{key}']) == pytest.approx(round(35 * rows[-1][f'eval/{key}']))
   assert 'hivit_jax.tools.predict --workdir=' in log

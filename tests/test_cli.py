@@ -30,7 +30,7 @@ def untouched(finished):
 
 # Values that cannot be: (flags, what the line has to say)
 VALUES = [
-  ('typo=1', '--config.typo: config has no setting "typo"; it has: accumulate_steps, batch_size'),
+  ('typo=1', '--config.typo: config has no setting "typo"; it has: accumulate_steps, augment'),
   ('batchsize=1', 'no setting "batchsize" (did you mean "batch_size"?); it has: '),
   ('optim.warmup=5', 'config.optim has no setting "warmup" (did you mean "optim.warmup_epochs"?)'),
   ('lr=1', 'config has no setting "lr" (did you mean "optim.lr"?)'),
@@ -41,7 +41,7 @@ VALUES = [
   ('batch_size=many', '--config.batch_size=many: expected int such as 16'),
   ('batch_size=1.5', '--config.batch_size=1.5: expected int such as 16'),
   ('augment.flip=perhaps', '--config.augment.flip=perhaps: expected bool such as True'),
-  ('task=classify', 'config.task="classify" is unknown; there is: mae'),
+  ('task=sort', 'config.task="sort" is unknown; there are: mae, classify, linear'),
   ('model.name=mae_hivit_bas', 'did you mean "mae_hivit_base"?'),
   ('model.name=hivit_base', 'config.task="mae" needs; try mae_hivit_base'),
   ('model.dtype=float16', 'config.model.dtype="float16" is not one of auto, float32, bfloat16'),
@@ -176,7 +176,7 @@ def test_arguments_that_are_no_flags(main):
     ('pyproject.toml', 'pyproject.toml is not a Python file'),
     ('main.py', '--config=main.py: main.py, line'),
     ('hivit_jax/errors.py', 'hivit_jax/errors.py has no function get_config()'),
-    ('configs/demo.py:debg', 'unknown variant ":debg"; known: debug'),
+    ('configs/demo.py:debg', 'unknown variant ":debg"; known: finetune, scratch, digits, debug'),
     ('configs/mae_hivit_b.py:1200', 'unknown variant ":1200"; known: 300, 800, 1600'),
     ('configs/base.py:debug', 'configs/base.py has no variants; leave out ":debug"'),
   ],

@@ -80,8 +80,9 @@ def _set_up(
   """Makes the arguments of `loop.run`, or None if the run is finished; `stack` closes them."""
   primary = jax.process_index() == 0
   settings.check(config)
-  mesh = _mesh(config)
+  mesh = sharding.make_mesh(config.mesh.data)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
+  _check_evaluation_batch(config, mesh)
   build.task(config)  # what is wrong with it is said before data are looked for
   train_source = inputs.open_source(config, config.data.train_split)
   eval_source = inputs.open_source(config, config.data.eval_split)
@@ -197,7 +198,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
   for key, value in infer.pixels(state.metadata).items():
     if config.data[key] != (tuple(value) if isinstance(value, list) else value):
       _log.warning('trained with data.%s=%s, evaluated with %s', key, value, config.data[key])
-  mesh = _mesh(config)
+  mesh = sharding.make_mesh(config.mesh.data)
+  _check_evaluation_batch(config, mesh)
   build.task(config)
   source = inputs.open_source(config, config.data.eval_split)
   names = state.metadata.get('class_names')
@@ -234,11 +236,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
     print(json.dumps(metrics))
 
 
-def _mesh(config: ml_collections.ConfigDict) -> Any:
-  mesh = sharding.make_mesh(config.mesh.data)
+def _check_evaluation_batch(config: ml_collections.ConfigDict, mesh: Any) -> None:
   if config.evaluation.every_epochs or config.knn.every_epochs:
     sharding.check_batch_size(config.evaluation.batch_size, mesh, key='evaluation.batch_size')
-  return mesh
 
 
 def _restore(

@@ -43,7 +43,8 @@ _STEP_SECONDS = 0.1  # and one of the step
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise UserError(f'unexpected argument "{argv[1]}"')
-  host_memory.keep_freed_memory()
+  if _CONFIG.value is not None:
+    host_memory.keep_freed_memory(one_arena=build.is_large(_CONFIG.value))
   setup_logging()
   if _DATA.value:
     from hivit_jax.data import benchmark

@@ -17,6 +17,7 @@ from hivit_jax.tasks.mae import MAETask
 from hivit_jax.train import optim, schedules, weights
 
 _DTYPES = ('auto', 'float32', 'bfloat16')
+_LARGE_WIDTH = 256  # channels of the main stage
 _PUBLISHED_CLASSES = 1000  # of a config that names no number, before there is a data set
 # task -> class of its models, how they are called, rules of the optimizer
 _TASKS = {
@@ -45,6 +46,12 @@ def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
       f'try --config.image_size={near[0]},{near[1]}'
     )
   return sides[0], sides[1]
+
+
+def is_large(config: ml_collections.ConfigDict) -> bool:
+  """Whether a step takes long enough for `host_memory.keep_freed_memory(one_arena=True)`."""
+  own = models.MODELS.get(config.model.name, (None, {}))[1].get('embed_dim', 0)
+  return (config.model.embed_dim or own) >= _LARGE_WIDTH
 
 
 def compute_dtype(config: ml_collections.ConfigDict) -> str:

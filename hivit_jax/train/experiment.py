@@ -51,7 +51,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     UserError: a setting, data set or checkpoint that does not fit; nothing was changed then.
     Stopped: after SIGTERM or SIGINT, with a checkpoint saved.
   """
-  host_memory.keep_freed_memory()
+  host_memory.keep_freed_memory(one_arena=build.is_large(config))
   setup_logging()  # before JAX looks for devices, and has something to say about it
   primary = jax.process_index() == 0
   setup_logging(primary)
@@ -185,7 +185,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
   Raises:
     UserError: a setting, data set or file that does not fit.
   """
-  host_memory.keep_freed_memory()
+  host_memory.keep_freed_memory(one_arena=build.is_large(config))
   setup_logging(jax.process_index() == 0)
   trained = pathlib.Path(default_workdir, 'checkpoints').exists() and config.model.name is not None
   path = workdir or (default_workdir if trained else config.init)

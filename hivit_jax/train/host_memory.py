@@ -11,7 +11,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _NEVER = -1  # as glibc documents it
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(*, one_arena: bool) -> bool:
   """Makes malloc keep large blocks for the next step instead of giving them back; on CPUs only.
 
   XLA's CPU backend allocates its temporaries anew at every step. By default glibc gets blocks of
@@ -19,6 +19,11 @@ def keep_freed_memory() -> bool:
   clearing of every page. Does nothing where the C library is another one, or where JAX may find an
   accelerator. Call it before JAX looks for devices: threads that have begun keep arenas of their
   own. Measurements are in docs/benchmarks.md.
+
+  Args:
+    one_arena: all threads allocate from one arena. Others cannot hold blocks above 64 MB, which
+      then go back to the kernel after all; but threads wait for each other, which costs small
+      models more than it saves.
 
   Returns:
     Whether it took effect.
@@ -28,8 +33,7 @@ def keep_freed_memory() -> bool:
   libc = ctypes.CDLL(None)
   if not hasattr(libc, 'gnu_get_libc_version'):
     return False
-  # One arena: the others cannot hold blocks above 64 MB and would go back to mmap.
-  settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER), (_ARENA_MAX, 1))
+  settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER)) + ((_ARENA_MAX, 1),) * one_arena
   return all(libc.mallopt(parameter, value) for parameter, value in settings)
 
 

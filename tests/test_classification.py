@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from hivit_jax.train.checkpoint import load_metadata, load_params
-from tests.runs import metrics
+from tests.runs import ROOT, metrics
 
 STEPS = 4
 # 35 examples: the last batch of 8, or of 15 on three devices, is not full.
@@ -101,6 +103,43 @@ def test_evaluation_counts_every_example_once_on_any_number_of_devices(runs, fin
     assert _accuracies(result) == pytest.approx(expected, rel=1e-5)
   average = _evaluate(runs, init=workdir / 'checkpoints' / '4', init_ema=True)
   assert _accuracies(average) == pytest.approx(_accuracies(metrics(workdir)[-1], 'ema_'), rel=1e-5)
+
+
+_PROCESS = """
+import sys
+import jax
+jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+port, index, workdir = sys.argv[1:]
+jax.distributed.initialize(f'127.0.0.1:{port}', 2, int(index))
+from configs import evaluate
+from hivit_jax.train import experiment
+config = evaluate.get_config()
+config.data.update(name='digits', train_split='train[:64]', eval_split='test[:35]')
+config.image_size = (48, 32)
+config.evaluation.batch_size = 8
+experiment.evaluate(config, workdir, '/nowhere')
+"""
+
+
+def test_two_processes_evaluate_as_one(runs, finetuned):
+  """Each reads its share of the examples; the first one prints."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', _PROCESS, str(port), str(index), str(finetuned[0])],
+      cwd=ROOT, env=runs.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for index in range(2)
+  ]  # fmt: skip
+  outputs = [process.communicate(timeout=300) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  (line,) = [line for line in outputs[0][0].splitlines() if line.startswith('{')]
+  assert _accuracies(json.loads(line)) == pytest.approx(
+    _accuracies(metrics(finetuned[0])[-1]), rel=1e-5
+  )
+  assert '{' not in outputs[1][0]
 
 
 def test_imported_weights_are_evaluated_as_the_checkpoint_they_came_from(runs, finetuned, tmp_path):

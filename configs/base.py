@@ -89,7 +89,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.ema_decay = config_dict.placeholder(float)  # average the parameters; None: off
 
   config.mesh = ml_collections.ConfigDict()
-  config.mesh.data = -1  # devices that split the batch; -1: all of them
+  config.mesh.data = -1  # devices that split the batch; -1: all of them, divided by fsdp
+  config.mesh.fsdp = 1  # devices that share one copy of parameters, optimizer state and average
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.every_epochs = 1.0  # save; 0: at the end only

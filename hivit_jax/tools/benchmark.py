@@ -70,7 +70,7 @@ def measure_step(
   Returns:
     Numbers by name, units in the names; what each means is in docs/benchmarks.md.
   """
-  mesh = sharding.make_mesh(config.mesh.data)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   config = config.copy_and_resolve_references()
   config.batch_size = batch_size * mesh.size
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
@@ -84,11 +84,12 @@ def measure_step(
     build.schedule(config),
     epochs_per_step=1e-3,
     seed=config.seed,
+    abstract=abstract,
     accumulate_steps=config.accumulate_steps,
     compiler_options=sharding.compiler_options(mesh),
   )
   batch = _synthetic_batch(config, mesh)
-  state = step.init_state(create, optimizer, mesh)
+  state = step.init_state(create, optimizer, abstract)
 
   start = time.perf_counter()
   lowered = train_step.lower(state, batch)
@@ -185,7 +186,7 @@ def _host_seconds(config: ml_collections.ConfigDict, mesh: Mesh, repeats: int) -
   if config.task == 'mae':
     config.model.update(decoder_embed_dim=16, decoder_num_heads=1)
   create = build.model_creator(config)
-  graphdef, optimizer, _ = step.abstract_state(create, build.optimizer(config), mesh)
+  graphdef, optimizer, abstract = step.abstract_state(create, build.optimizer(config), mesh)
   train_step = step.make_train_step(
     graphdef,
     build.task(config),
@@ -193,10 +194,11 @@ def _host_seconds(config: ml_collections.ConfigDict, mesh: Mesh, repeats: int) -
     build.schedule(config),
     epochs_per_step=1e-3,
     seed=0,
+    abstract=abstract,
     accumulate_steps=config.accumulate_steps,
     compiler_options=sharding.compiler_options(mesh),
   )
-  state = step.init_state(create, optimizer, mesh)
+  state = step.init_state(create, optimizer, abstract)
   batch = _synthetic_batch(config, mesh)
   times = []
   for _ in range(repeats + 2):

@@ -80,7 +80,7 @@ def _set_up(
   """Makes the arguments of `loop.run`, or None if the run is finished; `stack` closes them."""
   primary = jax.process_index() == 0
   settings.check(config)
-  mesh = sharding.make_mesh(config.mesh.data)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
   _check_evaluation_batch(config, mesh)
   build.task(config)  # what is wrong with it is said before data are looked for
@@ -120,7 +120,7 @@ def _set_up(
   if restored:
     state = restored.state
   else:
-    state = step.init_state(build.initial_model(config), optimizer, mesh, ema=ema)
+    state = step.init_state(build.initial_model(config), optimizer, abstract)
     _log_overview(state['params'])
   if primary:
     write_run_info(directory, config.to_dict())
@@ -137,6 +137,7 @@ def _set_up(
     build.schedule(config),
     epochs_per_step=steps.epochs_per_step,
     seed=config.seed,
+    abstract=abstract,
     accumulate_steps=config.accumulate_steps,
     ema_decay=config.ema_decay,
     compiler_options=sharding.compiler_options(mesh),
@@ -154,7 +155,7 @@ def _set_up(
     'hooks': [
       *hooks.accuracy_hook(config, task, graphdef, mesh, eval_source, steps),
       *hooks.knn_hook(config, task, graphdef, mesh, train_source, eval_source, steps),
-      *hooks.picture_hook(config, graphdef, eval_source, steps, directory, writer),
+      *hooks.picture_hook(config, graphdef, mesh, eval_source, steps, directory, writer),
     ],
     'evaluated': evaluated,
     'checkpoints': checkpoints,
@@ -198,7 +199,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
   for key, value in infer.pixels(state.metadata).items():
     if config.data[key] != (tuple(value) if isinstance(value, list) else value):
       _log.warning('trained with data.%s=%s, evaluated with %s', key, value, config.data[key])
-  mesh = sharding.make_mesh(config.mesh.data)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   _check_evaluation_batch(config, mesh)
   build.task(config)
   source = inputs.open_source(config, config.data.eval_split)
@@ -213,7 +214,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
   model = create() if headless else nnx.eval_shape(create)
   importer.load_into(model, state, partial=headless)
   graphdef, params = nnx.split(model)
-  on_devices = jax.device_put(nnx.to_pure_dict(params), sharding.replicated(mesh))
+  params = nnx.to_pure_dict(params)
+  on_devices = sharding.put(params, sharding.state_shardings(params, mesh))
   steps = build.Steps(len(bank), config.batch_size)
   evaluations = [
     *([] if headless else hooks.accuracy_hook(config, task, graphdef, mesh, source, steps)),

@@ -40,9 +40,9 @@ def accuracy_hook(
     return task.evaluate(nnx.merge(graphdef, params), batch)
 
   def evaluate(_, state):
-    models = {'': state['params']}
+    models = {'': sharding.whole(state['params'], mesh)}
     if 'ema' in state:
-      models['ema_'] = state['ema']
+      models['ema_'] = sharding.whole(state['ema'], mesh)
     results = []
     with inputs.eval_batches(config, eval_source, config.evaluation.batch_size) as batches:
       for batch in batches:
@@ -94,8 +94,9 @@ def knn_hook(
     return np.concatenate(values), np.concatenate(labels)
 
   def evaluate(_, state):
-    bank, bank_labels = collect(state['params'], bank_source)
-    queries, labels = collect(state['params'], eval_source)
+    params = sharding.whole(state['params'], mesh)
+    bank, bank_labels = collect(params, bank_source)
+    queries, labels = collect(params, eval_source)
     known = labels >= 0
     if not known.any():
       raise _no_labels(eval_source)
@@ -122,6 +123,7 @@ def _no_labels(source: Any) -> UserError:
 def picture_hook(
   config: ml_collections.ConfigDict,
   graphdef: nnx.GraphDef,
+  mesh: Mesh,
   eval_source: Any,
   steps: Steps,
   directory: pathlib.Path,
@@ -129,7 +131,7 @@ def picture_hook(
 ) -> list[Hook]:
   """Reconstructions of the same evaluation images each time, as PNG files and in TensorBoard."""
   options = config.pictures
-  if config.task != 'mae' or not options.every_epochs or jax.process_index():
+  if config.task != 'mae' or not options.every_epochs:
     return []
   source = Subset(eval_source, options.count)
   # Pictures are one process's business: its whole batch, no part of a global one.
@@ -140,7 +142,10 @@ def picture_hook(
   )
 
   def draw(at, state):
-    result = pictures(sharding.local(state['params']), images, seed=config.seed)
+    params = sharding.whole(state['params'], mesh)  # all processes take part
+    if jax.process_index():
+      return {}
+    result = pictures(sharding.local(params), images, seed=config.seed)
     picture = reconstruction.draw(result, title=f'{config.model.name}, step {at}')
     path = directory / 'reconstructions' / f'step_{at:08d}.png'
     path.parent.mkdir(exist_ok=True)

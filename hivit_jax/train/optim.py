@@ -1,15 +1,14 @@
 """Optimizers, and the rules that say what happens to which parameter."""
 
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-# The first rule whose pattern matches a parameter's path from its start decides. 'decay': weight
-# decay applies; 'no_decay': it does not; 'frozen': the optimizer never changes it.
-Rules = Sequence[tuple[str, str]]
+from hivit_jax.train.rules import Rules, apply_rules, path_name
+
+# 'decay': weight decay applies; 'no_decay': it does not; 'frozen': the optimizer never changes it.
 
 # As the official pretraining: everything with more than one dimension decays, the learned position
 # embedding and the mask token included.
@@ -53,35 +52,6 @@ def join(trained: Any, others: Any) -> Any:
   """Inverse of `split`."""
   is_none = lambda x: x is None  # noqa: E731
   return jax.tree.map(lambda x, y: y if x is None else x, trained, others, is_leaf=is_none)
-
-
-def path_name(path) -> str:
-  """Key path of `jax.tree_util` -> 'blocks/0/mlp/fc1/kernel'."""
-  return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
-def apply_rules(rules: Rules, params: Any) -> Any:
-  """Labels every parameter.
-
-  Args:
-    rules: (pattern, label) pairs; a pattern must match the whole path, the first match decides.
-    params: pytree of parameters.
-
-  Returns:
-    A pytree of labels, of the structure of `params`.
-
-  Raises:
-    ValueError: a parameter that no rule matches; a new parameter needs a decision, not a default.
-  """
-
-  def label(path, _):
-    name = path_name(path)
-    for pattern, value in rules:
-      if re.fullmatch(pattern, name):
-        return value
-    raise ValueError(f'no rule says what the optimizer does with parameter "{name}"')
-
-  return jax.tree_util.tree_map_with_path(label, params)
 
 
 def layer_scales(params: Any, decay: float) -> Any:
@@ -133,7 +103,7 @@ def adamw(
 
   Args:
     params: pytree of parameters or their shapes, for the rules.
-    rules: see `apply_rules`.
+    rules: see `rules.apply_rules`.
     b1, b2, eps: of Adam.
     weight_decay: decoupled, of the parameters labelled 'decay'.
     clip_norm: global norm to clip the gradients to, or None.
@@ -158,7 +128,7 @@ def lars(
 
   Args:
     params: pytree of parameters or their shapes, for the rules.
-    rules: see `apply_rules`.
+    rules: see `rules.apply_rules`.
     momentum: of the updates before the learning rate.
     weight_decay: of the parameters labelled 'decay', part of the update that is scaled.
     clip_norm: global norm to clip the gradients to, or None.

@@ -1,32 +1,55 @@
 """Devices as a mesh, and what lies where on it."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax.errors import UserError
+from hivit_jax.train import rules
+
+AXES = ('data', 'fsdp')
+
+# What of the training state is split over `fsdp`. Patterns as in `rules`, of paths such as
+# 'params/blocks/0/mlp/fc1/kernel'; the optimizer's numbers for a parameter go with it.
+_RULES: rules.Rules = (
+  (r'(.*/)?kernel', 'split'),
+  (r'(.*/)?(bias|scale|mean|var|relative_position_bias_table)', 'whole'),
+  (r'(.*/)?(absolute_pos_embed|mask_token|decoder_pos_embed)', 'whole'),
+  (r'step|.*/count', 'whole'),
+)
 
 
-def make_mesh(data: int = -1) -> Mesh:
-  """A mesh with one axis, `data`, over the devices of all processes.
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh (data, fsdp) over the devices of all processes.
+
+  Both axes split the batch; `fsdp` splits the training state as well, see `state_shardings`. The
+  devices of a process stand together, in the order of the processes: so the examples that a process
+  loads are those that its devices compute. `jax.make_mesh` does not keep them together on TPUs.
 
   Args:
-    data: devices that split the batch; -1 for all.
+    data: devices with copies of the training state, or of each part of it; -1: all / fsdp.
+    fsdp: devices that share one copy.
+    devices: to use; None: all that there are.
 
   Raises:
     UserError: more devices than there are, or a part of them in a run of several processes.
   """
-  available = jax.device_count()
-  data = available if data == -1 else data
-  if not 0 < data <= available or (jax.process_count() > 1 and data != available):
-    raise UserError(f'config.mesh.data={data}: there are {available} devices; -1 takes all of them')
-  return jax.make_mesh(
-    (data,), ('data',), axis_types=(AxisType.Auto,), devices=jax.devices()[:data]
-  )
+  devices = sorted(devices or jax.devices(), key=lambda device: device.process_index)
+  available = len(devices)
+  if data == -1 and fsdp > 0 and available % fsdp == 0:
+    data = available // fsdp
+  partial = devices[-1].process_index > 0 and data * fsdp != available
+  if data < 1 or fsdp < 1 or data * fsdp > available or partial:
+    raise UserError(
+      f'config.mesh.data={data}, config.mesh.fsdp={fsdp}: there are {available} devices; '
+      'data=-1 takes all of them, fsdp must divide them'
+    )
+  return Mesh(np.asarray(devices[: data * fsdp]).reshape(data, fsdp), AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -36,7 +59,92 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """First axis split over the devices."""
-  return NamedSharding(mesh, PartitionSpec('data'))
+  return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+  """Where each leaf of a training state lies: the same everywhere, or split over `fsdp`.
+
+  A leaf that is split is so in the first of its dimensions that the axis divides; one without such
+  a dimension is whole on every device.
+
+  Args:
+    state: tree of arrays or shapes; see `step.State`.
+    mesh: from `make_mesh`.
+
+  Returns:
+    A tree of `NamedSharding`s of the same structure.
+
+  Raises:
+    UserError: the mesh has an axis `fsdp` that divides no leaf.
+  """
+  labels = rules.apply_rules(_RULES, state)
+  fsdp = mesh.shape['fsdp']
+
+  def place(leaf: Any, label: str) -> NamedSharding:
+    if label == 'split' and fsdp > 1:
+      for axis, size in enumerate(leaf.shape):
+        if size % fsdp == 0:
+          return NamedSharding(mesh, PartitionSpec(*(None,) * axis, 'fsdp'))
+    return replicated(mesh)
+
+  shardings = jax.tree.map(place, state, labels)
+  if fsdp > 1 and all(s.is_fully_replicated for s in jax.tree.leaves(shardings)):
+    raise UserError(f"config.mesh.fsdp={fsdp} divides none of the parameters' dimensions")
+  return shardings
+
+
+def put(tree: Any, shardings: Any) -> Any:
+  """Arrays that are the same in every process -> global arrays."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+
+  def place(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    values = np.asarray(array)
+    # Unlike `device_put`, which compares the processes' values, no communication.
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+  return jax.tree.map(place, tree, shardings)
+
+
+def whole(tree: Any, mesh: Mesh) -> Any:
+  """Global arrays, split or not, as such that every device has all of; all processes take part."""
+  if all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree)):
+    return tree
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+
+
+def use_whole(params: Any, shardings: Any) -> Any:
+  """Inside a jitted function: the parameters on every device, their gradients split again.
+
+  Args:
+    params: tree of arrays.
+    shardings: tree of `NamedSharding`s of the same structure; None: nothing is split.
+  """
+  if shardings is None:
+    return params
+
+  def gather(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return x if sharding.is_fully_replicated else _gather(x, sharding)
+
+  return jax.tree.map(gather, params, shardings)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+  return jax.lax.with_sharding_constraint(x, replicated(sharding.mesh))
+
+
+def _gather_forward(x, sharding):
+  return _gather(x, sharding), None
+
+
+def _gather_backward(sharding, _, g):
+  # Each device asks for its part of the sum only: a reduce-scatter, where the compiler has one.
+  return (jax.lax.with_sharding_constraint(g, sharding),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:

@@ -41,27 +41,31 @@ def abstract_state(
   }
   if ema:
     state['ema'] = params
-  everywhere = sharding.replicated(mesh)
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)  # noqa: E731
-  return graphdef, optimizer, jax.tree.map(place, state)
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+  abstract = jax.tree.map(place, state, sharding.state_shardings(state, mesh))
+  return graphdef, optimizer, abstract
 
 
 def init_state(
-  create: Callable[[], nnx.Module], optimizer: optim.Optimizer, mesh: Mesh, *, ema: bool = False
+  create: Callable[[], nnx.Module], optimizer: optim.Optimizer, abstract: State
 ) -> State:
-  """The state at step 0, on the mesh.
+  """The state at step 0, on the devices.
 
   The parameters are made one by one: compiled as one program they take several times as long.
+
+  Args:
+    create: builds the model.
+    optimizer, abstract: from `abstract_state`.
   """
-  everywhere = sharding.replicated(mesh)
-  params = jax.device_put(nnx.to_pure_dict(nnx.state(create())), everywhere)
+  shardings = _shardings(abstract)
+  params = sharding.put(nnx.to_pure_dict(nnx.state(create())), shardings['params'])
   trained, _ = optim.split(params, optimizer.trained)
   state = {
-    'step': jax.device_put(np.zeros((), np.int32), everywhere),
+    'step': sharding.put(np.zeros((), np.int32), shardings['step']),
     'params': params,
-    'opt_state': jax.jit(optimizer.tx.init, out_shardings=everywhere)(trained),
+    'opt_state': jax.jit(optimizer.tx.init, out_shardings=shardings['opt_state'])(trained),
   }
-  if ema:
+  if 'ema' in abstract:
     state['ema'] = jax.tree.map(jnp.copy, params)
   return state
 
@@ -74,6 +78,7 @@ def make_train_step(
   *,
   epochs_per_step: float,
   seed: int,
+  abstract: State | None = None,
   accumulate_steps: int = 1,
   ema_decay: float | None = None,
   compiler_options: Mapping[str, str] | None = None,
@@ -87,6 +92,7 @@ def make_train_step(
     schedule: fractional epoch -> learning rate.
     epochs_per_step: batch size / examples in an epoch.
     seed: all randomness is a function of it and of the step.
+    abstract: from `abstract_state`: the state stays where this says; None: on one device.
     accumulate_steps: parts that a batch is computed in, one after the other. The result is that of
       the whole batch up to rounding: random numbers are drawn for the whole batch before.
     ema_decay: share of the old average in the new one, for a state with `ema`; None: no average.
@@ -97,8 +103,11 @@ def make_train_step(
     parameters) and the task's, () float32.
   """
 
+  shardings = None if abstract is None else _shardings(abstract)
+
   def loss(trained, others, batch):
-    model = nnx.merge(graphdef, optim.join(trained, others))
+    params = sharding.use_whole(optim.join(trained, others), shardings and shardings['params'])
+    model = nnx.merge(graphdef, params)
     value, metrics = task.loss(model, batch)
     statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))  # as the batch has changed them
     return value, ({'loss': value, **metrics}, statistics)
@@ -140,7 +149,16 @@ def make_train_step(
       new['ema'] = jax.tree.map(lambda e, p: p + ema_decay * (e - p), state['ema'], params)
     return new, metrics
 
-  return jax.jit(step, donate_argnums=0, compiler_options=dict(compiler_options or {}))
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=shardings and (shardings, sharding.replicated(shardings['step'].mesh)),
+    compiler_options=dict(compiler_options or {}),
+  )
+
+
+def _shardings(abstract: State) -> Any:
+  return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def _norm(tree: Any) -> jax.Array:

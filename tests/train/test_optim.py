@@ -10,7 +10,7 @@ import pytest
 
 import hivit_jax
 from hivit_jax.interop import torch_names
-from hivit_jax.train import optim
+from hivit_jax.train import optim, rules
 from tests.helpers import GOLDEN, TINY, TINY_MAE, abstract_model
 
 ADAM = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.0, 'clip_norm': None}
@@ -50,7 +50,7 @@ def _trained(params):
 def test_everything_but_vectors_decays(name, overrides):
   """As the official pretraining has it; the fixed position embedding is out of it."""
   _, params = abstract_model(name, **overrides)
-  labels = torch_names.flatten(optim.apply_rules(optim.PRETRAIN_RULES, params))
+  labels = torch_names.flatten(rules.apply_rules(optim.PRETRAIN_RULES, params))
   expected = {}
   for path, leaf in torch_names.flatten(params).items():
     expected[path] = 'decay' if leaf.ndim > 1 else 'no_decay'
@@ -70,8 +70,8 @@ def test_a_parameter_without_a_rule_is_an_error(path):
 
 
 def test_the_first_rule_decides():
-  rules = (('a/.*', 'first'), ('.*', 'second'))
-  labels = optim.apply_rules(rules, {'a': {'b': 0}, 'c': {'a': 0}, 'aa': 0})
+  pairs = (('a/.*', 'first'), ('.*', 'second'))
+  labels = rules.apply_rules(pairs, {'a': {'b': 0}, 'c': {'a': 0}, 'aa': 0})
   assert labels == {'a': {'b': 'first'}, 'c': {'a': 'second'}, 'aa': 'second'}
 
 
@@ -100,7 +100,7 @@ def test_frozen_parameters_get_no_update_and_have_no_state():
   assert updates.pop('decoder_pos_embed') is None
   assert all((leaf != 0).all() for leaf in jax.tree.leaves(updates))
 
-  names = {optim.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)}
+  names = {rules.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)}
   assert any('mask_token' in name for name in names)
   assert not any('decoder_pos_embed' in name for name in names)
   trained = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -147,7 +147,7 @@ def test_scale_and_decay_of_every_finetuned_parameter_are_the_published_ones():
   golden = json.loads((GOLDEN / 'finetune_base_layer_decay.json').read_text())
   _, params = abstract_model('hivit_base')
   scales = torch_names.flatten(optim.layer_scales(params, 0.85))
-  labels = torch_names.flatten(optim.apply_rules(optim.CLASSIFY_RULES, params))
+  labels = torch_names.flatten(rules.apply_rules(optim.CLASSIFY_RULES, params))
   for path, leaf in torch_names.flatten(params).items():
     name, _ = torch_names.to_torch(path, np.empty((0,) * leaf.ndim))
     scale, decay = golden.pop(name)

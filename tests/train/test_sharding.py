@@ -1,6 +1,8 @@
 """Devices: the mesh, what lies where, and that their number changes nothing."""
 
+import dataclasses
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -15,26 +17,103 @@ from hivit_jax.errors import UserError
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
 from hivit_jax.train import optim, sharding, step
-from tests.helpers import random_model
+from tests.helpers import TINY, abstract_model, random_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def _mesh_of(size: int):
-  return jax.sharding.AbstractMesh((size,), ('data',))
+def _mesh_of(data: int, fsdp: int = 1):
+  return jax.sharding.AbstractMesh((data, fsdp), ('data', 'fsdp'))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+  id: int
+  process_index: int
 
 
 def test_mesh_takes_all_devices_or_some():
-  assert sharding.make_mesh().size == jax.device_count()
-  assert sharding.make_mesh(1).size == 1
-  assert sharding.make_mesh(1).axis_names == ('data',)
+  assert dict(sharding.make_mesh().shape) == {'data': jax.device_count(), 'fsdp': 1}
+  devices = [_Device(i, 0) for i in range(8)]
+  assert dict(sharding.make_mesh(devices=devices).shape) == {'data': 8, 'fsdp': 1}
+  assert dict(sharding.make_mesh(-1, 4, devices).shape) == {'data': 2, 'fsdp': 4}
+  assert dict(sharding.make_mesh(3, 2, devices).shape) == {'data': 3, 'fsdp': 2}
 
 
-@pytest.mark.parametrize('devices', [0, -2, 10_000])
-def test_mesh_of_devices_that_there_are_not(devices):
-  message = f'config.mesh.data={devices}: there are {jax.device_count()} devices; -1 takes all'
+def test_devices_of_a_process_stand_together():
+  """Else another host's examples would get the random numbers of this one's."""
+  devices = [_Device(i, process) for i, process in enumerate((0, 0, 1, 1, 0, 0, 1, 1))]
+  for fsdp in (1, 2, 4):
+    flat = sharding.make_mesh(-1, fsdp, devices).devices.flat
+    assert [device.id for device in flat] == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+@pytest.mark.parametrize(
+  ('data', 'fsdp', 'processes'),
+  [(0, 1, 1), (-2, 1, 1), (9, 1, 1), (-1, 3, 1), (-1, 0, 1), (4, 4, 1), (4, 1, 2)],
+)
+def test_mesh_of_devices_that_there_are_not(data, fsdp, processes):
+  message = f'config.mesh.data={data}, config.mesh.fsdp={fsdp}: there are 8 devices; data=-1 takes'
   with pytest.raises(UserError, match=message):
-    sharding.make_mesh(devices)
+    sharding.make_mesh(data, fsdp, [_Device(i, i * processes // 8) for i in range(8)])
+
+
+# --- what lies where
+
+
+@pytest.mark.parametrize('name', ['hivit_tiny', 'mae_hivit_tiny'])
+def test_all_large_parameters_are_split(name):
+  """What stays whole is less than a hundredth of the model."""
+  _, params = abstract_model(name)
+  shardings = sharding.state_shardings({'params': params, 'ema': params}, _mesh_of(2, 8))
+  assert shardings['params'] == shardings['ema']
+  whole = split = 0
+  for leaf, place in zip(
+    jax.tree.leaves(params), jax.tree.leaves(shardings['params']), strict=True
+  ):
+    if place.is_fully_replicated:
+      whole += leaf.size
+    else:
+      split += leaf.size
+      assert math.prod(place.shard_shape(leaf.shape)) == leaf.size // 8
+  assert whole < 0.01 * split
+
+
+def test_the_optimizers_numbers_lie_where_their_parameters_do():
+  _, params = abstract_model('mae_hivit_tiny')
+  for optimizer in (
+    optim.adamw(
+      params, rules=optim.PRETRAIN_RULES, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0
+    ),
+    optim.lars(params, rules=optim.PRETRAIN_RULES, momentum=0.9, weight_decay=0.1),
+  ):
+    trained, _ = optim.split(params, optimizer.trained)
+    state = {'params': trained, 'opt_state': jax.eval_shape(optimizer.tx.init, trained)}
+    shardings = sharding.state_shardings(state, _mesh_of(1, 4))
+    split = [place for place in jax.tree.leaves(shardings['params']) if place.spec]
+    found = [place for place in jax.tree.leaves(shardings['opt_state']) if place.spec]
+    assert found == split * (len(found) // len(split))
+    assert len(found) >= len(split) > 0
+
+
+def test_one_device_a_copy_splits_nothing():
+  _, params = abstract_model('hivit_tiny', **TINY)
+  shardings = sharding.state_shardings(params, _mesh_of(8))
+  assert all(place.is_fully_replicated for place in jax.tree.leaves(shardings))
+
+
+def test_a_leaf_without_a_rule_is_an_error():
+  with pytest.raises(ValueError, match='no rule says what to do with "params/head/gamma"'):
+    sharding.state_shardings({'params': {'head': {'gamma': np.zeros(8)}}}, _mesh_of(8))
+
+
+def test_an_axis_that_divides_nothing_is_an_error():
+  _, params = abstract_model('hivit_tiny', **TINY)
+  with pytest.raises(UserError, match=r'config\.mesh\.fsdp=7 divides none of the parameters'):
+    sharding.state_shardings(params, _mesh_of(1, 7))
+
+
+# --- batches
 
 
 @pytest.mark.parametrize(
@@ -74,9 +153,9 @@ class _Mixing(ClassifyTask):
     return value, metrics | {'noise': batch['image'].mean() + (batch['target'] @ weights).mean()}
 
 
-def train(devices: int, accumulate_steps: int, *, classify: bool = False) -> dict:
-  """Five steps on some of this process's devices: numbers, and where things lie."""
-  mesh = sharding.make_mesh(devices)
+def train(data: int, fsdp: int, accumulate_steps: int, *, classify: bool = False) -> dict:
+  """Ten steps on some of this process's devices: numbers, and where things lie."""
+  mesh = sharding.make_mesh(data, fsdp)
   size = {
     'image_size': 32, 'embed_dim': 16, 'depths': (1, 1, 1), 'num_heads': 2, 'drop_path_rate': 0.3
   }  # fmt: skip
@@ -96,8 +175,10 @@ def train(devices: int, accumulate_steps: int, *, classify: bool = False) -> dic
     'step': jnp.zeros((), jnp.int32),
     'params': params,
     'opt_state': jax.jit(optimizer.tx.init)(optim.split(params, optimizer.trained)[0]),
+    'ema': params,
   }
-  state = jax.device_put(state, sharding.replicated(mesh))
+  shardings = sharding.state_shardings(state, mesh)
+  state = sharding.put(jax.tree.map(jnp.copy, state), shardings)
   train_step = step.make_train_step(
     graphdef,
     task,
@@ -105,11 +186,13 @@ def train(devices: int, accumulate_steps: int, *, classify: bool = False) -> dic
     lambda _: 1e-3,
     epochs_per_step=1.0,
     seed=0,
+    abstract=state,
     accumulate_steps=accumulate_steps,
+    ema_decay=0.9,
     compiler_options=sharding.compiler_options(mesh) | {'xla_backend_optimization_level': '0'},
   )
   losses, noise = [], []
-  for number in range(5):
+  for number in range(10):
     images = np.random.default_rng(number).integers(0, 256, (16, 32, 32, 3), np.uint8)
     labels = np.arange(16, dtype=np.int32) % 10
     batch = sharding.put_batch({'image': images, 'label': labels}, mesh)
@@ -117,43 +200,50 @@ def train(devices: int, accumulate_steps: int, *, classify: bool = False) -> dic
     state, metrics = train_step(state, batch)
     losses.append(float(metrics['loss']))
     noise.append(float(metrics['noise']))
-  leaves = jax.tree.leaves(state)
+  assert jax.tree.map(lambda x: x.sharding, state) == shardings
+  bytes_of = lambda shape: sum(math.prod(shape(leaf)) for leaf in jax.tree.leaves(state))  # noqa: E731
+  whole = sharding.local(sharding.whole(state, mesh))
   return {
     'losses': losses,
     'noise': noise,
     'shards': [shard.data.shape[0] for shard in batch['image'].addressable_shards],
-    'replicated': all(leaf.sharding.is_fully_replicated for leaf in leaves),
-    'on_devices': [len(leaf.sharding.device_set) for leaf in (batch['image'], *leaves)],
+    'share': bytes_of(lambda x: x.addressable_data(0).shape) / bytes_of(lambda x: x.shape),
     'norm': float(metrics['param_norm']),
-    'local_norm': float(jnp.sqrt(sum(
-      jnp.square(leaf).sum() for leaf in jax.tree.leaves(sharding.local(state['params']))
-    ))),
-  }  # fmt: skip
+    'local_norm': _norm(whole['params']),
+    'average': _norm(whole['ema']),
+  }
+
+
+def _norm(tree) -> float:
+  return float(jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(tree))))
+
+
+# (data, fsdp, accumulate_steps)
+_SPLITS = ((8, 1, 2), (1, 8, 1), (2, 4, 2))
 
 
 @pytest.mark.parametrize('classify', [False, True], ids=['mae', 'classify'])
-def test_the_number_of_devices_changes_nothing(classify):
-  """Eight of them, simulated, in a process of their own: masks, mixing and losses as on one."""
+def test_the_number_of_devices_and_what_they_share_changes_nothing(classify):
+  """Eight, simulated, in a process of their own: masks, mixing and losses as on one."""
   environment = os.environ | {
     'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu',
   }  # fmt: skip
   code = (
     'import json; from tests.train.test_sharding import train; '
-    f'print(json.dumps(train(8, 2, classify={classify})))'
+    f'print(json.dumps([train(*split, classify={classify}) for split in {_SPLITS}]))'
   )
   child = subprocess.run(
     [sys.executable, '-c', code],
     cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
   )  # fmt: skip
   assert child.returncode == 0, child.stderr
-  eight = json.loads(child.stdout.splitlines()[-1])
-  assert eight['shards'] == [2] * 8
-  assert eight['replicated']
-  assert set(eight['on_devices']) == {8}
-  np.testing.assert_allclose(eight['local_norm'], eight['norm'], rtol=1e-5)
-
-  one = train(1, 1, classify=classify)
+  one = train(1, 1, 1, classify=classify)
   assert one['shards'] == [16]
-  np.testing.assert_allclose(eight['noise'], one['noise'], rtol=1e-6)
-  np.testing.assert_allclose(eight['losses'], one['losses'], rtol=1e-6)
-  assert len(set(one['losses'])) == 5
+  assert len(set(one['losses'])) == 10
+  for (_, fsdp, _), eight in zip(_SPLITS, json.loads(child.stdout.splitlines()[-1]), strict=True):
+    assert eight['shards'] == [2] * 8
+    assert 1 / fsdp <= eight['share'] < 1 / fsdp + 0.2
+    np.testing.assert_allclose(eight['local_norm'], eight['norm'], rtol=1e-5)
+    np.testing.assert_allclose(eight['average'], one['average'], rtol=1e-5)
+    np.testing.assert_allclose(eight['noise'], one['noise'], rtol=1e-6)
+    np.testing.assert_allclose(eight['losses'], one['losses'], rtol=1e-6)

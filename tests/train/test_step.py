@@ -193,7 +193,7 @@ def test_initial_state_is_what_the_abstract_one_says():
   sizes = MODEL | {'image_size': 32, 'embed_dim': 8}
   create = lambda: hivit_jax.create_model('mae_hivit_tiny', **sizes)  # noqa: E731
   _, optimizer, abstract = step.abstract_state(create, _adamw, mesh, ema=True)
-  state = step.init_state(create, optimizer, mesh, ema=True)
+  state = step.init_state(create, optimizer, abstract)
   describe = lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding)  # noqa: E731
   assert jax.tree.map(describe, state) == jax.tree.map(describe, abstract)
   assert state['step'] == 0
@@ -214,9 +214,9 @@ def _classifier(optimizer, *, schedule=lambda _: 0.1, ema=False, **options):
     'hivit_tiny', **CLASSIFIER, num_classes=5, head_batch_norm=True
   )
   mesh = sharding.make_mesh(1)
-  graphdef, optimizer, _ = step.abstract_state(create, optimizer, mesh, ema=ema)
+  graphdef, optimizer, abstract = step.abstract_state(create, optimizer, mesh, ema=ema)
   task = ClassifyTask(mean=(0.5,), std=(0.25,), num_classes=5)
-  state = step.init_state(create, optimizer, mesh, ema=ema)
+  state = step.init_state(create, optimizer, abstract)
   options = {'epochs_per_step': 0.5, 'seed': 0, 'compiler_options': QUICK} | options
   return state, step.make_train_step(graphdef, task, optimizer, schedule, **options), graphdef
 

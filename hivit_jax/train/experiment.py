@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import ml_collections
 from flax import nnx
 
@@ -17,10 +16,12 @@ from hivit_jax.errors import Stopped, UserError
 from hivit_jax.interop import importer, infer, torch_names
 from hivit_jax.train import (
   build,
+  distributed,
   hooks,
   host_memory,
   inputs,
   loop,
+  peers,
   settings,
   sharding,
   step,
@@ -53,10 +54,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
   setup_logging()  # before JAX looks for devices, and has something to say about it
-  primary = jax.process_index() == 0
+  primary = distributed.primary()
   setup_logging(primary)
   directory = pathlib.Path(workdir).expanduser().absolute()
-  with StopSignals() as signals, contextlib.ExitStack() as stack:
+  with peers.Watch(), StopSignals() as signals, contextlib.ExitStack() as stack:
     try:
       with signals.interruptible():
         training = _set_up(config, directory, stack)
@@ -78,14 +79,15 @@ def _set_up(
   config: ml_collections.ConfigDict, directory: pathlib.Path, stack: contextlib.ExitStack
 ) -> dict[str, Any] | None:
   """Makes the arguments of `loop.run`, or None if the run is finished; `stack` closes them."""
-  primary = jax.process_index() == 0
+  primary = distributed.primary()
   settings.check(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
   _check_evaluation_batch(config, mesh)
   build.task(config)  # what is wrong with it is said before data are looked for
-  train_source = inputs.open_source(config, config.data.train_split)
-  eval_source = inputs.open_source(config, config.data.eval_split)
+  with distributed.primary_first():  # embedded data sets are prepared
+    train_source = inputs.open_source(config, config.data.train_split)
+    eval_source = inputs.open_source(config, config.data.eval_split)
   inputs.set_num_classes(config, train_source)
   if config.task != 'mae':
     inputs.check_classes(train_source.class_names, config.data.train_split, eval_source)
@@ -105,6 +107,7 @@ def _set_up(
       keep_every_steps=steps.between_kept(config.checkpoint),
     )
   )
+  distributed.check_shared(directory)
   restored = _restore(checkpoints, abstract, config_changes(directory, config.to_dict()))
   start = restored.step if restored else 0
   evaluated = restored is not None and restored.metadata['evaluated']
@@ -187,7 +190,16 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
     UserError: a setting, data set or file that does not fit.
   """
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
-  setup_logging(jax.process_index() == 0)
+  setup_logging(distributed.primary())
+  with peers.Watch():
+    metrics = _evaluate(config, workdir, default_workdir)
+  if distributed.primary():
+    print(json.dumps(metrics))
+
+
+def _evaluate(
+  config: ml_collections.ConfigDict, workdir: str | None, default_workdir: str
+) -> dict[str, float]:
   trained = pathlib.Path(default_workdir, 'checkpoints').exists() and config.model.name is not None
   path = workdir or (default_workdir if trained else config.init)
   if not path:
@@ -202,7 +214,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   _check_evaluation_batch(config, mesh)
   build.task(config)
-  source = inputs.open_source(config, config.data.eval_split)
+  with distributed.primary_first():
+    source = inputs.open_source(config, config.data.eval_split)
   names = state.metadata.get('class_names')
   if names and config.task != 'mae':
     inputs.check_classes(names, state.source, source)
@@ -234,8 +247,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
     '%s on %s of %s (%d examples): %s',
     state.source, source.split, source.name, len(source), shown,
   )  # fmt: skip
-  if jax.process_index() == 0:
-    print(json.dumps(metrics))
+  return metrics
 
 
 def _check_evaluation_batch(config: ml_collections.ConfigDict, mesh: Any) -> None:

@@ -10,6 +10,9 @@ from hivit_jax.errors import UserError, suggest
 from hivit_jax.models.backbone import HiViTBackbone
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.models.simmim import SimMIM
+from hivit_jax.models.swin import Swin
+from hivit_jax.models.vit import ViT, ViTMaskedAutoencoder
 
 # Table 1 of arXiv 2205.14949; large follows its scaling, the paper gives none.
 _SIZES = {
@@ -19,11 +22,26 @@ _SIZES = {
   'large': {'embed_dim': 768, 'depths': (2, 2, 40), 'num_heads': 12},
 }
 
+# Table 5 of arXiv 2111.06377's ViT; Table 7 of arXiv 2103.14030.
+_VIT = {
+  'base': {'embed_dim': 768, 'depth': 12, 'num_heads': 12},
+  'large': {'embed_dim': 1024, 'depth': 24, 'num_heads': 16},
+}
+_SWIN = {
+  'tiny': {'embed_dim': 96, 'depths': (2, 2, 6, 2), 'num_heads': (3, 6, 12, 24)},
+  'small': {'embed_dim': 96, 'depths': (2, 2, 18, 2), 'num_heads': (3, 6, 12, 24)},
+  'base': {'embed_dim': 128, 'depths': (2, 2, 18, 2), 'num_heads': (4, 8, 16, 32)},
+}
+
 # name -> (class, arguments of this variant)
 MODELS: dict[str, tuple[Callable[..., nnx.Module], dict[str, Any]]] = {
   **{f'hivit_{size}': (HiViT, arguments) for size, arguments in _SIZES.items()},
   **{f'backbone_hivit_{size}': (HiViTBackbone, arguments) for size, arguments in _SIZES.items()},
   **{f'mae_hivit_{size}': (MaskedAutoencoder, arguments) for size, arguments in _SIZES.items()},
+  **{f'vit_{size}': (ViT, arguments) for size, arguments in _VIT.items()},
+  **{f'mae_vit_{size}': (ViTMaskedAutoencoder, arguments) for size, arguments in _VIT.items()},
+  **{f'swin_{size}': (Swin, arguments) for size, arguments in _SWIN.items()},
+  **{f'simmim_swin_{size}': (SimMIM, arguments) for size, arguments in _SWIN.items()},
 }
 
 

@@ -14,12 +14,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = No
   """softmax(q k^T + bias) v.
 
   Args:
-    q: (B, heads, N, D), scaled already.
-    k, v: (B, heads, N, D).
-    bias: (heads, N, N) or (B, heads, N, N), added to the logits.
+    q: (..., heads, N, D), scaled already.
+    k, v: (..., heads, N, D).
+    bias: added to the logits: (heads, N, N), with any of the leading axes of q before it.
 
   Returns:
-    (B, heads, N, D). Logits and softmax are float32 whatever the inputs are.
+    (..., heads, N, D). Logits and softmax are float32 whatever the inputs are.
   """
   return _forward(q, k, v, bias)[0]
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.models import layers, resize, windows
+from hivit_jax.models import classifier, layers, resize, windows
 
 UNIT = 16  # pixels: side of a unit, the stride of the tokens
 PATCH = 4  # pixels: side of a sub-patch
@@ -149,7 +149,7 @@ class PatchMerge(nnx.Module):
     return self.reduction(self.norm(x.reshape(b, k, cells // 4, 4 * c)))
 
 
-class HiViTEncoder(nnx.Module):
+class HiViTEncoder(layers.StochasticDepth, nnx.Module):
   """The encoder: everything up to the last main block.
 
   `blocks` is one flat list, as in the reference: `2 * depths[0]` MLP blocks, a merge,
@@ -198,8 +198,6 @@ class HiViTEncoder(nnx.Module):
   ):
     if embed_dim % 4:
       raise UserError(f'embed_dim must be a multiple of 4, got {embed_dim}')
-    if not 0 <= drop_path_rate < 1:
-      raise UserError(f'drop_path_rate must be at least 0 and below 1, got {drop_path_rate}')
     self.grid = unit_grid(image_size)
     self.channels = channels
     self.embed_dim = embed_dim
@@ -232,11 +230,7 @@ class HiViTEncoder(nnx.Module):
     ]
     self.blocks = nnx.List(blocks)
     count = sum(self.stem_blocks) + depths[2]
-    self.drop_path_rates = tuple(drop_path_rate * i / max(count - 1, 1) for i in range(count))
-
-  def drop_path_noise(self, rng: jax.Array, batch: int) -> jax.Array:
-    """Uniform numbers that decide about one batch's residual branches: (batch, blocks, 2)."""
-    return jax.random.uniform(rng, (batch, len(self.drop_path_rates), 2))
+    self.drop_path_rates = layers.rising_rates(drop_path_rate, count)
 
   def encode(
     self, images: jax.Array, *, ids: jax.Array | None = None, noise: jax.Array | None = None
@@ -417,14 +411,11 @@ def _to_map(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
   return x.reshape(b, grid[0] * side, grid[1] * side, c)
 
 
-class HiViT(HiViTEncoder):
+class HiViT(HiViTEncoder, classifier.Classifier):
   """HiViT classifier: encoder, mean over the tokens, LayerNorm, Linear.
 
   Args:
-    num_classes: number of logits.
-    head_std: standard deviation of the Linear's initial weights.
-    head_batch_norm: a BatchNorm without scale and bias before the Linear: that of MAE's linear
-      probe (arXiv 2111.06377, appendix A).
+    num_classes, head_std, head_batch_norm: see `classifier.Classifier`.
     Others as for `HiViTEncoder`.
   """
 
@@ -468,25 +459,8 @@ class HiViT(HiViTEncoder):
       rngs=rngs,
     )
     self.fc_norm = layers.layer_norm(embed_dim, rngs=rngs, dtype=dtype)
-    self.head_norm = layers.batch_norm(embed_dim, rngs=rngs) if head_batch_norm else None
-    # Not in bfloat16, in which several logits would be the largest.
-    self.head = layers.linear(embed_dim, num_classes, std=head_std, rngs=rngs, dtype=jnp.float32)
+    self._add_head(embed_dim, num_classes, std=head_std, batch_norm=head_batch_norm, rngs=rngs)
 
   def pooled(self, images: jax.Array, *, noise: jax.Array | None = None) -> jax.Array:
     """(B, H, W, channels) normalised images -> (B, C) mean of the main stage's tokens."""
     return self.encode(images, noise=noise)[-1].mean(axis=1)
-
-  def __call__(
-    self, images: jax.Array, *, noise: jax.Array | None = None, train: bool = False
-  ) -> jax.Array:
-    """(B, H, W, channels) normalised images -> (B, num_classes) float32 logits.
-
-    Args:
-      images: of this model's image size.
-      noise: from `drop_path_noise` in training; None (evaluation) switches drop path off.
-      train: with `head_batch_norm`, normalise by the batch and update the running statistics.
-    """
-    x = self.fc_norm(self.pooled(images, noise=noise))
-    if self.head_norm is not None:
-      x = self.head_norm(x, use_running_average=not train)
-    return self.head(x)

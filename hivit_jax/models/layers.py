@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError
@@ -74,12 +75,12 @@ def linear(
   )
 
 
-def layer_norm(features: int, *, rngs: nnx.Rngs, dtype: Any) -> nnx.LayerNorm:
+def layer_norm(
+  features: int, *, rngs: nnx.Rngs, dtype: Any, epsilon: float = LAYER_NORM_EPS
+) -> nnx.LayerNorm:
   """LayerNorm over the last axis; statistics in float32 whatever `dtype` is."""
   # The fast variance E[x^2] - E[x]^2 cancels badly for features with a large mean.
-  return nnx.LayerNorm(
-    features, epsilon=LAYER_NORM_EPS, use_fast_variance=False, dtype=dtype, rngs=rngs
-  )
+  return nnx.LayerNorm(features, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
 def batch_norm(features: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
@@ -103,7 +104,11 @@ def gelu(x: jax.Array) -> jax.Array:
 
 def torch_conv_init(fan_in: int) -> Callable:
   """PyTorch's default initialisation of a convolution, for its weight and its bias."""
-  bound = 1 / math.sqrt(fan_in)
+  return uniform_init(1 / math.sqrt(fan_in))
+
+
+def uniform_init(bound: float) -> Callable:
+  """Uniform in [-bound, bound)."""
 
   def init(key, shape, dtype=jnp.float32, out_sharding=None):
     del out_sharding
@@ -126,6 +131,27 @@ def drop_path(x: jax.Array, rate: jax.Array | float, noise: jax.Array | None) ->
   keep = 1.0 - rate
   scale = jnp.where(noise < keep, 1.0 / keep, 0.0).astype(x.dtype)
   return x * scale.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+class StochasticDepth:
+  """What a model with `drop_path` in its residual blocks has.
+
+  Attributes:
+    drop_path_rates: of all residual blocks.
+  """
+
+  drop_path_rates: tuple[float, ...]
+
+  def drop_path_noise(self, rng: jax.Array, batch: int) -> jax.Array:
+    """Uniform numbers that decide about one batch's residual branches: (batch, blocks, 2)."""
+    return jax.random.uniform(rng, (batch, len(self.drop_path_rates), 2))
+
+
+def rising_rates(largest: float, count: int) -> tuple[float, ...]:
+  """Drop path rates that rise linearly from 0 over all blocks."""
+  if not 0 <= largest < 1:
+    raise UserError(f'drop_path_rate must be at least 0 and below 1, got {largest}')
+  return tuple(largest * i / max(count - 1, 1) for i in range(count))
 
 
 class Mlp(nnx.Module):
@@ -169,29 +195,37 @@ class Attention(nnx.Module):
       self.relative_position_bias_table = nnx.Param(table_init(rngs.params(), (entries, heads)))
 
   def __call__(
-    self, x: jax.Array, ids: jax.Array | None = None, grid: tuple[int, int] | None = None
+    self,
+    x: jax.Array,
+    ids: jax.Array | None = None,
+    grid: tuple[int, int] | None = None,
+    *,
+    mask: np.ndarray | None = None,
   ) -> jax.Array:
-    """Attends over all units of an example.
+    """Attends over all units of an example or window.
 
     Args:
-      x: (B, N, C).
+      x: (B, N, C), or (B, W, N, C) of W windows.
       ids: (B, N) grid positions of the units when some are dropped; only the bias reads it.
       grid: (rows, columns) that the units come from when it is not the model's; the table of the
         bias is resized to it.
+      mask: (W, N, N), added to the logits of a model with bias.
 
     Returns:
-      (B, N, C).
+      The shape of `x`.
     """
-    b, n, c = x.shape
-    qkv = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads)
-    q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # 3 of (B, heads, N, D)
+    c = x.shape[-1]
+    qkv = self.qkv(x).reshape(*x.shape[:-1], 3, self.heads, c // self.heads)
+    q, k, v = jnp.moveaxis(qkv, (-3, -2), (0, -3))  # 3 of (..., heads, N, D)
     bias = None
     if self.grid is not None:
       grid = grid or self.grid
       table = resize.bias_table(self.relative_position_bias_table[...], self.grid, grid)
       bias = positions.relative_position_bias(table, grid, ids)
+      if mask is not None:
+        bias = bias + mask[:, None]
     out = attention.attend(q * (c // self.heads) ** -0.5, k, v, bias)
-    return self.proj(out.swapaxes(1, 2).reshape(b, n, c))
+    return self.proj(out.swapaxes(-3, -2).reshape(x.shape))
 
 
 class MlpBlock(nnx.Module):

@@ -11,7 +11,7 @@ from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 
 from hivit_jax.models.hivit import UNIT, join_units, split_units
-from hivit_jax.models.mae import NORM_PIX_EPS, MaskedAutoencoder, unit_moments
+from hivit_jax.models.masking import NORM_PIX_EPS, MaskedDecoder, unit_moments
 from hivit_jax.tasks.images import denormalize, normalize
 
 _HIDDEN = 128  # grey level of units that a panel leaves out
@@ -42,7 +42,7 @@ class Reconstruction:
 
 
 def predict_pixels(
-  model: MaskedAutoencoder,
+  model: MaskedDecoder,
   images: jax.Array,
   noise: jax.Array,
   *,

@@ -15,6 +15,8 @@ def test_models_are_listed():
     'backbone_hivit_base', 'backbone_hivit_large', 'backbone_hivit_small', 'backbone_hivit_tiny',
     'hivit_base', 'hivit_large', 'hivit_small', 'hivit_tiny',
     'mae_hivit_base', 'mae_hivit_large', 'mae_hivit_small', 'mae_hivit_tiny',
+    'mae_vit_base', 'mae_vit_large', 'simmim_swin_base', 'simmim_swin_small', 'simmim_swin_tiny',
+    'swin_base', 'swin_small', 'swin_tiny', 'vit_base', 'vit_large',
   ]  # fmt: skip
 
 

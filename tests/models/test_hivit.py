@@ -44,6 +44,17 @@ PARAMETERS = {
   'backbone_hivit_small': 37_053_216,
   'backbone_hivit_base': 65_788_288,
   'backbone_hivit_large': 289_591_872,
+  # As published, with the fixed position embeddings of the autoencoders.
+  'vit_base': 86_567_656,
+  'vit_large': 304_326_632,
+  'mae_vit_base': 111_907_840,
+  'mae_vit_large': 329_541_888,
+  'swin_tiny': 28_288_354,
+  'swin_small': 49_606_258,
+  'swin_base': 87_768_224,
+  'simmim_swin_tiny': 29_875_194,
+  'simmim_swin_small': 51_186_186,
+  'simmim_swin_base': 89_874_104,
 }
 MAE_BASE = 'mae_hivit_base_dec512d6b'  # the official name: of the decoder, 512 channels, 6 blocks
 
@@ -65,6 +76,27 @@ def test_every_model_has_a_pinned_size():
 def test_parameter_count_is_exact(name):
   _, params = abstract_model(name)
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+  ('name', 'file'),
+  [
+    ('mae_vit_base', 'state_dict_names_mae_vit_base.json'),
+    ('swin_base', 'state_dict_names_swin_base.json'),
+  ],
+)
+def test_names_and_shapes_of_the_baselines_are_the_official_ones(name, file):
+  """But for the constants in Swin's."""
+  expected = json.loads((GOLDEN / file).read_text())
+  _, params = abstract_model(name)
+  ours = {}
+  for path, leaf in torch_names.flatten(params).items():
+    torch_name, value = torch_names.to_torch(path, np.empty(leaf.shape))
+    ours[torch_name] = list(value.shape)
+  assert ours.items() <= expected.items()
+  assert all(
+    name.endswith(('relative_position_index', 'attn_mask')) for name in expected.keys() - ours
+  )
 
 
 @pytest.mark.parametrize('official', ['hivit_tiny', 'hivit_small', 'hivit_base', MAE_BASE])

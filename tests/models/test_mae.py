@@ -9,7 +9,7 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.interop import torch_names
 from hivit_jax.models.hivit import join_units, split_units
-from hivit_jax.models.mae import kept_units, random_masking, unit_moments
+from hivit_jax.models.masking import kept_units, random_masking, unit_moments
 from tests.helpers import (
   TINY_MAE,
   abstract_model,

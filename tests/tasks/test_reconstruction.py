@@ -5,7 +5,8 @@ import pytest
 from flax import nnx
 from PIL import Image, ImageDraw
 
-from hivit_jax.models.mae import MAEOutput, MaskedAutoencoder, kept_units, random_masking
+from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.models.masking import MAEOutput, kept_units, random_masking
 from hivit_jax.tasks import reconstruction
 from hivit_jax.tasks.images import denormalize, normalize
 from tests.helpers import TINY_MAE, random_model

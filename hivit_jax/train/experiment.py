@@ -6,9 +6,10 @@ import logging
 import pathlib
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import ml_collections
 from flax import nnx
 
@@ -57,7 +58,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   primary = distributed.primary()
   setup_logging(primary)
   directory = pathlib.Path(workdir).expanduser().absolute()
-  with peers.Watch(), StopSignals() as signals, contextlib.ExitStack() as stack:
+  with (
+    peers.Watch(),
+    told_of_full_memory(),
+    StopSignals() as signals,
+    contextlib.ExitStack() as stack,
+  ):
     try:
       with signals.interruptible():
         training = _set_up(config, directory, stack)
@@ -73,6 +79,21 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     _log.warning('%d broken training images were replaced by others; each is named above', broken)
   if primary:
     _report(config, directory, training['checkpoints'].path(training['total_steps']))
+
+
+@contextlib.contextmanager
+def told_of_full_memory() -> Iterator[None]:
+  """Turns what JAX says when a device's memory is full into a UserError with the ways out."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise UserError(
+      f'a device has not enough memory: {distributed.first_line(error)}; what helps: more '
+      '--config.accumulate_steps, --config.model.remat=True, a smaller --config.batch_size or '
+      '--config.evaluation.batch_size, more devices; what was saved is kept'
+    ) from error
 
 
 def _set_up(
@@ -191,7 +212,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
   """
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
   setup_logging(distributed.primary())
-  with peers.Watch():
+  with peers.Watch(), told_of_full_memory():
     metrics = _evaluate(config, workdir, default_workdir)
   if distributed.primary():
     print(json.dumps(metrics))

@@ -50,7 +50,7 @@ class Watch:
     if jax.process_count() == 1:
       return
     self._leaving.set()
-    lost = isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error)
+    lost = isinstance(error, jax.errors.JaxRuntimeError)
     if lost:
       error = Stopped(
         f'process {jax.process_index()} of {jax.process_count()} lost another one '

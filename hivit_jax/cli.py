@@ -89,11 +89,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
           _check_key(config, key)
           if value == 'None':  # which absl would try to read as a number
             unset.append(key)
-            _unset(config, key)
     argv = [arg for arg in argv if not re.fullmatch(r'--?config\.[\w.]+=None', arg)]
     remaining = flags.FLAGS(argv)
     for key in unset:
-      _unset(flags.FLAGS['config'].value, key)
+      flags.FLAGS['config'].value.update_from_flattened_dict({key: None})
     return remaining
   except UserError as error:
     _fail(error)
@@ -127,20 +126,6 @@ def _check_key(config: ml_collections.ConfigDict, key: str) -> None:
         f'it has: {", ".join(sorted(node))}'
       )
     node = node.get_ref(part).get()
-
-
-def _unset(config: ml_collections.ConfigDict, key: str) -> None:
-  *path, last = key.split('.')
-  for part in path:
-    config = config[part]
-  try:
-    config[last] = None
-  except TypeError as error:
-    kind = config.get_type(last).__name__
-    raise UserError(
-      f'--config.{key}=None: this setting always has a value, expected {kind} such as '
-      f'{config[last]!r}'
-    ) from error
 
 
 def _only(names: Sequence[str]) -> str:

@@ -75,34 +75,14 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
 )
 
 # What may be None; everything else always has a value.
-OPTIONAL = frozenset(
-  [
-    'max_steps',
-    'model.name',
-    'model.embed_dim',
-    'model.depths',
-    'model.num_heads',
-    'model.stem_blocks',
-    'model.rpe',
-    'model.num_classes',
-    'model.head_std',
-    'model.head_batch_norm',
-    'model.decoder_embed_dim',
-    'model.decoder_depth',
-    'model.decoder_num_heads',
-    'model.mask_ratio',
-    'model.norm_pix_loss',
-    'model.hifeat',
-    'init',
-    'data.data_dir',
-    'data.eval_crop',
-    'augment.rand_augment',
-    'optim.lr',
-    'optim.layer_decay',
-    'optim.clip_norm',
-    'ema_decay',
-  ]
+_OPTIONAL = (
+  'max_steps model.name model.embed_dim model.depths model.num_heads model.stem_blocks model.rpe '
+  'model.num_classes model.head_std model.head_batch_norm model.decoder_embed_dim '
+  'model.decoder_depth model.decoder_num_heads model.mask_ratio model.norm_pix_loss model.hifeat '
+  'init data.data_dir data.eval_crop augment.rand_augment optim.lr optim.layer_decay '
+  'optim.clip_norm ema_decay'
 )
+OPTIONAL = frozenset(_OPTIONAL.split())
 
 
 def check(config: ml_collections.ConfigDict) -> None:

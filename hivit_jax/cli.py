@@ -145,9 +145,10 @@ def _wrong_value(config: ml_collections.ConfigDict | None, message: str) -> User
   if config is None or not match:
     return None
   *path, last = match[1].split('.')
+  section = config
   for part in path:
-    config = config[part]
-  kind, default = config.get_type(last), config[last]
+    section = section[part]
+  kind, default = section.get_type(last), section[last]
   if isinstance(default, ml_collections.ConfigDict):
     expected = f'this is a section; set --config.{match[1]}.{next(iter(default))} and others in it'
   else:

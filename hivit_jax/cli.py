@@ -77,7 +77,7 @@ def _reason(error: Exception) -> str:
 
 def _parse(argv: Sequence[str]) -> list[str]:
   config = None
-  unset = []
+  unset: dict[str, None] = {}
   try:
     # Looked at before absl does, whose messages are for developers of configs.
     if 'config' in flags.FLAGS:
@@ -88,11 +88,11 @@ def _parse(argv: Sequence[str]) -> list[str]:
         elif config is not None:
           _check_key(config, key)
           if value == 'None':  # which absl would try to read as a number
-            unset.append(key)
+            unset[key] = None
     argv = [arg for arg in argv if not re.fullmatch(r'--?config\.[\w.]+=None', arg)]
     remaining = flags.FLAGS(argv)
-    for key in unset:
-      flags.FLAGS['config'].value.update_from_flattened_dict({key: None})
+    if unset and (parsed := flags.FLAGS['config'].value) is not None:
+      parsed.update_from_flattened_dict(unset)
     return remaining
   except UserError as error:
     _fail(error)

@@ -46,6 +46,6 @@ def _count(jaxpr: core.Jaxpr) -> int:
   return total
 
 
-def _subjaxprs(params: dict) -> list[core.Jaxpr]:
+def _subjaxprs(params: dict) -> list[Any]:
   values = [v for p in params.values() for v in (p if isinstance(p, tuple | list) else (p,))]
   return [getattr(v, 'jaxpr', v) for v in values if isinstance(v, core.ClosedJaxpr | core.Jaxpr)]

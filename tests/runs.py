@@ -30,7 +30,11 @@ SETTINGS = {
   'optim.warmup_epochs': 1.0,
 }
 _PATIENCE = 600  # seconds, for machines that are busy with other things
-TIMING = ('train/images_per_second', 'train/data_wait_fraction')  # no two runs agree in them
+# No two runs agree in them.
+TIMING = (
+  *('train/images_per_second', 'train/data_wait_fraction'),
+  *('train/host_memory_mb', 'train/device_memory_mb'),
+)
 
 
 class Runs:
@@ -91,6 +95,10 @@ class Process:
     self._process.kill()
     self._process.wait()
     self._log.close()
+
+  @property
+  def pid(self) -> int:
+    return self._process.pid
 
   def output(self) -> str:
     return pathlib.Path(self._log.name).read_text()
@@ -162,7 +170,7 @@ def error_of(ended: Ended) -> str:
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:
-  """The rows of metrics.jsonl, without what depends on the clock."""
+  """The rows of metrics.jsonl, without what depends on clock and machine."""
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
 

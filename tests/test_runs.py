@@ -49,7 +49,7 @@ def checkpoints(workdir) -> list[str]:
 def test_a_run_leaves_metrics_pictures_checkpoints_and_how_it_was_started(finished):
   workdir = finished.workdir
   assert sorted(path.name for path in workdir.iterdir()) == [
-    'checkpoints', 'config.json', 'metrics.jsonl', 'reconstructions', 'tensorboard',
+    'checkpoints', 'config.json', 'lock', 'metrics.jsonl', 'reconstructions', 'tensorboard',
   ]  # fmt: skip
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   steps = [row['step'] for row in rows]
@@ -60,6 +60,9 @@ def test_a_run_leaves_metrics_pictures_checkpoints_and_how_it_was_started(finish
     assert row['train/images_per_second'] > 0
     assert 0 <= row['train/data_wait_fraction'] <= 1
     assert row['train/epoch'] == row['step'] / 4
+    assert row['train/host_memory_mb'] > 100
+    # Parameters and two averages of them, and now and then a batch or what an evaluation keeps.
+    assert 0.9 < row['train/device_memory_mb'] < 3
   assert trained[-1]['train/loss'] < trained[0]['train/loss']
   # Warmup from 0 over four steps: step s is made with the rate at (s - 1) / 4 epochs.
   assert trained[0]['train/learning_rate'] == pytest.approx(1e-3 * 1 / 4)

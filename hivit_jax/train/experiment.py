@@ -20,6 +20,7 @@ from hivit_jax.train import (
   hooks,
   host_memory,
   inputs,
+  lock,
   loop,
   settings,
   sharding,
@@ -48,13 +49,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     workdir: directory of everything that the run leaves; created if needed.
 
   Raises:
-    UserError: a setting, data set or checkpoint that does not fit; nothing was changed then.
+    UserError: a setting, data set or checkpoint that does not fit, or another run in `workdir`;
+      nothing was changed then.
     Stopped: after SIGTERM or SIGINT, with a checkpoint saved.
   """
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
   setup_logging()  # before JAX looks for devices, and has something to say about it
   primary = jax.process_index() == 0
   setup_logging(primary)
+  _check_local(workdir)
   directory = pathlib.Path(workdir).expanduser().absolute()
   with StopSignals() as signals, contextlib.ExitStack() as stack:
     try:
@@ -72,6 +75,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     _log.warning('%d broken training images were replaced by others; each is named above', broken)
   if primary:
     _report(config, directory, training['checkpoints'].path(training['total_steps']))
+
+
+def _check_local(path: str) -> None:
+  if '://' in path:
+    raise UserError(
+      f'{path} is no path in the file system; mount the bucket (gcsfuse, s3fs) and give the path '
+      'where it is mounted, or take a local disk or NFS'
+    )
 
 
 def _set_up(
@@ -98,6 +109,8 @@ def _set_up(
   steps = build.Steps(len(train_source), config.batch_size)
   total = config.max_steps or steps.of(config.epochs)
 
+  if primary:
+    stack.enter_context(lock.hold(directory))
   checkpoints = stack.enter_context(
     Checkpoints(
       directory / 'checkpoints',
@@ -192,6 +205,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
   path = workdir or (default_workdir if trained else config.init)
   if not path:
     raise UserError('what to evaluate? Give --workdir=DIRECTORY or --config.init=FILE')
+  _check_local(path)
   state = weights.read(path, ema=config.init_ema)
   settings.check(config)
   if config.model.name is None:

@@ -47,12 +47,12 @@ def verdict(rows: curves.Rows) -> tuple[bool, list[str]]:
       )
     early = np.median(values[(steps > 0.1 * end) & (steps <= 0.2 * end)])
     late = np.median(values[steps > 0.9 * end])
-    ratio = late / early
+    ratio = float(late / early)
     good = (least is None or ratio >= least) and (most is None or ratio <= most)
     sound &= good
     bound = f'at least {least}' if least else f'at most {most}'
     lines.append(
-      f'{"ok  " if good else "BAD "} {metric:24} second tenth {early:9.1f}, last tenth {late:9.1f}, '
+      f'{"ok" if good else "BAD":3} {metric:23} second tenth {early:9.1f}, last {late:9.1f}, '
       f'ratio {ratio:.3f} ({bound})'
     )
   return sound, lines

@@ -190,26 +190,50 @@ def test_a_model_that_does_not_fit_the_checkpoint_is_refused(runs, finished):
 # Disturbed runs
 
 
-def test_killed_again_and_again_a_run_ends_with_the_same_bits(runs, finished, tmp_path):
+def test_killed_ten_times_a_run_ends_with_the_same_bits(runs, finished, tmp_path):
   workdir = tmp_path / 'run'
+  saving = lambda: any((workdir / 'checkpoints').glob('*.writing*'))  # noqa: E731
   rng = random.Random()
-  found = []
-  for target in sorted(rng.sample(range(1, STEPS - 6), 4)):
+  moments = 3 * ['starting', 'saving', 'training'] + ['compiling']
+  rng.shuffle(moments)
+  found, target = [], 0
+  for moment in moments:
     with runs.start(runs.command(workdir)) as process:
-      process.wait_until(lambda target=target: last_step(workdir) >= target, f'step {target}')
-      if rng.random() < 0.5:
-        saving = lambda: any((workdir / 'checkpoints').glob('*.writing*'))  # noqa: E731
-        process.wait_until(saving, 'a checkpoint being saved')
-      time.sleep(rng.random() * 0.02)
+      if moment == 'starting':
+        time.sleep(rng.random() * 3)
+      elif moment == 'compiling':
+        process.wait_for('compiling the training step')
+        time.sleep(rng.random() * 0.2)
+      else:
+        target += rng.randint(1, 5)
+        process.wait_for('compiled in')  # what the kill before left has been cleared away
+        process.wait_until(lambda: last_step(workdir) >= target, f'step {target}')  # noqa: B023
+        if moment == 'saving':
+          stop_while(process, saving, rng)
+        else:
+          time.sleep(rng.random() * 0.05)
       process.send(signal.SIGKILL)
       assert process.wait() == -signal.SIGKILL
-    found.append((target, checkpoints(workdir)))
+    assert moment != 'saving' or saving()
+    found.append((moment, last_step(workdir), saving()))
   done = runs.train(workdir)
   assert done.returncode == 0, done.stderr
   assert_same_params(workdir, finished.workdir)
   assert metrics(workdir) == metrics(finished.workdir), f'killed at {found}'
   ours, theirs = (content(w / 'reconstructions') for w in (workdir, finished.workdir))
   assert ours == theirs
+
+
+def stop_while(process, condition, rng) -> None:
+  """Stops a process with SIGSTOP at a random moment at which the condition holds."""
+  while True:
+    process.wait_until(condition, 'a moment to be stopped')
+    time.sleep(rng.random() * 0.02)
+    process.send(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # now all its threads stand still
+    if condition():
+      return
+    process.send(signal.SIGCONT)
 
 
 def test_sigterm_saves_and_the_continued_run_ends_with_the_same_bits(runs, finished, tmp_path):

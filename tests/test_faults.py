@@ -2,9 +2,11 @@
 
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests import soak
-from tests.runs import SETTINGS, STEPS, content, error_of
+from tests.runs import SETTINGS, STEPS, assert_same_params, content, error_of, metrics
 
 
 def test_a_second_run_in_a_workdir_is_refused_until_the_first_one_ends(
@@ -53,6 +55,78 @@ def children(pid: int) -> list[int]:
 
 def command_line(pid: int) -> str:
   return Path(f'/proc/{pid}/cmdline').read_text()
+
+
+class Disk:
+  """A small file system; without the right to mount one, a limit on the size of files."""
+
+  def __init__(self, path: Path):
+    path.mkdir()
+    self._path, self._filler = path, path / 'filler'
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=16m', 'tmpfs', path]
+    self._mounted = subprocess.run(mount, capture_output=True).returncode == 0
+
+  def __enter__(self) -> 'Disk':
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    if self._mounted:
+      subprocess.run(['umount', '--lazy', self._path], check=True)
+
+  def fill(self, process, left: int) -> None:
+    """Leaves so many bytes to a running process."""
+    if self._mounted:
+      self._filler.write_bytes(bytes(max(0, shutil.disk_usage(self._path).free - left)))
+    else:
+      room = max(left, 1 << 13)  # what it says is in a file, too
+      resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (room, room))
+
+  def make_room(self) -> None:
+    self._filler.unlink(missing_ok=True)
+
+
+def test_a_run_that_fills_the_disk_keeps_its_checkpoints_and_goes_on_when_there_is_room(
+  runs, finished, longer, tmp_path
+):
+  with Disk(tmp_path / 'disk') as disk:
+    workdir = shutil.copytree(finished.workdir, tmp_path / 'disk/run')
+    before = content(workdir / 'checkpoints')
+    command = runs.command(workdir, max_steps=STEPS + 4)
+    with runs.start(command) as process:
+      disk.fill(process, left=300_000)  # a checkpoint takes 1.2 MB
+      assert process.wait() == 2
+      log = process.output()
+    last = log.splitlines()[-1]
+    assert last.startswith(
+      f'error: could not save the checkpoint {workdir}/checkpoints/{STEPS + 2}: '
+    )
+    assert 'No space left on device' in last or 'File too large' in last
+    assert f'; {workdir}/checkpoints/{STEPS} is kept; make room there (df -h) or choose' in last
+    assert 'Traceback' not in log
+    assert content(workdir / 'checkpoints').items() >= before.items()
+    disk.make_room()
+    done = runs.finish(command)
+    assert done.returncode == 0, done.stderr
+    assert f'resuming at step {STEPS} of {STEPS + 4}' in done.stderr
+    assert_same_params(workdir, longer.workdir, STEPS + 4)
+    assert metrics(workdir) == metrics(longer.workdir)
+
+
+def test_a_disk_without_room_for_metrics_ends_a_run_with_one_line(runs, finished, tmp_path):
+  with Disk(tmp_path / 'disk') as disk:
+    workdir = shutil.copytree(finished.workdir, tmp_path / 'disk/run')
+    before = content(workdir / 'checkpoints')
+    command = runs.command(workdir, max_steps=10**6, checkpoint__every_epochs=0)
+    with runs.start(command) as process:
+      process.wait_for('compiled in')
+      disk.fill(process, left=0)
+      assert process.wait() == 2
+      log = process.output()
+    last = log.splitlines()[-1]
+    assert re.match(f'error: cannot write to {workdir}: (No space left on|File too large)', last)
+    assert last.endswith('; make room (df -h) and start the same command again')
+    assert 'Traceback' not in log
+    assert content(workdir / 'checkpoints') == before
 
 
 # The long run

@@ -126,15 +126,6 @@ def test_the_same_command_again_says_that_it_is_finished_and_changes_nothing(run
   assert content(finished.workdir) == before
 
 
-@pytest.fixture(scope='module')
-def longer(runs, finished, tmp_path_factory):
-  """The finished run, continued by four steps."""
-  workdir = copy(finished, tmp_path_factory.mktemp('longer'))
-  done = runs.train(workdir, max_steps=STEPS + 4)
-  assert done.returncode == 0, done.stderr
-  return workdir, done.stderr
-
-
 def test_more_steps_continue_a_finished_run(longer, finished):
   workdir, log = longer
   assert warnings_of(log) == ['changed since this run was started: max_steps: 40 -> 44']
@@ -154,7 +145,7 @@ def test_on_other_devices_a_run_goes_on_with_the_same_numbers(runs, longer, fini
   done = runs.finish(runs.command(workdir, max_steps=STEPS + 4), two_devices)
   assert done.returncode == 0, done.stderr
   assert 'float32 on 2 x cpu' in done.stderr
-  for ours, expected in zip(metrics(workdir), metrics(longer[0]), strict=True):
+  for ours, expected in zip(metrics(workdir), metrics(longer.workdir), strict=True):
     assert ours == pytest.approx(expected, rel=1e-4)
 
 

@@ -1,6 +1,7 @@
 """One run from its config: set up, resume, train, report."""
 
 import contextlib
+import errno
 import json
 import logging
 import pathlib
@@ -38,6 +39,7 @@ from hivit_jax.train.logging import (
 from hivit_jax.train.signals import Interrupted, StopSignals
 
 _log = logging.getLogger(__name__)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ORDER = {'seed', 'batch_size', 'data.name', 'data.train_split'}  # settings that decide who is next
 
 
@@ -49,8 +51,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     workdir: directory of everything that the run leaves; created if needed.
 
   Raises:
-    UserError: a setting, data set or checkpoint that does not fit, or another run in `workdir`;
-      nothing was changed then.
+    UserError: a setting, data set or checkpoint that does not fit, or another run in `workdir`:
+      nothing was changed then; or a disk that is full.
     Stopped: after SIGTERM or SIGINT, with a checkpoint saved.
   """
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
@@ -69,7 +71,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
       ) from None
     if training is None:
       return
-    loop.run(**training, signals=signals)
+    try:
+      loop.run(**training, signals=signals)
+    except OSError as error:  # of metrics and pictures; checkpoints say for themselves
+      if error.errno not in _NO_ROOM:
+        raise
+      raise UserError(
+        f'cannot write to {directory}: {error.strerror}; the checkpoints there are kept; '
+        'make room (df -h) and start the same command again'
+      ) from error
   broken = len(training['batches'].broken)
   if broken:
     _log.warning('%d broken training images were replaced by others; each is named above', broken)

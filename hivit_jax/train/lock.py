@@ -34,7 +34,7 @@ def hold(workdir: pathlib.Path) -> Iterator[None]:
   try:
     with contextlib.suppress(FileExistsError):  # if it is a file, `open` says so more clearly
       workdir.mkdir(parents=True)
-    file = open(path, 'a+')  # noqa: SIM115
+    file = open(path, 'ab', buffering=0)  # noqa: SIM115
   except OSError as error:
     raise UserError(
       f'cannot write to {workdir}: {error.strerror}; choose another --workdir'
@@ -56,8 +56,8 @@ def hold(workdir: pathlib.Path) -> Iterator[None]:
       )  # fmt: skip
     since = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
     file.truncate(0)
-    file.write(f'process {os.getpid()} on {socket.gethostname()} since {since}')
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk matters to those who have to write there
+      file.write(f'process {os.getpid()} on {socket.gethostname()} since {since}'.encode())
     try:
       yield
     finally:

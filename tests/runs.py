@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from hivit_jax.interop import torch_names
 from hivit_jax.train.checkpoint import load_params
@@ -203,4 +205,26 @@ def content(directory: pathlib.Path) -> dict[str, bytes]:
     path.relative_to(directory).as_posix(): path.read_bytes()
     for path in sorted(directory.rglob('*'))
     if path.is_file()
+  }
+
+
+def warnings_of(log: str) -> list[str]:
+  """The messages of log lines that are warnings or errors."""
+  return re.findall(r'^\d\d:\d\d:\d\d [WEC] (.*)', log, re.MULTILINE)
+
+
+def folder_of_images(root: pathlib.Path, count: int) -> dict[str, Any]:
+  """Writes a data set of JPEG files in two classes; returns the settings of a run with it."""
+  rng = np.random.default_rng(0)
+  for split in ('train', 'val'):
+    for i in range(count):
+      path = root / split / 'ab'[i % 2] / f'{i}.jpg'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+  return {
+    'data__name': f'folder:{root}',
+    'data__train_split': 'train',
+    'data__eval_split': 'val',
+    'knn__every_epochs': 0,
+    'pictures__every_epochs': 0,
   }

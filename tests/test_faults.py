@@ -14,8 +14,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hivit_jax.data.chunks import epoch_order
+from hivit_jax.data.folder import FolderSource
+from hivit_jax.train.checkpoint import load_metadata
 from tests import soak
-from tests.runs import SETTINGS, STEPS, assert_same_params, content, error_of, metrics
+from tests.runs import (
+  SETTINGS,
+  STEPS,
+  assert_same_params,
+  content,
+  error_of,
+  folder_of_images,
+  last_step,
+  metrics,
+  warnings_of,
+)
 
 
 def test_a_second_run_in_a_workdir_is_refused_until_the_first_one_ends(
@@ -127,6 +140,87 @@ def test_a_disk_without_room_for_metrics_ends_a_run_with_one_line(runs, finished
     assert last.endswith('; make room (df -h) and start the same command again')
     assert 'Traceback' not in log
     assert content(workdir / 'checkpoints') == before
+
+
+# Data that disappear
+
+
+def test_a_file_that_disappears_is_told_and_replaced_as_a_broken_one_would_be(
+  runs, forks, tmp_path
+):
+  root = tmp_path / 'data'
+  data = folder_of_images(root, 256) | {'max_steps': 16, 'data__num_threads': 2}
+  source = FolderSource(str(root), 'train')
+  order = epoch_order(len(source), seed=0, epoch=0)
+  door, victim = (Path(source.example_name(order[16 * step])) for step in (3, 12))
+  image = door.read_bytes()
+  door.unlink()
+  os.mkfifo(door)  # reading it waits until we write, so that the run cannot be at the victim yet
+  workdir = tmp_path / 'run'
+  with runs.start(runs.command(workdir, **data)) as process:
+    process.wait_for('compiled in')
+    victim.unlink()
+    door.write_bytes(image)
+    assert process.wait() == 0
+    told = warnings_of(process.output())
+  assert told[0].startswith(
+    f'Broken image, replaced by another: {victim} (cannot be read: [Errno 2]'
+  )
+  assert told[1:] == ['1 broken training images were replaced by others; each is named above']
+  assert metrics(workdir)[-1]['train/broken_images'] == 1
+  # The same from the beginning, with a file that never was an image.
+  door.unlink()
+  door.write_bytes(image)
+  victim.write_text('no image')
+  other = tmp_path / 'other'
+  assert forks(*runs.command(other, **data)[1:]).status == 0
+  assert_same_params(workdir, other, 16)
+  assert metrics(workdir) == metrics(other)
+
+
+def test_when_all_files_disappear_a_run_stops_with_their_names_and_goes_on_when_they_are_back(
+  runs, tmp_path
+):
+  root, workdir = tmp_path / 'data', tmp_path / 'run'
+  command = runs.command(workdir, **folder_of_images(root, 64) | {'max_steps': 10**6})
+  with runs.start(command) as process:
+    process.wait_until(lambda: last_step(workdir) >= 5, 'step 5')
+    (root / 'train').rename(root / 'away')
+    assert process.wait() == 2
+    log = process.output()
+  last = log.splitlines()[-1]
+  error = (
+    f'error: 100 examples of folder:{root} (train), drawn one after the other, are all broken: '
+  )
+  assert last.startswith(error)
+  assert len(re.findall(rf'{root}/train/[ab]/\d+.jpg \(cannot be read: ', last)) == 20
+  assert last.endswith(', and 80 more.')
+  assert 'Traceback' not in log
+  saved = load_metadata(workdir)['step']
+  assert saved >= 4
+  (root / 'away').rename(root / 'train')
+  with runs.start(command) as process:
+    process.wait_for(f'resuming at step {saved} of')
+    process.wait_for('compiled in')
+
+
+def test_a_deleted_shard_is_read_on_while_it_is_open_and_missed_before_the_next_start(
+  runs, forks, finished, longer, tmp_path
+):
+  workdir = shutil.copytree(finished.workdir, tmp_path / 'run')
+  prepared = shutil.copytree(Path(runs.environment['TFDS_DATA_DIR']), tmp_path / 'data')
+  data = {'data__data_dir': prepared, 'max_steps': STEPS + 4}
+  with runs.start(runs.command(workdir, **data)) as process:
+    process.wait_for('compiling the training step')  # so the first batch is there
+    (shard,) = prepared.glob('digits/*/*-train*')
+    shard.unlink()
+    assert process.wait() == 0
+  assert_same_params(workdir, longer.workdir, STEPS + 4)
+  before = content(workdir)
+  error = error_of(forks(*runs.command(workdir, **data | {'max_steps': STEPS + 8})[1:]))
+  assert f"1 of 1 files of split 'train[:64]' are missing, the first is {shard}" in error
+  assert 'copy them again' in error
+  assert content(workdir) == before
 
 
 # The long run

@@ -24,14 +24,11 @@ from tests.runs import (
   TIMING,
   assert_same_params,
   content,
+  folder_of_images,
   last_step,
   metrics,
+  warnings_of,
 )
-
-
-def warnings_of(log: str) -> list[str]:
-  """The messages of log lines that are warnings or errors."""
-  return re.findall(r'^\d\d:\d\d:\d\d [WEC] (.*)', log, re.MULTILINE)
 
 
 def copy(finished, tmp_path):
@@ -291,23 +288,6 @@ def test_a_signal_before_training_begins_ends_a_run_with_one_line(runs, tmp_path
     last = process.output().splitlines()[-1]
     assert last == 'SIGTERM: stopped before training began; the same command starts again'
     assert 'Traceback' not in process.output()
-
-
-def folder_of_images(root, count: int):
-  """A small data set of JPEG files in two classes."""
-  rng = np.random.default_rng(0)
-  for split in ('train', 'val'):
-    for i in range(count):
-      path = root / split / 'ab'[i % 2] / f'{i}.jpg'
-      path.parent.mkdir(parents=True, exist_ok=True)
-      Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
-  return {
-    'data__name': f'folder:{root}',
-    'data__train_split': 'train',
-    'data__eval_split': 'val',
-    'knn__every_epochs': 0,
-    'pictures__every_epochs': 0,
-  }
 
 
 def test_a_signal_is_honoured_while_data_does_not_come(runs, tmp_path):

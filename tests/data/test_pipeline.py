@@ -436,7 +436,7 @@ def test_killed_worker_process_is_an_error_and_no_deadlock():
   loader = train_loader(MemorySource(50), stamp, batch_size=50, seed=0, num_workers=1)
   next(loader)
   os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-  with pytest.raises(RuntimeError, match='exit code -9'):
+  with pytest.raises(UserError, match=r'worker process was killed \(exit code -9; .* same command'):
     take(loader, 100)
 
 

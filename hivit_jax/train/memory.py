@@ -3,6 +3,7 @@
 import math
 import resource
 import sys
+from typing import Any
 
 import jax
 
@@ -32,7 +33,7 @@ def _resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _on_device(device: jax.Device) -> int:
+def _on_device(device: Any) -> int:
   stats = device.memory_stats()
   if stats:
     return stats['bytes_in_use']

@@ -178,7 +178,7 @@ def test_a_model_that_does_not_fit_the_checkpoint_is_refused(runs, finished):
 # Disturbed runs
 
 
-def test_killed_ten_times_a_run_ends_with_the_same_bits(runs, finished, tmp_path):
+def test_killed_ten_times_a_run_ends_with_the_same_bits(runs, forks, finished, tmp_path):
   workdir = tmp_path / 'run'
   saving = lambda: any((workdir / 'checkpoints').glob('*.writing*'))  # noqa: E731
   rng = random.Random()
@@ -204,8 +204,8 @@ def test_killed_ten_times_a_run_ends_with_the_same_bits(runs, finished, tmp_path
       assert process.wait() == -signal.SIGKILL
     assert moment != 'saving' or saving()
     found.append((moment, last_step(workdir), saving()))
-  done = runs.train(workdir)
-  assert done.returncode == 0, done.stderr
+  done = forks(*runs.command(workdir)[1:])
+  assert done.status == 0, done.stderr
   assert_same_params(workdir, finished.workdir)
   assert metrics(workdir) == metrics(finished.workdir), f'killed at {found}'
   ours, theirs = (content(w / 'reconstructions') for w in (workdir, finished.workdir))

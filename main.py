@@ -29,14 +29,27 @@ _MODE = flags.DEFINE_enum(
 )
 
 
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator_address',
+  None,
+  'host:port of process 0. For runs of several processes where nothing else tells them: Slurm, '
+  'Open MPI and Cloud TPUs do. Likewise JAX_COORDINATOR_ADDRESS and so on.',
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'All of them; 1: look for no others.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'This one, from 0.')
+
+
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise UserError(f'unexpected argument "{argv[1]}"; settings are given as --config.KEY=VALUE')
   if _CONFIG.value is None:
     raise UserError('which config? For a first run: --config=configs/demo.py')
   # Imported here: worker processes of the data pipeline import this file, and --help must be fast.
-  from hivit_jax.train import experiment
+  from hivit_jax.train import distributed, experiment
+  from hivit_jax.train.logging import setup_logging
 
+  setup_logging()
+  distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   file, _, variant = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
   name = '_'.join(filter(None, (pathlib.Path(file).stem, variant)))
   default = f'workdirs/{name}'

@@ -77,15 +77,24 @@ def _reason(error: Exception) -> str:
 
 def _parse(argv: Sequence[str]) -> list[str]:
   config = None
+  unset = []
   try:
     # Looked at before absl does, whose messages are for developers of configs.
     if 'config' in flags.FLAGS:
       for name, value in _config_flags(argv):
+        key = name.removeprefix('config.')
         if name == 'config':
           config = config_from_file(value)
         elif config is not None:
-          _check_key(config, name.removeprefix('config.'))
-    return flags.FLAGS(argv)
+          _check_key(config, key)
+          if value == 'None':  # which absl would try to read as a number
+            unset.append(key)
+            _unset(config, key)
+    argv = [arg for arg in argv if not re.fullmatch(r'--?config\.[\w.]+=None', arg)]
+    remaining = flags.FLAGS(argv)
+    for key in unset:
+      _unset(flags.FLAGS['config'].value, key)
+    return remaining
   except UserError as error:
     _fail(error)
   except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
@@ -118,6 +127,20 @@ def _check_key(config: ml_collections.ConfigDict, key: str) -> None:
         f'it has: {", ".join(sorted(node))}'
       )
     node = node.get_ref(part).get()
+
+
+def _unset(config: ml_collections.ConfigDict, key: str) -> None:
+  *path, last = key.split('.')
+  for part in path:
+    config = config[part]
+  try:
+    config[last] = None
+  except TypeError as error:
+    kind = config.get_type(last).__name__
+    raise UserError(
+      f'--config.{key}=None: this setting always has a value, expected {kind} such as '
+      f'{config[last]!r}'
+    ) from error
 
 
 def _only(names: Sequence[str]) -> str:

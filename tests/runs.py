@@ -1,15 +1,17 @@
 """Real training runs, as processes, of a model so small that a step takes milliseconds."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -79,6 +81,53 @@ class Runs:
   ) -> 'Process':
     """Starts any command and leaves it running; for a `with` statement."""
     return Process(command, self.environment | environment)
+
+  @contextlib.contextmanager
+  def job(
+    self, *commands: list[str], found_by: str = 'environment', devices: int = 2
+  ) -> Iterator[list['Process']]:
+    """Starts one command, or each of two, as the two processes of a job."""
+    with socket.socket() as free:
+      free.bind(('127.0.0.1', 0))
+      port = free.getsockname()[1]
+    tell = {'flags': _by_flags, 'environment': _by_environment, 'slurm': _by_slurm}[found_by]
+    with contextlib.ExitStack() as stack:
+      processes = []
+      for index in range(2):
+        flags, environment = tell(port, index)
+        environment |= on_devices(devices)
+        process = self.start([*commands[index % len(commands)], *flags], environment)
+        processes.append(stack.enter_context(process))
+      yield processes
+
+
+def on_devices(count: int) -> dict[str, str]:
+  """Environment of a process with so many simulated devices."""
+  return {'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}'}
+
+
+def _by_flags(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+  address = f'--coordinator_address=127.0.0.1:{port}'
+  return [address, '--num_processes=2', f'--process_id={index}'], {}
+
+
+def _by_environment(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+  return [], {
+    'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+    'JAX_NUM_PROCESSES': '2',
+    'JAX_PROCESS_ID': str(index),
+  }
+
+
+def _by_slurm(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+  """What srun tells its tasks; JAX takes the port from the job's number."""
+  return [], {
+    'SLURM_JOB_ID': str(port),
+    'SLURM_STEP_NODELIST': 'localhost',
+    'SLURM_NTASKS': '2',
+    'SLURM_PROCID': str(index),
+    'SLURM_LOCALID': str(index),
+  }
 
 
 class Process:

@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 
 from hivit_jax.train.checkpoint import load_metadata, load_params
-from tests.runs import ROOT, metrics
+from tests.runs import metrics, on_devices
 
 STEPS = 4
 # 35 examples: the last batch of 8, or of 15 on three devices, is not full.
@@ -28,12 +26,13 @@ SETTINGS = DATA | {
 }
 
 
-def _run(runs, config: str, *arguments: str, devices: int = 1, **settings):
+def _command(config: str, *arguments: str, **settings) -> list[str]:
   flags = [f'--config.{key}={value}' for key, value in settings.items()]
-  return runs.finish(
-    [sys.executable, 'main.py', f'--config=configs/{config}', *arguments, *flags],
-    {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'},
-  )
+  return [sys.executable, 'main.py', f'--config=configs/{config}', *arguments, *flags]
+
+
+def _run(runs, config: str, *arguments: str, devices: int = 1, **settings):
+  return runs.finish(_command(config, *arguments, **settings), on_devices(devices))
 
 
 def _finetune(runs, init: pathlib.Path, workdir: pathlib.Path, steps: int = STEPS) -> str:
@@ -105,41 +104,18 @@ def test_evaluation_counts_every_example_once_on_any_number_of_devices(runs, fin
   assert _accuracies(average) == pytest.approx(_accuracies(metrics(workdir)[-1], 'ema_'), rel=1e-5)
 
 
-_PROCESS = """
-import sys
-import jax
-jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-port, index, workdir = sys.argv[1:]
-jax.distributed.initialize(f'127.0.0.1:{port}', 2, int(index))
-from configs import evaluate
-from hivit_jax.train import experiment
-config = evaluate.get_config()
-config.data.update(name='digits', train_split='train[:64]', eval_split='test[:35]')
-config.image_size = (48, 32)
-config.evaluation.batch_size = 8
-experiment.evaluate(config, workdir, '/nowhere')
-"""
-
-
 def test_two_processes_evaluate_as_one(runs, finetuned):
   """Each reads its share of the examples; the first one prints."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  processes = [
-    subprocess.Popen(
-      [sys.executable, '-c', _PROCESS, str(port), str(index), str(finetuned[0])],
-      cwd=ROOT, env=runs.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
-    for index in range(2)
-  ]  # fmt: skip
-  outputs = [process.communicate(timeout=300) for process in processes]
-  assert [process.returncode for process in processes] == [0, 0], outputs
-  (line,) = [line for line in outputs[0][0].splitlines() if line.startswith('{')]
+  settings = DATA | {'image_size': '48,32', 'evaluation.batch_size': 8}
+  command = _command('evaluate.py', '--mode=evaluate', f'--workdir={finetuned[0]}', **settings)
+  with runs.job(command, devices=1) as job:
+    assert [process.wait() for process in job] == [0, 0], [process.output() for process in job]
+    first, second = (process.output() for process in job)
+  (line,) = [line for line in first.splitlines() if line.startswith('{')]
   assert _accuracies(json.loads(line)) == pytest.approx(
     _accuracies(metrics(finetuned[0])[-1]), rel=1e-5
   )
-  assert '{' not in outputs[1][0]
+  assert '{' not in second
 
 
 def test_imported_weights_are_evaluated_as_the_checkpoint_they_came_from(runs, finetuned, tmp_path):

@@ -69,7 +69,7 @@ VALUES = [
   ('accumulate_steps=0', 'config.accumulate_steps=0: expected at least 1'),
   ('accumulate_steps=3', 'config.batch_size=16 is not divisible by 1 devices x 3 accumulation '
    'steps; try 15 or 18'),
-  ('mesh.data=2', 'config.mesh.data=2: there are 1 devices; -1 takes all of them'),
+  ('mesh.data=2', 'config.mesh.data=2, config.mesh.fsdp=1: there are 1 devices; data=-1 takes all'),
   ('seed=-1', 'config.seed=-1: expected 0 or more'),
   ('log_every_steps=0', 'config.log_every_steps=0: expected at least 1'),
   ('checkpoint.keep_last=0', 'config.checkpoint.keep_last=0: expected at least 1'),
@@ -195,6 +195,23 @@ def test_a_config_that_is_not_there(main, tmp_path, config, message, form):
   flags = form.format(config).split(' ')
   assert message in error_of(main(*flags, f'--workdir={tmp_path}/w'))
   assert not (tmp_path / 'w').exists()
+
+
+def test_a_setting_is_unset_by_none(forks, tmp_path):
+  program = tmp_path / 'show.py'
+  program.write_text(
+    'from ml_collections import config_flags\n'
+    'from hivit_jax import cli\n'
+    "config = config_flags.DEFINE_config_file('config')\n"
+    'cli.run(lambda _: print(config.value.optim.lr, config.value.max_steps, config.value.seed))\n'
+  )
+  demo = '--config=configs/demo.py'
+  assert forks(str(program), demo).stdout == '0.001 None 0\n'
+  flags = ('--config.optim.lr=None', '--config.seed=3', '--config.max_steps=None')
+  assert forks(str(program), demo, *flags).stdout == 'None None 3\n'
+  assert error_of(forks(str(program), demo, '--config.seed=None')) == (
+    '--config.seed=None: this setting always has a value, expected int such as 0'
+  )
 
 
 BASE = 'from configs import base\n\n\ndef get_config():\n  config = base.get_config()\n'

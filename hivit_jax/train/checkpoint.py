@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hivit_jax.errors import UserError
+from hivit_jax.train import distributed
 
 _log = logging.getLogger(__name__)
 
@@ -210,10 +211,13 @@ class Checkpoints:
     """
     self.wait()
     leaves, treedef = _flatten(abstract_state)
-    if step is None and not self.steps():
+    # One process verifies and chooses: others may see another state of a shared file system.
+    choice = distributed.on_primary(functools.partial(self._choose, step))
+    if choice is None:
       return None
-    step, record, damaged = _newest_usable(self.directory, step, _read_verified)
+    step, damaged = choice
     path = self.path(step)
+    record = _read_record(path)
     _check_fit(path, record.leaves, leaves)
     values = _orbax_load(path, leaves)
     if not self._read_only:
@@ -221,6 +225,12 @@ class Checkpoints:
       for bad in damaged if self._primary else ():
         self._set_aside(bad)
     return Restored(step, jax.tree.unflatten(treedef, values.values()), record.metadata)
+
+  def _choose(self, step: int | None) -> tuple[int, list[int]] | None:
+    if step is None and not self.steps():
+      return None
+    step, _, damaged = _newest_usable(self.directory, step, _read_verified)
+    return step, damaged
 
   def wait(self) -> None:
     """Returns when no save is under way; raises the error of the one that was."""

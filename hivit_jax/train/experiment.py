@@ -7,7 +7,7 @@ import logging
 import pathlib
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,11 +18,13 @@ from hivit_jax.errors import Stopped, UserError
 from hivit_jax.interop import importer, infer, torch_names
 from hivit_jax.train import (
   build,
+  distributed,
   hooks,
   host_memory,
   inputs,
   lock,
   loop,
+  peers,
   settings,
   sharding,
   step,
@@ -57,11 +59,17 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
   setup_logging()  # before JAX looks for devices, and has something to say about it
-  primary = jax.process_index() == 0
+  primary = distributed.primary()
   setup_logging(primary)
   _check_local(workdir)
   directory = pathlib.Path(workdir).expanduser().absolute()
-  with StopSignals() as signals, contextlib.ExitStack() as stack:
+  with (
+    peers.Watch(),
+    told_of_full_memory(),
+    _told_of_full_disk(directory),
+    StopSignals() as signals,
+    contextlib.ExitStack() as stack,
+  ):
     try:
       with signals.interruptible():
         training = _set_up(config, directory, stack)
@@ -71,15 +79,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
       ) from None
     if training is None:
       return
-    try:
-      loop.run(**training, signals=signals)
-    except OSError as error:  # of metrics and pictures; checkpoints say for themselves
-      if error.errno not in _NO_ROOM:
-        raise
-      raise UserError(
-        f'cannot write to {directory}: {error.strerror}; the checkpoints there are kept; '
-        'make room (df -h) and start the same command again'
-      ) from error
+    loop.run(**training, signals=signals)
   broken = len(training['batches'].broken)
   if broken:
     _log.warning('%d broken training images were replaced by others; each is named above', broken)
@@ -95,18 +95,48 @@ def _check_local(path: str) -> None:
     )
 
 
+@contextlib.contextmanager
+def _told_of_full_disk(directory: pathlib.Path) -> Iterator[None]:
+  """Turns the error into a UserError; checkpoints have their own."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in _NO_ROOM:
+      raise
+    raise UserError(
+      f'cannot write to {directory}: {error.strerror}; the checkpoints there are kept; '
+      'make room (df -h) and start the same command again'
+    ) from error
+
+
+@contextlib.contextmanager
+def told_of_full_memory() -> Iterator[None]:
+  """Turns what JAX says when a device's memory is full into a UserError with the ways out."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise UserError(
+      f'a device has not enough memory: {distributed.first_line(error)}; what helps: more '
+      '--config.accumulate_steps, --config.model.remat=True, a smaller --config.batch_size or '
+      '--config.evaluation.batch_size, more devices; what was saved is kept'
+    ) from error
+
+
 def _set_up(
   config: ml_collections.ConfigDict, directory: pathlib.Path, stack: contextlib.ExitStack
 ) -> dict[str, Any] | None:
   """Makes the arguments of `loop.run`, or None if the run is finished; `stack` closes them."""
-  primary = jax.process_index() == 0
+  primary = distributed.primary()
   settings.check(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
   _check_evaluation_batch(config, mesh)
   build.task(config)  # what is wrong with it is said before data are looked for
-  train_source = inputs.open_source(config, config.data.train_split)
-  eval_source = inputs.open_source(config, config.data.eval_split)
+  with distributed.primary_first():  # embedded data sets are prepared
+    train_source = inputs.open_source(config, config.data.train_split)
+    eval_source = inputs.open_source(config, config.data.eval_split)
   inputs.set_num_classes(config, train_source)
   if config.task != 'mae':
     inputs.check_classes(train_source.class_names, config.data.train_split, eval_source)
@@ -119,8 +149,7 @@ def _set_up(
   steps = build.Steps(len(train_source), config.batch_size)
   total = config.max_steps or steps.of(config.epochs)
 
-  if primary:
-    stack.enter_context(lock.hold(directory))
+  distributed.on_primary(lambda: stack.enter_context(lock.hold(directory)))
   checkpoints = stack.enter_context(
     Checkpoints(
       directory / 'checkpoints',
@@ -128,6 +157,7 @@ def _set_up(
       keep_every_steps=steps.between_kept(config.checkpoint),
     )
   )
+  distributed.check_shared(directory)
   restored = _restore(checkpoints, abstract, config_changes(directory, config.to_dict()))
   start = restored.step if restored else 0
   evaluated = restored is not None and restored.metadata['evaluated']
@@ -210,7 +240,16 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
     UserError: a setting, data set or file that does not fit.
   """
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
-  setup_logging(jax.process_index() == 0)
+  setup_logging(distributed.primary())
+  with peers.Watch(), told_of_full_memory():
+    metrics = _evaluate(config, workdir, default_workdir)
+  if distributed.primary():
+    print(json.dumps(metrics))
+
+
+def _evaluate(
+  config: ml_collections.ConfigDict, workdir: str | None, default_workdir: str
+) -> dict[str, float]:
   trained = pathlib.Path(default_workdir, 'checkpoints').exists() and config.model.name is not None
   path = workdir or (default_workdir if trained else config.init)
   if not path:
@@ -226,7 +265,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   _check_evaluation_batch(config, mesh)
   build.task(config)
-  source = inputs.open_source(config, config.data.eval_split)
+  with distributed.primary_first():
+    source = inputs.open_source(config, config.data.eval_split)
   names = state.metadata.get('class_names')
   if names and config.task != 'mae':
     inputs.check_classes(names, state.source, source)
@@ -258,8 +298,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
     '%s on %s of %s (%d examples): %s',
     state.source, source.split, source.name, len(source), shown,
   )  # fmt: skip
-  if jax.process_index() == 0:
-    print(json.dumps(metrics))
+  return metrics
 
 
 def _check_evaluation_batch(config: ml_collections.ConfigDict, mesh: Any) -> None:

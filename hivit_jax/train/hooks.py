@@ -13,7 +13,7 @@ from hivit_jax.data.subset import Subset
 from hivit_jax.errors import UserError
 from hivit_jax.tasks import knn, reconstruction
 from hivit_jax.tasks.classify import ClassifyTask
-from hivit_jax.train import inputs, sharding
+from hivit_jax.train import distributed, inputs, sharding
 from hivit_jax.train.build import Steps
 from hivit_jax.train.logging import MetricWriter
 from hivit_jax.train.loop import Hook
@@ -143,7 +143,7 @@ def picture_hook(
 
   def draw(at, state):
     params = sharding.whole(state['params'], mesh)  # all processes take part
-    if jax.process_index():
+    if not distributed.primary():
       return {}
     result = pictures(sharding.local(params), images, seed=config.seed)
     picture = reconstruction.draw(result, title=f'{config.model.name}, step {at}')

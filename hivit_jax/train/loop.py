@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hivit_jax.errors import Stopped, UserError
-from hivit_jax.train import memory, sharding
+from hivit_jax.train import distributed, memory, sharding
 from hivit_jax.train.signals import Interrupted, StopSignals
 
 _log = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ def run(
   step, which compiles, evaluations and saving count neither as images/s nor as time.
 
   A signal is honoured after the step under way, and at once while data is waited for or hooks run;
-  the last hooks, those at `total_steps`, are finished first.
+  the last hooks, those at `total_steps`, are finished first. Several processes agree on a step soon
+  after, and finish their hooks.
 
   Args:
     state: of the model and optimizer at `start_step`; donated.
@@ -125,6 +126,8 @@ def run(
     Stopped: after SIGTERM or SIGINT, with a checkpoint saved.
   """
   interval, late = _Interval(), None
+  vote = distributed.Votes(mesh)
+  interruptible = contextlib.nullcontext if jax.process_count() > 1 else signals.interruptible
 
   def flush(done: _Interval | None) -> None:
     if done is None or not done.steps:
@@ -164,7 +167,7 @@ def run(
       flush_all()
       last = step == total_steps > start_step
       try:
-        with contextlib.nullcontext() if last else signals.interruptible():
+        with contextlib.nullcontext() if last else interruptible():
           metrics = hook.run(step, state)
       except Interrupted:
         stop(step, evaluated=False)
@@ -182,8 +185,9 @@ def run(
 
   def stop(step: int, *, evaluated: bool) -> NoReturn:
     save(step, evaluated=evaluated, wait=True)
+    cause = signals.received or 'a signal to another process'
     raise Stopped(
-      f'{signals.received}: stopped at step {step}, saved {checkpoints.path(step)}; '
+      f'{cause}: stopped at step {step}, saved {checkpoints.path(step)}; '
       'the same command continues from there'
     )
 
@@ -193,7 +197,7 @@ def run(
   for step in range(start_step + 1, total_steps + 1):
     before = time.perf_counter()
     try:
-      with signals.interruptible():
+      with interruptible():
         batch = next(batches)
     except Interrupted:
       stop(step - 1, evaluated=True)
@@ -208,6 +212,7 @@ def run(
       jax.block_until_ready(metrics)
       _log.info('compiled in %.1f s', time.perf_counter() - before)
       interval.restart_clock()
+    stopping = vote(signals.received is not None)
     in_flight.append(metrics['loss'])
     if len(in_flight) > _IN_FLIGHT:
       in_flight.popleft().block_until_ready()
@@ -218,7 +223,7 @@ def run(
     if step == total_steps:
       evaluate(step)
       save(step, wait=True)
-    elif signals.received:
+    elif stopping:
       stop(step, evaluated=not hooks_of(step))
     else:
       evaluate(step)

@@ -137,6 +137,15 @@ def test_a_workdir_that_cannot_be_written_to(main):
   assert 'choose another --workdir' in error_of(main(DEBUG, '--workdir=/proc/run'))
 
 
+@pytest.mark.parametrize('mode', ['train', 'evaluate'])
+def test_a_workdir_in_a_bucket(main, mode):
+  done = main(DEBUG, f'--mode={mode}', '--workdir=gs://bucket/run')
+  assert done.status == 2
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith('error: gs://bucket/run is no path in the file system; mount the bucket')
+  assert not (ROOT / 'gs:').exists()
+
+
 def test_the_default_workdir_is_named_after_config_and_variant(main, tmp_path):
   # Two variants in one directory would be one run that changes its mind.
   (tmp_path / 'workdirs').write_text('in the way')
@@ -150,7 +159,7 @@ def test_the_default_workdir_is_named_after_config_and_variant(main, tmp_path):
     text=True,
     timeout=120,
   )
-  assert f'{tmp_path}/workdirs/demo_debug/checkpoints' in error_of(
+  assert f'{tmp_path}/workdirs/demo_debug: Not a directory' in error_of(
     Ended(done.returncode, done.stderr)
   )
 

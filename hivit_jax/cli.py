@@ -77,15 +77,23 @@ def _reason(error: Exception) -> str:
 
 def _parse(argv: Sequence[str]) -> list[str]:
   config = None
+  unset: dict[str, None] = {}
   try:
     # Looked at before absl does, whose messages are for developers of configs.
     if 'config' in flags.FLAGS:
       for name, value in _config_flags(argv):
+        key = name.removeprefix('config.')
         if name == 'config':
           config = config_from_file(value)
         elif config is not None:
-          _check_key(config, name.removeprefix('config.'))
-    return flags.FLAGS(argv)
+          _check_key(config, key)
+          if value == 'None':  # which absl would try to read as a number
+            unset[key] = None
+    argv = [arg for arg in argv if not re.fullmatch(r'--?config\.[\w.]+=None', arg)]
+    remaining = flags.FLAGS(argv)
+    if unset and (parsed := flags.FLAGS['config'].value) is not None:
+      parsed.update_from_flattened_dict(unset)
+    return remaining
   except UserError as error:
     _fail(error)
   except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
@@ -137,9 +145,10 @@ def _wrong_value(config: ml_collections.ConfigDict | None, message: str) -> User
   if config is None or not match:
     return None
   *path, last = match[1].split('.')
+  section = config
   for part in path:
-    config = config[part]
-  kind, default = config.get_type(last), config[last]
+    section = section[part]
+  kind, default = section.get_type(last), section[last]
   if isinstance(default, ml_collections.ConfigDict):
     expected = f'this is a section; set --config.{match[1]}.{next(iter(default))} and others in it'
   else:

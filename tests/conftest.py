@@ -1,12 +1,13 @@
 """Fixtures that several test files share."""
 
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 
-from tests.runs import Forks, Runs
+from tests.runs import STEPS, Forks, Runs
 
 
 class Finished(NamedTuple):
@@ -31,5 +32,14 @@ def forks(runs, tmp_path_factory) -> Iterator[Forks]:
 def finished(runs, tmp_path_factory) -> Finished:
   workdir = tmp_path_factory.mktemp('finished') / 'run'
   done = runs.train(workdir)
+  assert done.returncode == 0, done.stderr
+  return Finished(workdir, done.stderr)
+
+
+@pytest.fixture(scope='session')
+def longer(runs, finished, tmp_path_factory) -> Finished:
+  """The finished run, continued by four steps."""
+  workdir = shutil.copytree(finished.workdir, tmp_path_factory.mktemp('longer') / 'run')
+  done = runs.train(workdir, max_steps=STEPS + 4)
   assert done.returncode == 0, done.stderr
   return Finished(workdir, done.stderr)

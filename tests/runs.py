@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -12,9 +13,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from hivit_jax.interop import torch_names
 from hivit_jax.train.checkpoint import load_params
@@ -32,7 +34,11 @@ SETTINGS = {
   'optim.warmup_epochs': 1.0,
 }
 _PATIENCE = 600  # seconds, for machines that are busy with other things
-TIMING = ('train/images_per_second', 'train/data_wait_fraction')  # no two runs agree in them
+# No two runs agree in them.
+TIMING = (
+  *('train/images_per_second', 'train/data_wait_fraction'),
+  *('train/host_memory_mb', 'train/device_memory_mb'),
+)
 
 
 class Runs:
@@ -141,6 +147,10 @@ class Process:
     self._process.wait()
     self._log.close()
 
+  @property
+  def pid(self) -> int:
+    return self._process.pid
+
   def output(self) -> str:
     return pathlib.Path(self._log.name).read_text()
 
@@ -211,7 +221,7 @@ def error_of(ended: Ended) -> str:
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:
-  """The rows of metrics.jsonl, without what depends on the clock."""
+  """The rows of metrics.jsonl, without what depends on clock and machine."""
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
 
@@ -244,4 +254,26 @@ def content(directory: pathlib.Path) -> dict[str, bytes]:
     path.relative_to(directory).as_posix(): path.read_bytes()
     for path in sorted(directory.rglob('*'))
     if path.is_file()
+  }
+
+
+def warnings_of(log: str) -> list[str]:
+  """The messages of log lines that are warnings or errors."""
+  return re.findall(r'^\d\d:\d\d:\d\d [WEC] (.*)', log, re.MULTILINE)
+
+
+def folder_of_images(root: pathlib.Path, count: int) -> dict[str, Any]:
+  """Writes a data set of JPEG files in two classes; returns the settings of a run with it."""
+  rng = np.random.default_rng(0)
+  for split in ('train', 'val'):
+    for i in range(count):
+      path = root / split / 'ab'[i % 2] / f'{i}.jpg'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+  return {
+    'data__name': f'folder:{root}',
+    'data__train_split': 'train',
+    'data__eval_split': 'val',
+    'knn__every_epochs': 0,
+    'pictures__every_epochs': 0,
   }

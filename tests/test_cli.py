@@ -69,7 +69,8 @@ VALUES = [
   ('accumulate_steps=0', 'config.accumulate_steps=0: expected at least 1'),
   ('accumulate_steps=3', 'config.batch_size=16 is not divisible by 1 devices x 3 accumulation '
    'steps; try 15 or 18'),
-  ('mesh.data=2', 'config.mesh.data=2: there are 1 devices; -1 takes all of them'),
+  ('mesh.data=2', 'config.mesh.data=2, config.mesh.fsdp=1: there are 1 devices; data=-1 takes all'),
+  ('seed=None', 'config.seed=None: this setting always has a value'),
   ('seed=-1', 'config.seed=-1: expected 0 or more'),
   ('log_every_steps=0', 'config.log_every_steps=0: expected at least 1'),
   ('checkpoint.keep_last=0', 'config.checkpoint.keep_last=0: expected at least 1'),
@@ -136,6 +137,15 @@ def test_a_workdir_that_cannot_be_written_to(main):
   assert 'choose another --workdir' in error_of(main(DEBUG, '--workdir=/proc/run'))
 
 
+@pytest.mark.parametrize('mode', ['train', 'evaluate'])
+def test_a_workdir_in_a_bucket(main, mode):
+  done = main(DEBUG, f'--mode={mode}', '--workdir=gs://bucket/run')
+  assert done.status == 2
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith('error: gs://bucket/run is no path in the file system; mount the bucket')
+  assert not (ROOT / 'gs:').exists()
+
+
 def test_the_default_workdir_is_named_after_config_and_variant(main, tmp_path):
   # Two variants in one directory would be one run that changes its mind.
   (tmp_path / 'workdirs').write_text('in the way')
@@ -149,7 +159,7 @@ def test_the_default_workdir_is_named_after_config_and_variant(main, tmp_path):
     text=True,
     timeout=120,
   )
-  assert f'{tmp_path}/workdirs/demo_debug/checkpoints' in error_of(
+  assert f'{tmp_path}/workdirs/demo_debug: Not a directory' in error_of(
     Ended(done.returncode, done.stderr)
   )
 
@@ -186,6 +196,20 @@ def test_a_config_that_is_not_there(main, tmp_path, config, message, form):
   flags = form.format(config).split(' ')
   assert message in error_of(main(*flags, f'--workdir={tmp_path}/w'))
   assert not (tmp_path / 'w').exists()
+
+
+def test_a_setting_is_unset_by_none(forks, tmp_path):
+  program = tmp_path / 'show.py'
+  program.write_text(
+    'from ml_collections import config_flags\n'
+    'from hivit_jax import cli\n'
+    "config = config_flags.DEFINE_config_file('config')\n"
+    'cli.run(lambda _: print(config.value.optim.lr, config.value.max_steps, config.value.seed))\n'
+  )
+  demo = '--config=configs/demo.py'
+  assert forks(str(program), demo).stdout == '0.001 None 0\n'
+  flags = ('--config.optim.lr=None', '--config.seed=3', '--config.max_steps=None')
+  assert forks(str(program), demo, *flags).stdout == 'None None 3\n'
 
 
 BASE = 'from configs import base\n\n\ndef get_config():\n  config = base.get_config()\n'

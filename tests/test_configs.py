@@ -220,6 +220,11 @@ def test_every_setting_has_a_comment():
   assert keys(base.get_config()) - commented == set()
 
 
+def test_what_may_be_none_is_none_by_default():
+  defaults = settings.dotted(base.get_config())
+  assert {key for key, value in defaults if value is None} == settings.OPTIONAL
+
+
 @pytest.mark.parametrize('name', sorted(PARAMETERS))
 def test_parameter_counts(name):
   config = load(name)

@@ -67,6 +67,15 @@ def test_configs_and_tools_exist(page):
     assert (ROOT / (module.replace('.', '/') + '.py')).exists(), module
 
 
+@pytest.mark.parametrize('page', PAGES, ids=name)
+def test_tests_exist(page):
+  text = page.read_text()
+  named = re.findall(r'(tests/[\w/]+\.py)::(test_\w+)', text)
+  assert len(named) == len(re.findall(r'\btest_\w+\b(?!\.py)', text)), 'a test without its file'
+  for file, test in named:
+    assert f'\ndef {test}(' in (ROOT / file).read_text(), f'{name(page)} names {file}::{test}'
+
+
 def test_the_table_of_configs_is_that_of_the_configs():
   rows = re.findall(r'^\| `(\w+)\.py` \|(.*)\|$', README, re.MULTILINE)
   table = {file: [cell.strip() for cell in cells.split('|')] for file, cells in rows}

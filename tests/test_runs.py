@@ -24,14 +24,11 @@ from tests.runs import (
   TIMING,
   assert_same_params,
   content,
+  folder_of_images,
   last_step,
   metrics,
+  warnings_of,
 )
-
-
-def warnings_of(log: str) -> list[str]:
-  """The messages of log lines that are warnings or errors."""
-  return re.findall(r'^\d\d:\d\d:\d\d [WEC] (.*)', log, re.MULTILINE)
 
 
 def copy(finished, tmp_path):
@@ -49,7 +46,7 @@ def checkpoints(workdir) -> list[str]:
 def test_a_run_leaves_metrics_pictures_checkpoints_and_how_it_was_started(finished):
   workdir = finished.workdir
   assert sorted(path.name for path in workdir.iterdir()) == [
-    'checkpoints', 'config.json', 'metrics.jsonl', 'reconstructions', 'tensorboard',
+    'checkpoints', 'config.json', 'lock', 'metrics.jsonl', 'reconstructions', 'tensorboard',
   ]  # fmt: skip
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   steps = [row['step'] for row in rows]
@@ -60,6 +57,9 @@ def test_a_run_leaves_metrics_pictures_checkpoints_and_how_it_was_started(finish
     assert row['train/images_per_second'] > 0
     assert 0 <= row['train/data_wait_fraction'] <= 1
     assert row['train/epoch'] == row['step'] / 4
+    assert row['train/host_memory_mb'] > 100
+    # Parameters and two averages of them, and now and then a batch or what an evaluation keeps.
+    assert 0.9 < row['train/device_memory_mb'] < 3
   assert trained[-1]['train/loss'] < trained[0]['train/loss']
   # Warmup from 0 over four steps: step s is made with the rate at (s - 1) / 4 epochs.
   assert trained[0]['train/learning_rate'] == pytest.approx(1e-3 * 1 / 4)
@@ -123,15 +123,6 @@ def test_the_same_command_again_says_that_it_is_finished_and_changes_nothing(run
   assert content(finished.workdir) == before
 
 
-@pytest.fixture(scope='module')
-def longer(runs, finished, tmp_path_factory):
-  """The finished run, continued by four steps."""
-  workdir = copy(finished, tmp_path_factory.mktemp('longer'))
-  done = runs.train(workdir, max_steps=STEPS + 4)
-  assert done.returncode == 0, done.stderr
-  return workdir, done.stderr
-
-
 def test_more_steps_continue_a_finished_run(longer, finished):
   workdir, log = longer
   assert warnings_of(log) == ['changed since this run was started: max_steps: 40 -> 44']
@@ -151,7 +142,7 @@ def test_on_other_devices_a_run_goes_on_with_the_same_numbers(runs, longer, fini
   done = runs.finish(runs.command(workdir, max_steps=STEPS + 4), two_devices)
   assert done.returncode == 0, done.stderr
   assert 'float32 on 2 x cpu' in done.stderr
-  for ours, expected in zip(metrics(workdir), metrics(longer[0]), strict=True):
+  for ours, expected in zip(metrics(workdir), metrics(longer.workdir), strict=True):
     assert ours == pytest.approx(expected, rel=1e-4)
 
 
@@ -187,26 +178,50 @@ def test_a_model_that_does_not_fit_the_checkpoint_is_refused(runs, finished):
 # Disturbed runs
 
 
-def test_killed_again_and_again_a_run_ends_with_the_same_bits(runs, finished, tmp_path):
+def test_killed_ten_times_a_run_ends_with_the_same_bits(runs, forks, finished, tmp_path):
   workdir = tmp_path / 'run'
+  saving = lambda: any((workdir / 'checkpoints').glob('*.writing*'))  # noqa: E731
   rng = random.Random()
-  found = []
-  for target in sorted(rng.sample(range(1, STEPS - 6), 4)):
+  moments = 3 * ['starting', 'saving', 'training'] + ['compiling']
+  rng.shuffle(moments)
+  found, target = [], 0
+  for moment in moments:
     with runs.start(runs.command(workdir)) as process:
-      process.wait_until(lambda target=target: last_step(workdir) >= target, f'step {target}')
-      if rng.random() < 0.5:
-        saving = lambda: any((workdir / 'checkpoints').glob('*.writing*'))  # noqa: E731
-        process.wait_until(saving, 'a checkpoint being saved')
-      time.sleep(rng.random() * 0.02)
+      if moment == 'starting':
+        time.sleep(rng.random() * 3)
+      elif moment == 'compiling':
+        process.wait_for('compiling the training step')
+        time.sleep(rng.random() * 0.2)
+      else:
+        target += rng.randint(1, 5)
+        process.wait_for('compiled in')  # what the kill before left has been cleared away
+        process.wait_until(lambda: last_step(workdir) >= target, f'step {target}')  # noqa: B023
+        if moment == 'saving':
+          stop_while(process, saving, rng)
+        else:
+          time.sleep(rng.random() * 0.05)
       process.send(signal.SIGKILL)
       assert process.wait() == -signal.SIGKILL
-    found.append((target, checkpoints(workdir)))
-  done = runs.train(workdir)
-  assert done.returncode == 0, done.stderr
+    assert moment != 'saving' or saving()
+    found.append((moment, last_step(workdir), saving()))
+  done = forks(*runs.command(workdir)[1:])
+  assert done.status == 0, done.stderr
   assert_same_params(workdir, finished.workdir)
   assert metrics(workdir) == metrics(finished.workdir), f'killed at {found}'
   ours, theirs = (content(w / 'reconstructions') for w in (workdir, finished.workdir))
   assert ours == theirs
+
+
+def stop_while(process, condition, rng) -> None:
+  """Stops a process with SIGSTOP at a random moment at which the condition holds."""
+  while True:
+    process.wait_until(condition, 'a moment to be stopped')
+    time.sleep(rng.random() * 0.02)
+    process.send(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # now all its threads stand still
+    if condition():
+      return
+    process.send(signal.SIGCONT)
 
 
 def test_sigterm_saves_and_the_continued_run_ends_with_the_same_bits(runs, finished, tmp_path):
@@ -273,23 +288,6 @@ def test_a_signal_before_training_begins_ends_a_run_with_one_line(runs, tmp_path
     last = process.output().splitlines()[-1]
     assert last == 'SIGTERM: stopped before training began; the same command starts again'
     assert 'Traceback' not in process.output()
-
-
-def folder_of_images(root, count: int):
-  """A small data set of JPEG files in two classes."""
-  rng = np.random.default_rng(0)
-  for split in ('train', 'val'):
-    for i in range(count):
-      path = root / split / 'ab'[i % 2] / f'{i}.jpg'
-      path.parent.mkdir(parents=True, exist_ok=True)
-      Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
-  return {
-    'data__name': f'folder:{root}',
-    'data__train_split': 'train',
-    'data__eval_split': 'val',
-    'knn__every_epochs': 0,
-    'pictures__every_epochs': 0,
-  }
 
 
 def test_a_signal_is_honoured_while_data_does_not_come(runs, tmp_path):

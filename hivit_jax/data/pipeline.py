@@ -10,6 +10,7 @@ Grain runs the threads and worker processes, over chunks of a host's batch.
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import weakref
@@ -204,9 +205,15 @@ class Loader(Iterator[Batch]):
           raise part['error']
         self._account(part.pop('broken'), part.pop('seen'))
         parts.append(part)
-    except BaseException:
+    except BaseException as error:
       parts, part = [], {}  # The traceback keeps this frame, but must not keep shared memory.
       self.close()
+      killed = re.match(r'Worker process was terminated .*?(exit code -\d+)', str(error))
+      if killed:
+        raise UserError(
+          f'A data worker process was killed ({killed[1]}; -9 is what the kernel does when memory '
+          'is short: take fewer data.num_workers). The same command goes on.'
+        ) from error
       raise
     return {key: np.concatenate([part[key] for part in parts]) for key in part}
 

@@ -199,7 +199,10 @@ class TfdsSource:
     if not 0 <= index < len(self):
       raise IndexError(f'{self.name}/{self.split} has {len(self)} examples, asked for {index}')
     example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
-    example.ParseFromString(self._records[index])
+    record = self._records[index]
+    if not record:  # is all that array_record says
+      raise OSError('empty record: its file was cut off while it was open')
+    example.ParseFromString(record)
     return example.features.feature
 
   def __len__(self) -> int:

@@ -36,7 +36,7 @@ def default_layout(state: StateDict) -> str:
 
 
 def state_dict(
-  model: nnx.Module, layout: str | None = None, *, prefix: str | None = None
+  model: Any, layout: str | None = None, *, prefix: str | None = None
 ) -> dict[str, np.ndarray]:
   """A model's parameters for PyTorch.
 
@@ -119,7 +119,7 @@ def _indices(
   names = [_INDEX]
   if every_block:
     names += [f'{name.rpartition(".")[0]}.{_INDEX}' for name in tables]
-  return {name: index.copy() for name in names}  # safetensors refuses shared memory
+  return {name: np.array(index) for name in names}  # safetensors refuses shared memory
 
 
 def _mmpretrain(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -104,7 +104,9 @@ def load_into(
   params = nnx.state(model)
   flat = torch_names.flatten(nnx.to_pure_dict(params))
   # A copy: JAX would share the memory, which may be that of the file.
-  new = {path: jnp.array(values.pop(path)) if path in values else flat[path] for path in flat}
+  new: dict[Path, Any] = {
+    path: jnp.array(values.pop(path)) if path in values else flat[path] for path in flat
+  }
   nnx.replace_by_pure_dict(params, torch_names.unflatten(new))
   nnx.update(model, params)
   _log.info('%s', report)
@@ -198,7 +200,7 @@ def _ignored(arrays: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> dic
 class _Sizes:
   """Brings position parameters to the model's image size."""
 
-  def __init__(self, model: nnx.Module, state: StateDict, image_size: tuple[int, int] | None):
+  def __init__(self, model: Any, state: StateDict, image_size: tuple[int, int] | None):
     size = image_size or infer.image_size(state.metadata)
     self._hint = None if size is None else (size[0] // _UNIT, size[1] // _UNIT)
     self._source = state.source
@@ -212,7 +214,7 @@ class _Sizes:
   def resized(self, name: str, value: np.ndarray, leaf: Any) -> tuple[np.ndarray, str | None]:
     """Returns the value for the model's image size, and what was done to it."""
     if name == 'absolute_pos_embed' and self._grid and value.ndim == 3:
-      source = self._source_grid(value.shape[1])
+      source = self._source_grid(value.shape[1], self._grid)
       if source == self._grid:
         return value, None
       resized = resize.position_embedding(value.astype(np.float32), source, self._grid)
@@ -223,7 +225,7 @@ class _Sizes:
       fixed = positions.sincos_2d(leaf.shape[2], self._grid)
       return fixed, f'to {_text(self._grid)} units: computed again, it is fixed'
     if name.endswith(_TABLE) and self._bias_grid and value.ndim == 2:
-      source = self._bias_source(len(value))
+      source = self._bias_source(len(value), self._bias_grid)
       if source == self._bias_grid:
         return value, None
       resized = resize.bias_table(value.astype(np.float32), source, self._bias_grid)
@@ -233,20 +235,20 @@ class _Sizes:
       return resized, how
     return value, None
 
-  def _source_grid(self, units: int) -> Grid:
+  def _source_grid(self, units: int, own: Grid) -> Grid:
     if self._hint is not None and self._hint[0] * self._hint[1] == units:
       return self._hint
     side = math.isqrt(units)
-    if units == self._grid[0] * self._grid[1] and side * side != units:
-      return self._grid
+    if units == own[0] * own[1] and side * side != units:
+      return own
     if side * side != units:
       raise self._unknown(units)
     return side, side
 
-  def _bias_source(self, entries: int) -> Grid:
+  def _bias_source(self, entries: int, own: Grid) -> Grid:
     grid = bias_grid(entries, self._hint)
-    if grid is None and entries == _entries(self._bias_grid):
-      return self._bias_grid
+    if grid is None and entries == _entries(own):
+      return own
     if grid is None:
       raise self._unknown(self._units)
     return grid

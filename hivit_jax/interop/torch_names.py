@@ -10,6 +10,7 @@ Modules carry the PyTorch names, so only the last part of a name and the layout 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ def flatten(params: Mapping, prefix: Path = ()) -> dict[Path, np.ndarray]:
   return flat
 
 
-def unflatten(flat: Mapping[Path, np.ndarray]) -> dict:
+def unflatten(flat: Mapping[Path, Any]) -> dict:
   """Inverse of `flatten`; all-digit parts become integers, as `flax.nnx.to_pure_dict` has them."""
   nested: dict = {}
   for path, value in flat.items():

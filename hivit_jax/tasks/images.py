@@ -15,11 +15,11 @@ def _broadcast(statistic: Sequence[float], channels: int) -> np.ndarray:
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
   """(..., C) uint8 -> float32 `(x / 255 - mean) / std`."""
-  mean, std = (_broadcast(s, images.shape[-1]) for s in (mean, std))
-  return images.astype(jnp.float32) * (1 / (255 * std)) - mean / std
+  m, s = (_broadcast(statistic, images.shape[-1]) for statistic in (mean, std))
+  return images.astype(jnp.float32) * (1 / (255 * s)) - m / s
 
 
 def denormalize(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
   """Inverse of `normalize`, rounded and cut to uint8."""
-  mean, std = (_broadcast(s, images.shape[-1]) for s in (mean, std))
-  return np.clip(np.rint((images * std + mean) * 255), 0, 255).astype(np.uint8)
+  m, s = (_broadcast(statistic, images.shape[-1]) for statistic in (mean, std))
+  return np.clip(np.rint((images * s + m) * 255), 0, 255).astype(np.uint8)

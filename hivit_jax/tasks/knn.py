@@ -36,10 +36,13 @@ def knn_predict(
   Returns:
     (Q,) predicted labels.
   """
-  bank = _unit_length(jnp.asarray(bank, jnp.float32))
-  labels = jnp.asarray(bank_labels, jnp.int32)
   predict = functools.partial(
-    _predict, bank, labels, num_classes=num_classes, k=min(k, len(bank)), temperature=temperature
+    _predict,
+    _unit_length(jnp.asarray(bank, jnp.float32)),
+    jnp.asarray(bank_labels, jnp.int32),
+    num_classes=num_classes,
+    k=min(k, len(bank)),
+    temperature=temperature,
   )
   padded = np.pad(queries, ((0, -len(queries) % min(_CHUNK, max(len(queries), 1))), (0, 0)))
   chunks = [

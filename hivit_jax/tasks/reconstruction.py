@@ -122,7 +122,9 @@ def draw(result: Reconstruction, *, title: str = '') -> Image.Image:
     left = _MARGIN + column * cell_w
     pen.text((left, head - line), label, 'black', font)
     for row in range(b):
-      cell = Image.fromarray(_to_rgb(images[row])).resize((w * scale, h * scale), Image.NEAREST)
+      cell = Image.fromarray(_to_rgb(images[row])).resize(
+        (w * scale, h * scale), Image.Resampling.NEAREST
+      )
       canvas.paste(cell, (left, head + row * cell_h))
   for i, note in enumerate(reversed(notes)):
     pen.text((_MARGIN, canvas.height - line * (i + 1)), note, 'dimgray', font)

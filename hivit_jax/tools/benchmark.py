@@ -209,9 +209,9 @@ def _host_seconds(config: ml_collections.ConfigDict, mesh: Mesh, repeats: int) -
   return statistics.median(times[2:])
 
 
-def _peak_memory(device: jax.Device) -> int:
+def _peak_memory(device: Any) -> int:
   """Bytes: of the device where it counts them, else of this process."""
-  stats: dict | None = device.memory_stats()
+  stats = device.memory_stats()
   if stats and 'peak_bytes_in_use' in stats:
     return stats['peak_bytes_in_use']
   unit = 1 if sys.platform == 'darwin' else 1024

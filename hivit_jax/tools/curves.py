@@ -24,6 +24,7 @@ _PANELS = {
   'loss': r'(train|eval)/(\w+_)?loss',
   'accuracy': r'(train|eval)/(\w+_)?(top\d+|accuracy)',
   'learning rate': r'train/learning_rate',
+  'memory (MB)': r'train/(host|device)_memory_mb',
 }
 _COLUMNS = 3
 # Okabe and Ito's palette, which colour-blind people tell apart, without its yellow.
@@ -73,7 +74,7 @@ def short_names(workdirs: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 
 def draw(runs: Mapping[str, Rows]) -> Figure:
-  """Loss, accuracies, learning rate and other `eval/` metrics over the training.
+  """Loss, accuracies, learning rate, memory and other `eval/` metrics over the training.
 
   The x axis has epochs if every run tells them, else steps. Lines have the gid `RUN METRIC`.
   With several runs the colour tells the run and the dashes tell the metric.

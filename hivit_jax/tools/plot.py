@@ -1,4 +1,4 @@
-"""Loss, accuracy and learning rate of one or several runs as one picture.
+"""Loss, accuracy, learning rate and memory of one or several runs as one picture.
 
 python -m hivit_jax.tools.plot WORKDIR... [--out=plot.png]
 """

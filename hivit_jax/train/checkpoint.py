@@ -215,22 +215,22 @@ class Checkpoints:
     choice = distributed.on_primary(functools.partial(self._choose, step))
     if choice is None:
       return None
-    step, damaged = choice
-    path = self.path(step)
+    found, damaged = choice
+    path = self.path(found)
     record = _read_record(path)
     _check_fit(path, record.leaves, leaves)
     values = _orbax_load(path, leaves)
     if not self._read_only:
-      self._ours.add(step)
+      self._ours.add(found)
       for bad in damaged if self._primary else ():
         self._set_aside(bad)
-    return Restored(step, jax.tree.unflatten(treedef, values.values()), record.metadata)
+    return Restored(found, jax.tree.unflatten(treedef, values.values()), record.metadata)
 
   def _choose(self, step: int | None) -> tuple[int, list[int]] | None:
     if step is None and not self.steps():
       return None
-    step, _, damaged = _newest_usable(self.directory, step, _read_verified)
-    return step, damaged
+    found, _, damaged = _newest_usable(self.directory, step, _read_verified)
+    return found, damaged
 
   def wait(self) -> None:
     """Returns when no save is under way; raises the error of the one that was."""

@@ -44,7 +44,9 @@ def initialize(
     UserError: only some of them were given, or the others do not answer.
   """
   names = ('coordinator_address', 'num_processes', 'process_id')
-  given = dict(zip(names, (coordinator_address, num_processes, process_id), strict=True))
+  given: dict[str, Any] = dict(
+    zip(names, (coordinator_address, num_processes, process_id), strict=True)
+  )
   for name in names:
     if given[name] is None and (text := os.environ.get(f'JAX_{name.upper()}')):
       given[name] = text if name == 'coordinator_address' else _number(name, text)

@@ -1,14 +1,16 @@
 """One run from its config: set up, resume, train, report."""
 
 import contextlib
+import errno
 import json
 import logging
 import pathlib
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import ml_collections
 from flax import nnx
 
@@ -20,6 +22,7 @@ from hivit_jax.train import (
   hooks,
   host_memory,
   inputs,
+  lock,
   loop,
   peers,
   settings,
@@ -38,6 +41,7 @@ from hivit_jax.train.logging import (
 from hivit_jax.train.signals import Interrupted, StopSignals
 
 _log = logging.getLogger(__name__)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ORDER = {'seed', 'batch_size', 'data.name', 'data.train_split'}  # settings that decide who is next
 
 
@@ -49,15 +53,23 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     workdir: directory of everything that the run leaves; created if needed.
 
   Raises:
-    UserError: a setting, data set or checkpoint that does not fit; nothing was changed then.
+    UserError: a setting, data set or checkpoint that does not fit, or another run in `workdir`:
+      nothing was changed then; or a disk that is full.
     Stopped: after SIGTERM or SIGINT, with a checkpoint saved.
   """
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
   setup_logging()  # before JAX looks for devices, and has something to say about it
   primary = distributed.primary()
   setup_logging(primary)
+  _check_local(workdir)
   directory = pathlib.Path(workdir).expanduser().absolute()
-  with peers.Watch(), StopSignals() as signals, contextlib.ExitStack() as stack:
+  with (
+    peers.Watch(),
+    told_of_full_memory(),
+    _told_of_full_disk(directory),
+    StopSignals() as signals,
+    contextlib.ExitStack() as stack,
+  ):
     try:
       with signals.interruptible():
         training = _set_up(config, directory, stack)
@@ -73,6 +85,43 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     _log.warning('%d broken training images were replaced by others; each is named above', broken)
   if primary:
     _report(config, directory, training['checkpoints'].path(training['total_steps']))
+
+
+def _check_local(path: str) -> None:
+  if '://' in path:
+    raise UserError(
+      f'{path} is no path in the file system; mount the bucket (gcsfuse, s3fs) and give the path '
+      'where it is mounted, or take a local disk or NFS'
+    )
+
+
+@contextlib.contextmanager
+def _told_of_full_disk(directory: pathlib.Path) -> Iterator[None]:
+  """Turns the error into a UserError; checkpoints have their own."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in _NO_ROOM:
+      raise
+    raise UserError(
+      f'cannot write to {directory}: {error.strerror}; the checkpoints there are kept; '
+      'make room (df -h) and start the same command again'
+    ) from error
+
+
+@contextlib.contextmanager
+def told_of_full_memory() -> Iterator[None]:
+  """Turns what JAX says when a device's memory is full into a UserError with the ways out."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise UserError(
+      f'a device has not enough memory: {distributed.first_line(error)}; what helps: more '
+      '--config.accumulate_steps, --config.model.remat=True, a smaller --config.batch_size or '
+      '--config.evaluation.batch_size, more devices; what was saved is kept'
+    ) from error
 
 
 def _set_up(
@@ -100,6 +149,7 @@ def _set_up(
   steps = build.Steps(len(train_source), config.batch_size)
   total = config.max_steps or steps.of(config.epochs)
 
+  distributed.on_primary(lambda: stack.enter_context(lock.hold(directory)))
   checkpoints = stack.enter_context(
     Checkpoints(
       directory / 'checkpoints',
@@ -191,7 +241,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
   """
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
   setup_logging(distributed.primary())
-  with peers.Watch():
+  with peers.Watch(), told_of_full_memory():
     metrics = _evaluate(config, workdir, default_workdir)
   if distributed.primary():
     print(json.dumps(metrics))
@@ -204,6 +254,7 @@ def _evaluate(
   path = workdir or (default_workdir if trained else config.init)
   if not path:
     raise UserError('what to evaluate? Give --workdir=DIRECTORY or --config.init=FILE')
+  _check_local(path)
   state = weights.read(path, ema=config.init_ema)
   settings.check(config)
   if config.model.name is None:

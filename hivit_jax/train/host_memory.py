@@ -38,7 +38,7 @@ def keep_freed_memory(*, one_arena: bool) -> bool:
 
 
 def _accelerator_expected() -> bool:
-  platforms = jax.config.jax_platforms
+  platforms = jax.config.values['jax_platforms']
   if platforms:
     return platforms != 'cpu'
   return any(importlib.util.find_spec(name) for name in ('jax_plugins', 'libtpu'))

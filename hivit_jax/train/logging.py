@@ -223,6 +223,9 @@ class MetricWriter:
     Args:
       step: the step to which they belong.
       metrics: Python, numpy or jax scalars by name, such as `train/loss`.
+
+    Raises:
+      OSError: the disk is full, for example.
     """
     if not self._primary:
       return
@@ -238,7 +241,7 @@ class MetricWriter:
       self._last_start = self._end
     line = _line(row)
     self._file.seek(self._last_start)
-    self._file.write(line)
+    _write(self._file, line)
     self._file.truncate()
     self._end = self._last_start + len(line)
     self._last_row = row
@@ -263,6 +266,11 @@ class MetricWriter:
     if self._primary:
       self._file.close()
       self._events.close()
+
+
+def _write(file: io.FileIO, data: bytes) -> None:
+  while data:  # when a disk becomes full, a part is written without a word
+    data = data[file.write(data) :]
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
@@ -340,7 +348,7 @@ class _EventFile:
     data = self._event_type(wall_time=time.time(), **fields).SerializeToString()
     length = struct.pack('<Q', len(data))
     crcs = [struct.pack('<I', self._crc(part)) for part in (length, data)]
-    self._file.write(length + crcs[0] + data + crcs[1])
+    _write(self._file, length + crcs[0] + data + crcs[1])
 
 
 def config_changes(

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hivit_jax.errors import Stopped, UserError
-from hivit_jax.train import distributed, sharding
+from hivit_jax.train import distributed, memory, sharding
 from hivit_jax.train.signals import Interrupted, StopSignals
 
 _log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def run(
     means = {key: float(np.mean([metrics[key] for metrics in values])) for key in values[0]}
     means['learning_rate'] = float(values[-1]['learning_rate'])
     timing = done.timing(batch_size)
-    means |= {**timing, 'epoch': step * epochs_per_step}
+    means |= {**timing, **memory.in_use(), 'epoch': step * epochs_per_step}
     if done.broken:
       means['broken_images'] = done.broken
     writer.write(step, {f'train/{key}': value for key, value in means.items()})

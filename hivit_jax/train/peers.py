@@ -50,9 +50,9 @@ class Watch:
     if jax.process_count() == 1:
       return
     self._leaving.set()
-    lost = isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error)
-    if lost:
-      error = Stopped(
+    lost = None
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      error = lost = Stopped(
         f'process {jax.process_index()} of {jax.process_count()} lost another one '
         f'({distributed.first_line(error)}); why that one ended stands in its own output. {_AGAIN}'
       )
@@ -64,8 +64,8 @@ class Watch:
       end.daemon = True
       end.start()
     self._tell(message)
-    if lost:
-      raise error
+    if lost is not None:
+      raise lost
 
   def _connect(self) -> None:
     count = jax.process_count()

@@ -4,7 +4,7 @@ What depends on the model, the devices or the data is checked where it is built.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_collections
@@ -74,6 +74,16 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
   ),
 )
 
+# What may be None; everything else always has a value.
+_OPTIONAL = (
+  'max_steps model.name model.embed_dim model.depths model.num_heads model.stem_blocks model.rpe '
+  'model.num_classes model.head_std model.head_batch_norm model.decoder_embed_dim '
+  'model.decoder_depth model.decoder_num_heads model.mask_ratio model.norm_pix_loss model.hifeat '
+  'init data.data_dir data.eval_crop augment.rand_augment optim.lr optim.layer_decay '
+  'optim.clip_norm ema_decay'
+)
+OPTIONAL = frozenset(_OPTIONAL.split())
+
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises UserError, with the key, its value and what is possible, unless all values make sense.
@@ -81,6 +91,9 @@ def check(config: ml_collections.ConfigDict) -> None:
   Args:
     config: see configs/base.py; `image_size` becomes (height, width) if it was one side.
   """
+  for key, value in dotted(config):
+    if value is None and key not in OPTIONAL:
+      raise UserError(f'config.{key}=None: this setting always has a value')
   for expected, test, keys in _RULES:
     for key in keys.split():
       value = _get(config, key)
@@ -99,6 +112,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     count = len(_get(config, key))
     if count != config.channels and config.channels != 1:  # one channel gets the average of three
       raise UserError(f'config.{key}: {count} numbers for config.channels={config.channels}')
+
+
+def dotted(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """('optim.lr', 1e-3) and so on, of all settings."""
+  for key, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      yield from dotted(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key, value
 
 
 def _get(config: ml_collections.ConfigDict, key: str) -> Any:

@@ -132,7 +132,7 @@ def use_whole(params: Any, shardings: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-  return jax.lax.with_sharding_constraint(x, replicated(sharding.mesh))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _gather_forward(x, sharding):

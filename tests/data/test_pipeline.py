@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from hivit_jax.data import chunks, transforms
+from hivit_jax.data.builders.digits import Digits
 from hivit_jax.data.pipeline import eval_loader, train_loader
 from hivit_jax.data.sources import open_source
 from hivit_jax.errors import UserError
@@ -302,6 +303,31 @@ def test_damaged_record_of_a_prepared_data_set_counts_as_broken(tmp_path):
   assert 'cannot be read: Corrupted' in reason
 
 
+def test_a_shard_that_is_cut_off_while_it_is_open_counts_as_broken(tmp_path):
+  source = open_source('digits', 'train', str(tmp_path))
+  (shard,) = tmp_path.glob('digits/*/*train*array_record*')
+  assert source[0]['image']
+  os.truncate(shard, 0)
+  with pytest.raises(UserError, match=r'broken.*digits/train\[\d+\] \(.*its file was cut off'):
+    list(train_loader(source, stamp, batch_size=32, seed=0))
+
+
+def test_of_a_shard_that_disappears_what_is_open_is_read_and_the_rest_is_broken(tmp_path):
+  Digits(data_dir=tmp_path, examples_per_shard=721).download_and_prepare()
+  shards = sorted(tmp_path.glob('digits/*/*train*array_record*'))
+  assert len(shards) == 2
+  source = open_source('digits', 'train', str(tmp_path))
+  label = source[0]['label']
+  for shard in shards:
+    shard.unlink()
+  assert source[0]['label'] == label  # the first shard is open
+  with pytest.raises(UserError) as error:
+    list(train_loader(source, stamp, batch_size=32, seed=0))
+  named = {int(i) for i in re.findall(r'digits/train\[(\d+)\] \(', str(error.value))}
+  assert min(named) >= 721
+  assert f'No such file or directory; opening {shards[1]}' in str(error.value)
+
+
 def test_too_many_broken_examples_stop_the_run_with_their_names():
   bad = list(range(0, 2000, 50))  # 2 %
   loader = train_loader(MemorySource(2000, broken=bad), stamp, batch_size=100, seed=0)
@@ -410,7 +436,7 @@ def test_killed_worker_process_is_an_error_and_no_deadlock():
   loader = train_loader(MemorySource(50), stamp, batch_size=50, seed=0, num_workers=1)
   next(loader)
   os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-  with pytest.raises(RuntimeError, match='exit code -9'):
+  with pytest.raises(UserError, match=r'worker process was killed \(exit code -9; .* same command'):
     take(loader, 100)
 
 

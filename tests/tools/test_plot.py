@@ -37,14 +37,17 @@ def test_the_curves_of_a_run_are_its_metrics(finished):
   figure = curves.draw({'it': curves.read_metrics(finished.workdir)})
   text = (finished.workdir / 'metrics.jsonl').read_text()
   rows = [json.loads(line) for line in text.splitlines()]
+  memory = ('train/device_memory_mb', 'train/host_memory_mb')
+  panels = {m: (m,) for m in ('train/loss', 'eval/knn_top1', 'train/learning_rate')}
   expected = {
-    metric: {
+    panel: {
       f'it {metric}': (
         [row['step'] / 4 for row in rows if metric in row],
         [row[metric] for row in rows if metric in row],
       )
+      for metric in metrics
     }
-    for metric in ('train/loss', 'eval/knn_top1', 'train/learning_rate')
+    for panel, metrics in (panels | {'memory (MB)': memory}).items()
   }
   assert lines(figure) == expected
   assert expected['eval/knn_top1']['it eval/knn_top1'][0] == [0, 2.5, 5, 7.5, 10]

@@ -8,6 +8,7 @@ import logging as std_logging
 import os
 import pathlib
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -70,6 +71,21 @@ def test_metrics_of_one_step_share_a_line(tmp_path):
     {'step': 10, 'train/loss': 0.25, 'eval/knn_top1': 0.5},
     {'step': 20, 'train/loss': 0.1},
   ]
+
+
+def test_a_row_that_the_disk_has_no_room_for_is_an_error_and_no_half_row_stays(tmp_path):
+  write_steps(tmp_path, [1])
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with MetricWriter(tmp_path, start_step=1) as writer:
+    size = (tmp_path / 'metrics.jsonl').stat().st_size
+    try:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+      with pytest.raises(OSError, match='File too large'):
+        writer.write(2, {'train/loss': 0.5})
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  write_steps(tmp_path, [2], start_step=1)
+  assert [row['step'] for row in rows(tmp_path)] == [1, 2]
 
 
 def test_nan_and_infinity_stay_valid_json(tmp_path):

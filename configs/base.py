@@ -11,7 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
 
   config.seed = 0  # of parameters, data order, augmentation, masks
-  config.task = 'mae'  # masked autoencoding; classify; linear: train the last layer alone
+  config.task = 'mae'  # masked autoencoding; simmim; classify; linear: train the last layer alone
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
   config.channels = 3  # of the images: 3 (RGB) or 1 (greyscale)
   config.epochs = 300.0  # length of the run and of the learning rate's schedule
@@ -21,7 +21,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = ml_collections.ConfigDict()
   config.model.name = config_dict.placeholder(str)  # see hivit_jax.list_models()
   config.model.embed_dim = config_dict.placeholder(int)
-  config.model.depths = config_dict.placeholder(tuple)
+  config.model.depth = config_dict.placeholder(int)  # of ViT
+  config.model.depths = config_dict.placeholder(tuple)  # of HiViT and Swin, stage by stage
+  config.model.window_size = config_dict.placeholder(int)  # of Swin, in patches
   config.model.num_heads = config_dict.placeholder(int)
   config.model.stem_blocks = config_dict.placeholder(tuple)  # MLPs of the first two stages (iTPN)
   config.model.rpe = config_dict.placeholder(bool)  # relative position bias
@@ -121,8 +123,17 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.image_size = (32, 32)
   config.max_steps = 2
   config.batch_size = 16
-  config.model.update(embed_dim=32, depths=(1, 1, 2), num_heads=2)
-  if config.task == 'mae':
+  if 'swin' in config.model.name:
+    # Of windows that shift there are enough in 64 pixels.
+    config.image_size = (64, 64)
+    config.model.update(embed_dim=24, depths=(2, 1, 1, 1), window_size=4)
+  elif 'hivit' in config.model.name:
+    config.model.update(embed_dim=32, depths=(1, 1, 2), num_heads=2)
+  else:
+    config.model.update(embed_dim=32, depth=2, num_heads=2)
+  if config.task == 'simmim':
+    config.augment.crop_scale = (0.67, 1.0)
+  elif config.task == 'mae':
     config.model.update(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
   else:  # one set of numbers, so that all of them compile to the same program
     config.model.drop_path_rate = 0.1
@@ -139,16 +150,21 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return config
 
 
-def pretrain(size: str, variant: str | None, **optim) -> ml_collections.ConfigDict:
-  """MAE pretraining of one HiViT size.
+def pretrain(
+  size: str, variant: str | None, *, model: str = 'hivit', **optim
+) -> ml_collections.ConfigDict:
+  """MAE pretraining of one size of HiViT or ViT.
 
   Args:
     size: tiny, small, base or large.
     variant: epochs ('300', '800', '1600'), 'debug', or None for 300 epochs.
+    model: hivit or vit.
     **optim: what differs from the base recipe in `config.optim`.
   """
   config = get_config()
-  config.model.update(name=f'mae_hivit_{size}', mask_ratio=0.75, norm_pix_loss=True, hifeat=True)
+  config.model.update(name=f'mae_{model}_{size}', mask_ratio=0.75, norm_pix_loss=True)
+  if model == 'hivit':
+    config.model.hifeat = True
   config.optim.update(optim)
   if variant == 'debug':
     return debug(config)
@@ -158,16 +174,17 @@ def pretrain(size: str, variant: str | None, **optim) -> ml_collections.ConfigDi
   return config
 
 
-def classify(size: str, *, augment: bool = True) -> ml_collections.ConfigDict:
-  """What supervised training and finetuning of one HiViT size share.
+def classify(size: str, *, model: str = 'hivit', augment: bool = True) -> ml_collections.ConfigDict:
+  """What supervised training and finetuning of one size of a model share.
 
   Args:
     size: tiny, small, base or large.
+    model: hivit, vit or swin.
     augment: with the published augmentation, which is for large data and long training.
   """
   config = get_config()
   config.task = 'classify'
-  config.model.name = f'hivit_{size}'
+  config.model.name = f'{model}_{size}'
   config.batch_size = 1024
   if augment:
     config.augment.update(crop_scale=(0.08, 1.0), rand_augment='rand-m9-mstd0.5-inc1', erase=0.25)
@@ -179,16 +196,24 @@ def classify(size: str, *, augment: bool = True) -> ml_collections.ConfigDict:
 
 
 def supervised(
-  size: str, variant: str | None, *, drop_path_rate: float
+  size: str,
+  variant: str | None,
+  *,
+  drop_path_rate: float,
+  model: str = 'hivit',
+  clip_norm: float | None = None,
 ) -> ml_collections.ConfigDict:
-  """Training from scratch: Table 2 of arXiv 2205.14949.
+  """Training from scratch: Table 2 of arXiv 2205.14949, and that of Swin, whom it follows.
 
   Args:
     size: tiny, small or base.
     variant: 'debug' or None.
     drop_path_rate: the largest, see `config.model`.
+    model: hivit, vit or swin.
+    clip_norm: see `config.optim`.
   """
-  config = classify(size)
+  config = classify(size, model=model)
+  config.optim.clip_norm = clip_norm
   config.model.drop_path_rate = drop_path_rate
   config.epochs = 300.0
   config.optim.update(base_lr=2.5e-4, end_lr=1e-5, warmup_start_lr=1e-6, warmup_epochs=20.0)
@@ -203,20 +228,47 @@ def finetune(
   base_lr: float = 5e-4,
   layer_decay: float = 0.85,
   drop_path_rate: float = 0.2,
+  model: str = 'hivit',
 ) -> ml_collections.ConfigDict:
-  """Finetuning of a pretrained HiViT, by default of what `mae_hivit_<size>.py` left.
+  """Finetuning of a pretrained model, by default of what `mae_<model>_<size>.py` left.
 
   Args:
     size: tiny, small, base or large.
     variant: 'debug' or None.
+    model: hivit or vit.
     epochs, base_lr, layer_decay, drop_path_rate: see the settings of these names.
   """
-  config = classify(size)
-  config.init = f'workdirs/mae_hivit_{size[0]}'
+  config = classify(size, model=model)
+  config.init = f'workdirs/mae_{model}_{size[0]}'
   config.model.update(drop_path_rate=drop_path_rate, head_std=2e-5)
   config.epochs = epochs
   config.optim.update(base_lr=base_lr, end_lr=1e-6, warmup_epochs=5.0, layer_decay=layer_decay)
   return debug_or(config, variant)
+
+
+def simmim(size: str, variant: str | None) -> ml_collections.ConfigDict:
+  """SimMIM pretraining of one Swin size (arXiv 2111.09886), with windows of 6 at 192 pixels.
+
+  Args:
+    size: tiny, small or base.
+    variant: epochs ('100', '800'), 'debug', or None for 800 epochs.
+  """
+  config = get_config()
+  config.task = 'simmim'
+  config.model.update(name=f'simmim_swin_{size}', mask_ratio=0.6, window_size=6)
+  config.image_size = (192, 192)
+  config.augment.crop_scale = (0.67, 1.0)
+  config.batch_size = 2048
+  config.optim.update(
+    base_lr=5e-5, warmup_start_lr=5e-7, warmup_epochs=10.0, b2=0.999, clip_norm=5.0
+  )
+  config.pictures.every_epochs = 0.0
+  if variant == 'debug':
+    return debug(config)
+  if variant not in (None, '', '100', '800'):
+    raise UserError(f'unknown variant ":{variant}"; known: 100, 800 (epochs), debug')
+  config.epochs = float(variant or 800)
+  return config
 
 
 def debug_or(config: ml_collections.ConfigDict, variant: str | None) -> ml_collections.ConfigDict:

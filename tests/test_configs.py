@@ -40,6 +40,14 @@ PARAMETERS = {
   'finetune_hivit_s': 37_526_464,
   'finetune_hivit_b': 66_418_952,
   'finetune_hivit_l': 290_712_328,
+  'mae_vit_b': 111_907_840,
+  'mae_vit_l': 329_541_888,
+  'finetune_vit_b': 86_567_656,
+  'supervised_vit_b': 86_567_656,
+  'simmim_swin_b': 89_874_104,
+  'supervised_swin_t': 28_288_354,
+  'supervised_swin_s': 49_606_258,
+  'supervised_swin_b': 87_768_224,
   'linear_hivit_b': 66_418_952 + 2 * 512,  # and the statistics of its BatchNorm
 }
 

@@ -26,7 +26,7 @@ _UNIT = 16  # pixels
 # What other code's files have and no model here needs: (names, condition, reason).
 _IGNORED = (
   (r'head_norm\.num_batches_tracked', None, 'a counter'),
-  (r'(blocks\.\d+\.attn\.)?relative_position_index', None, 'a constant, computed when needed'),
+  (r'(.*\.)?(relative_position_index|attn_mask)', None, 'a constant, computed when needed'),
   (
     r'(align_dim_\w+|fpn_modules|split_\d+to\d+|block_\d+to\d+)\..*',
     None,
@@ -39,7 +39,7 @@ _IGNORED = (
   ),
 )
 # A partial load must still bring all of these.
-_ENCODER = r'(patch_embed|blocks|layers)\..*|absolute_pos_embed|pos_embed'
+_ENCODER = r'(patch_embed|blocks|layers)\..*|absolute_pos_embed|pos_embed|cls_token'
 _TABLE = 'relative_position_bias_table'
 
 
@@ -122,7 +122,10 @@ def fit(
 ) -> tuple[dict[Path, np.ndarray], LoadReport]:
   """The values for a model's parameters, in its layout; arguments as for `load_into`."""
   leaves = torch_names.flatten(nnx.to_pure_dict(nnx.state(model)))
-  wanted = {_torch_name(path, leaf): (path, leaf) for path, leaf in leaves.items()}
+  # As `files.normal_names` has them; SimMIM's encoder is a part of its model.
+  wanted = {
+    _torch_name(path, leaf).removeprefix('encoder.'): (path, leaf) for path, leaf in leaves.items()
+  }
   arrays = dict(state.arrays)
   report = LoadReport(state.source)
   report.ignored = _ignored(arrays, wanted)
@@ -206,8 +209,9 @@ class _Sizes:
     self._source = state.source
     self._grid: Grid | None = getattr(model, 'grid', None)
     self._bias_grid: Grid | None = None
-    if self._grid and model.depths[2]:
-      self._bias_grid = model.blocks[-1].attn.grid
+    blocks = getattr(model, 'blocks', None)  # other than Swin's
+    if blocks and hasattr(blocks[-1], 'attn'):
+      self._bias_grid = blocks[-1].attn.grid
     embedding = state.arrays.get('absolute_pos_embed')
     self._units = 0 if embedding is None else embedding.shape[1]
 

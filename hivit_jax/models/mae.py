@@ -79,6 +79,10 @@ class MaskedAutoencoder(HiViTEncoder, MaskedDecoder):
       dtype=dtype,
     )
 
+  def stages(self, images: jax.Array) -> tuple[jax.Array, ...]:
+    """Outputs of the three stages for whole images, see `encode`."""
+    return self.encode(images)
+
   def pooled(self, images: jax.Array) -> jax.Array:
     """(B, H, W, channels) normalised images -> (B, C) mean of the main stage's tokens, unmasked."""
     return self.encode(images)[-1].mean(axis=1)

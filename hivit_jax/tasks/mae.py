@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.models.simmim import SimMIM
+from hivit_jax.models.vit import ViTMaskedAutoencoder
 from hivit_jax.tasks.images import normalize
 
 Batch = Mapping[str, jax.Array]
+Model = MaskedAutoencoder | ViTMaskedAutoencoder | SimMIM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,7 @@ class MAETask:
   mean: Sequence[float]
   std: Sequence[float]
 
-  def prepare(self, model: MaskedAutoencoder, batch: Batch, rng: jax.Array) -> Batch:
+  def prepare(self, model: Model, batch: Batch, rng: jax.Array) -> Batch:
     """Adds the random numbers of a whole batch, which parts of it then share out.
 
     Args:
@@ -41,7 +44,7 @@ class MAETask:
       prepared['drop_path_noise'] = model.drop_path_noise(drop_path, len(images))
     return prepared
 
-  def loss(self, model: MaskedAutoencoder, batch: Batch) -> tuple[jax.Array, dict]:
+  def loss(self, model: Model, batch: Batch) -> tuple[jax.Array, dict]:
     """Loss and metrics of a batch, or a part of one, from `prepare`; means over its examples."""
     out = model(
       normalize(batch['image'], self.mean, self.std),
@@ -50,7 +53,7 @@ class MAETask:
     )
     return out.loss, {}
 
-  def features(self, model: MaskedAutoencoder, images: jax.Array) -> jax.Array:
+  def features(self, model: Model, images: jax.Array) -> jax.Array:
     """Pooled features of whole images, for k-NN classification.
 
     All three stages, as the decoder gets them ("hierarchical features"): every token is
@@ -65,9 +68,9 @@ class MAETask:
     Returns:
       (B, C/4 + C/2 + C) float32.
     """
-    stages = model.encode(normalize(images, self.mean, self.std))
+    stages = model.stages(normalize(images, self.mean, self.std))
     pooled = []
-    for tokens in stages:  # (B, N, cells, c) twice, then (B, N, C)
+    for tokens in stages:  # (B, ..., c); of HiViT (B, N, cells, c) twice, then (B, N, C)
       tokens = tokens.astype(jnp.float32)
       tokens = (tokens - tokens.mean(-1, keepdims=True)) / (tokens.std(-1, keepdims=True) + 1e-6)
       pooled.append(tokens.mean(axis=tuple(range(1, tokens.ndim - 1))))

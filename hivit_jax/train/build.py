@@ -10,8 +10,10 @@ import ml_collections
 from hivit_jax import models
 from hivit_jax.errors import UserError
 from hivit_jax.interop import files, infer
-from hivit_jax.models.hivit import UNIT, HiViT
-from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.models.classifier import Classifier
+from hivit_jax.models.hivit import UNIT
+from hivit_jax.models.masking import MaskedDecoder
+from hivit_jax.models.simmim import SimMIM
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
 from hivit_jax.train import optim, schedules, weights
@@ -21,10 +23,16 @@ _LARGE_WIDTH = 256  # channels of the main stage
 _PUBLISHED_CLASSES = 1000  # of a config that names no number, before there is a data set
 # task -> class of its models, how they are called, rules of the optimizer
 _TASKS = {
-  'mae': (MaskedAutoencoder, 'masked autoencoder', optim.PRETRAIN_RULES),
-  'classify': (HiViT, 'classifier', optim.CLASSIFY_RULES),
-  'linear': (HiViT, 'classifier', optim.LINEAR_RULES),
+  'mae': (MaskedDecoder, 'masked autoencoder', optim.PRETRAIN_RULES),
+  'simmim': (SimMIM, 'SimMIM', optim.SIMMIM_RULES),
+  'classify': (Classifier, 'classifier', optim.CLASSIFY_RULES),
+  'linear': (Classifier, 'classifier', optim.LINEAR_RULES),
 }
+
+
+def is_pretraining(config: ml_collections.ConfigDict) -> bool:
+  """Whether the task needs no labels."""
+  return config.task in ('mae', 'simmim')
 
 
 def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -50,8 +58,11 @@ def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
 
 def is_large(config: ml_collections.ConfigDict) -> bool:
   """Whether a step takes long enough for `host_memory.keep_freed_memory(one_arena=True)`."""
-  own = models.MODELS.get(config.model.name, (None, {}))[1].get('embed_dim', 0)
-  return (config.model.embed_dim or own) >= _LARGE_WIDTH
+  own = models.MODELS.get(config.model.name, (None, {}))[1]
+  width = config.model.embed_dim or own.get('embed_dim', 0)
+  if len(config.model.depths or own.get('depths', ())) == 4:  # Swin tells the first stage's
+    width *= 4
+  return width >= _LARGE_WIDTH
 
 
 def compute_dtype(config: ml_collections.ConfigDict) -> str:
@@ -105,7 +116,7 @@ def infer_model(config: ml_collections.ConfigDict, state: files.StateDict) -> No
     known = {'image_size': (height, width)} | known
   name, arguments = infer.describe(state.arrays, state.source, **known)
   name = name.removeprefix('backbone_')  # pooled, its features are those of a classifier
-  config.task = 'mae' if models.MODELS[name][0] is MaskedAutoencoder else 'classify'
+  config.task = 'mae' if issubclass(models.MODELS[name][0], MaskedDecoder) else 'classify'
   config.channels = arguments['channels']
   config.model.name = name
   config.model.update({k: v for k, v in arguments.items() if k in config.model})
@@ -123,8 +134,8 @@ def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:
       'config.model.name is not set; hivit_jax.list_models() has the names. '
       'configs/evaluate.py goes with --mode=evaluate'
     )
-  if models.MODELS.get(name, (wanted,))[0] is not wanted:
-    fitting = [other for other, (cls, _) in models.MODELS.items() if cls is wanted]
+  if not issubclass(models.MODELS.get(name, (wanted,))[0], wanted):
+    fitting = [other for other, (cls, _) in models.MODELS.items() if issubclass(cls, wanted)]
     size = name.rsplit('_', 1)[-1]
     guess = next((other for other in fitting if other.endswith(f'_{size}')), fitting[0])
     raise UserError(
@@ -132,7 +143,7 @@ def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:
       f'try {guess}'
     )
   statistics = {'mean': tuple(config.data.mean), 'std': tuple(config.data.std)}
-  if wanted is MaskedAutoencoder:
+  if is_pretraining(config):
     return MAETask(**statistics)
   a = config.augment
   return ClassifyTask(

@@ -138,7 +138,7 @@ def _set_up(
     train_source = inputs.open_source(config, config.data.train_split)
     eval_source = inputs.open_source(config, config.data.eval_split)
   inputs.set_num_classes(config, train_source)
-  if config.task != 'mae':
+  if not build.is_pretraining(config):
     inputs.check_classes(train_source.class_names, config.data.train_split, eval_source)
     inputs.check_labels(train_source)
   task = build.task(config)
@@ -268,7 +268,7 @@ def _evaluate(
   with distributed.primary_first():
     source = inputs.open_source(config, config.data.eval_split)
   names = state.metadata.get('class_names')
-  if names and config.task != 'mae':
+  if names and not build.is_pretraining(config):
     inputs.check_classes(names, state.source, source)
   bank = inputs.open_source(config, config.data.train_split) if config.knn.every_epochs else source
   inputs.set_num_classes(config, source)
@@ -364,9 +364,10 @@ def _report(
   if picture:
     lines.append(f'reconstructions: {picture}')
   lines.append(f'curves: tensorboard --logdir={shlex.quote(str(directory))}/tensorboard')
-  if config.task == 'mae':
-    tool, more = 'reconstruct', ' --images=PICTURE.jpg --mask_ratio=0.6'
-  else:
-    tool, more = 'predict', ' PICTURE.jpg'
-  lines.append(f'next, try your own pictures: {python} -m hivit_jax.tools.{tool} {workdir}{more}')
+  tools = {'mae': 'reconstruct', 'classify': 'predict', 'linear': 'predict'}
+  if tool := tools.get(config.task):
+    more = {'reconstruct': '--images=PICTURE.jpg --mask_ratio=0.6', 'predict': 'PICTURE.jpg'}[tool]
+    lines.append(
+      f'next, try your own pictures: {python} -m hivit_jax.tools.{tool} {workdir} {more}'
+    )
   _log.info('%s', '\n  '.join(lines))

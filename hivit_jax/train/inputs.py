@@ -8,6 +8,7 @@ import ml_collections
 
 from hivit_jax.data import pipeline, sources, transforms
 from hivit_jax.errors import UserError
+from hivit_jax.train import build
 from hivit_jax.train.build import image_size
 
 
@@ -18,7 +19,7 @@ def open_source(config: ml_collections.ConfigDict, split: str) -> Any:
 
 def set_num_classes(config: ml_collections.ConfigDict, source: Any) -> None:
   """Settles `config.model.num_classes` by a source; raises UserError if they do not agree."""
-  if config.task == 'mae':
+  if build.is_pretraining(config):
     return
   count = source.num_classes
   config.model.num_classes = config.model.num_classes or count

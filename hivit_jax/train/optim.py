@@ -1,5 +1,6 @@
 """Optimizers, and the rules that say what happens to which parameter."""
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -13,17 +14,23 @@ from hivit_jax.train.rules import Rules, apply_rules, path_name
 # As the official pretraining: everything with more than one dimension decays, the learned position
 # embedding and the mask token included.
 PRETRAIN_RULES: Rules = (
-  ('decoder_pos_embed', 'frozen'),
+  ('(decoder_)?pos_embed', 'frozen'),
   (r'(.*/)?(bias|scale)', 'no_decay'),
   (r'(.*/)?kernel', 'decay'),
-  (r'absolute_pos_embed|mask_token|.*/relative_position_bias_table', 'decay'),
+  (r'absolute_pos_embed|cls_token|mask_token|.*/relative_position_bias_table', 'decay'),
+)
+# As SimMIM.
+SIMMIM_RULES: Rules = (
+  (r'(.*/)?(bias|scale)', 'no_decay'),
+  (r'(.*/)?kernel', 'decay'),
+  (r'.*/(mask_token|relative_position_bias_table)', 'no_decay'),
 )
 # As the official finetuning and supervised training: position parameters do not decay.
 CLASSIFY_RULES: Rules = (
   (r'head_norm/(mean|var)', 'frozen'),  # running statistics
   (r'(.*/)?(bias|scale)', 'no_decay'),
   (r'(.*/)?kernel', 'decay'),
-  (r'absolute_pos_embed|.*/relative_position_bias_table', 'no_decay'),
+  (r'absolute_pos_embed|pos_embed|cls_token|.*/relative_position_bias_table', 'no_decay'),
 )
 # A linear probe trains nothing but the last layer.
 LINEAR_RULES: Rules = ((r'head/kernel', 'decay'), (r'head/bias', 'no_decay'), (r'.*', 'frozen'))
@@ -54,6 +61,10 @@ def join(trained: Any, others: Any) -> Any:
   return jax.tree.map(lambda x, y: y if x is None else x, trained, others, is_leaf=is_none)
 
 
+_PLACE = re.compile(r'(blocks/\d+|layers/\d+/(?:blocks/\d+|downsample))/')
+_FIRST = ('patch_embed', 'absolute_pos_embed', 'pos_embed', 'cls_token')
+
+
 def layer_scales(params: Any, decay: float) -> Any:
   """Factors of the learning rate that fall towards the input ("layer-wise decay").
 
@@ -62,30 +73,35 @@ def layer_scales(params: Any, decay: float) -> Any:
   and what follows the blocks is layer L + 1, with a factor of 1.
 
   Args:
-    params: pytree of the parameters of a model with one flat list `blocks`.
+    params: pytree of the parameters of a model with one flat list `blocks`, or with `layers` that
+      have `blocks` and a `downsample`, as Swin.
     decay: in (0, 1].
 
   Returns:
     A pytree of floats, of the structure of `params`.
   """
   paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-  merges = {m[1] for path in paths if (m := re.match(r'blocks/(\d+)/reduction/', path))}
-  blocks = {m[1] for path in paths if (m := re.match(r'blocks/(\d+)/', path))}
+  places = {match[1] for path in paths if (match := _PLACE.match(path))}
+  merges = {place for place in places if any(p.startswith(f'{place}/reduction') for p in paths)}
   layers: dict[str, int] = {}
   count = 0
-  for block in sorted(blocks, key=int):
-    count += block not in merges
-    layers[block] = count
+  for place in sorted(places, key=_numbers):
+    count += place not in merges
+    layers[place] = count
 
   def scale(path, _):
-    first, *rest = path_name(path).split('/')
-    if first == 'blocks':
-      layer = layers[rest[0]]
-    else:
-      layer = 0 if first in ('patch_embed', 'absolute_pos_embed') else count + 1
-    return decay ** (count + 1 - layer)
+    name = path_name(path)
+    match = _PLACE.match(name)
+    last = 0 if name.split('/')[0] in _FIRST else count + 1
+    return decay ** (count + 1 - (layers[match[1]] if match else last))
 
   return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def _numbers(place: str) -> list[float]:
+  """Sorts 'layers/0/blocks/2', 'layers/0/blocks/10', 'layers/0/downsample', 'layers/1/blocks/0'."""
+  parts = (part for part in place.split('/') if part not in ('blocks', 'layers'))
+  return [float(part) if part.isdigit() else math.inf for part in parts]
 
 
 def adamw(

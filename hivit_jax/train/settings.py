@@ -21,7 +21,8 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'at least 1',
     lambda x: x >= 1,
     'max_steps batch_size accumulate_steps log_every_steps checkpoint.keep_last knn.k '
-    'evaluation.batch_size pictures.count model.embed_dim model.num_heads model.num_classes '
+    'evaluation.batch_size pictures.count model.embed_dim model.depth model.window_size '
+    'model.num_heads model.num_classes '
     'model.decoder_embed_dim model.decoder_depth model.decoder_num_heads',
   ),
   (
@@ -48,8 +49,8 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
   ('0 or more, and less than 2**32', lambda x: 0 <= x < 2**32, 'seed'),
   ('3 (RGB) or 1 (greyscale)', lambda x: x in (1, 3), 'channels'),
   (
-    'three depths, such as (2, 2, 20): none negative, the last at least 1',
-    lambda x: len(x) == 3 and min(x) >= 0 and x[2] >= 1 and all(isinstance(d, int) for d in x),
+    'depths of the stages, such as (2, 2, 20): none negative, the last at least 1',
+    lambda x: len(x) in (3, 4) and min(x) >= 0 < x[-1] and all(isinstance(d, int) for d in x),
     'model.depths',
   ),
   (
@@ -76,9 +77,10 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
 
 # What may be None; everything else always has a value.
 _OPTIONAL = (
-  'max_steps model.name model.embed_dim model.depths model.num_heads model.stem_blocks model.rpe '
-  'model.num_classes model.head_std model.head_batch_norm model.decoder_embed_dim '
-  'model.decoder_depth model.decoder_num_heads model.mask_ratio model.norm_pix_loss model.hifeat '
+  'max_steps model.name model.embed_dim model.depth model.depths model.window_size '
+  'model.num_heads model.stem_blocks model.rpe model.num_classes model.head_std '
+  'model.head_batch_norm model.decoder_embed_dim model.decoder_depth model.decoder_num_heads '
+  'model.mask_ratio model.norm_pix_loss model.hifeat '
   'init data.data_dir data.eval_crop augment.rand_augment optim.lr optim.layer_decay '
   'optim.clip_norm ema_decay'
 )

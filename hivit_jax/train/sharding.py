@@ -19,7 +19,7 @@ AXES = ('data', 'fsdp')
 _RULES: rules.Rules = (
   (r'(.*/)?kernel', 'split'),
   (r'(.*/)?(bias|scale|mean|var|relative_position_bias_table)', 'whole'),
-  (r'(.*/)?(absolute_pos_embed|mask_token|decoder_pos_embed)', 'whole'),
+  (r'(.*/)?(absolute_pos_embed|pos_embed|decoder_pos_embed|cls_token|mask_token)', 'whole'),
   (r'step|.*/count', 'whole'),
 )
 

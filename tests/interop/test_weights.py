@@ -51,6 +51,25 @@ def written(request, tmp_path):
   return write
 
 
+@pytest.mark.parametrize(
+  ('name', 'model'),
+  [('vit_mae', 'mae_vit_base'), ('swin', 'swin_tiny'), ('simmim_swin', 'simmim_swin_tiny')],
+)
+def test_files_of_the_baselines_are_read(written, name, model):
+  """Into the model that is named; which one it is, is not inferred."""
+  config, _ = load_golden(f'{name}.npz')
+  options = {'image_size': config.pop('img_size')} | config
+  for key in ('patch_size', 'encoder_stride', *(('num_classes',) if 'mim' in name else ())):
+    options.pop(key, None)
+  read = hivit_jax.create_model(model, weights=written(name), **options)
+  ours = exporter.named_arrays(nnx.to_pure_dict(nnx.state(read)))
+  buffers = ('relative_position_index', 'attn_mask')
+  expected = {k: v for k, v in golden_state(name).items() if not k.endswith(buffers)}
+  assert ours.keys() == expected.keys()
+  for key, value in expected.items():
+    np.testing.assert_array_equal(ours[key], value)
+
+
 @pytest.mark.parametrize('name', ALL)
 def test_torch_to_jax_to_torch_is_bit_identical(written, name):
   state = golden_state(name)

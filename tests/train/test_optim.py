@@ -1,6 +1,7 @@
 """What the optimizer does to which parameter."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from hivit_jax.train import optim, rules
 from tests.helpers import GOLDEN, TINY, TINY_MAE, abstract_model
 
 ADAM = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.0, 'clip_norm': None}
-MODELS = [(name, {}) for name in hivit_jax.list_models() if 'large' not in name]
+MODELS = [(name, {}) for name in hivit_jax.list_models() if not re.search('large|swin', name)]
 MODELS += [
   ('hivit_tiny', TINY | {'rpe': False}),
   ('mae_hivit_tiny', TINY_MAE | {'rpe': True}),
@@ -48,15 +49,23 @@ def _trained(params):
 
 @pytest.mark.parametrize(('name', 'overrides'), MODELS)
 def test_everything_but_vectors_decays(name, overrides):
-  """As the official pretraining has it; the fixed position embedding is out of it."""
+  """As the official pretraining has it; the fixed position embeddings are out of it."""
   _, params = abstract_model(name, **overrides)
   labels = torch_names.flatten(rules.apply_rules(optim.PRETRAIN_RULES, params))
   expected = {}
   for path, leaf in torch_names.flatten(params).items():
-    expected[path] = 'decay' if leaf.ndim > 1 else 'no_decay'
-  if name.startswith('mae'):
-    expected['decoder_pos_embed',] = 'frozen'
+    fixed = path[-1] in ('decoder_pos_embed', 'pos_embed')
+    expected[path] = 'frozen' if fixed else 'decay' if leaf.ndim > 1 else 'no_decay'
   assert labels == expected
+
+
+def test_simmim_decays_kernels_alone():
+  _, params = abstract_model('simmim_swin_tiny')
+  labels = torch_names.flatten(rules.apply_rules(optim.SIMMIM_RULES, params))
+  assert {path for path, label in labels.items() if label == 'decay'} == {
+    path for path in labels if path[-1] == 'kernel'
+  }
+  assert set(labels.values()) == {'decay', 'no_decay'}
 
 
 @pytest.mark.parametrize(
@@ -155,6 +164,27 @@ def test_scale_and_decay_of_every_finetuned_parameter_are_the_published_ones():
     assert labels[path] == ('decay' if decay else 'no_decay'), name
     assert decay in (0.0, 0.05)
   assert not golden
+
+
+def test_layer_decay_of_the_baselines():
+  """The layers as MAE and SimMIM count them, of 12 blocks each."""
+  for model, blocks, expected in (
+    ('vit_base', 12, {
+      'cls_token': 0, 'pos_embed': 0, 'patch_embed/proj/bias': 0, 'blocks/0/norm1/bias': 1,
+      'blocks/11/norm1/bias': 12, 'fc_norm/bias': 13, 'head/bias': 13,
+    }),
+    ('swin_tiny', 12, {
+      'patch_embed/norm/bias': 0,
+      'layers/0/blocks/0/norm1/bias': 1, 'layers/0/blocks/1/norm1/bias': 2,
+      'layers/0/downsample/norm/bias': 2, 'layers/1/blocks/0/norm1/bias': 3,
+      'layers/2/blocks/5/norm1/bias': 10, 'layers/2/downsample/norm/bias': 10,
+      'layers/3/blocks/1/norm1/bias': 12, 'norm/bias': 13, 'head/bias': 13,
+    }),
+  ):  # fmt: skip
+    _, params = abstract_model(model)
+    scales = torch_names.flatten(optim.layer_scales(params, 0.5))
+    for name, layer in expected.items():
+      assert scales[tuple(name.split('/'))] == 0.5 ** (blocks + 1 - layer), name
 
 
 def test_layer_decay_scales_the_whole_update_weight_decay_included():

@@ -61,7 +61,7 @@ def test_mesh_of_devices_that_there_are_not(data, fsdp, processes):
 # --- what lies where
 
 
-@pytest.mark.parametrize('name', ['hivit_tiny', 'mae_hivit_tiny'])
+@pytest.mark.parametrize('name', ['hivit_tiny', 'mae_hivit_tiny', 'mae_vit_base', 'swin_tiny'])
 def test_all_large_parameters_are_split(name):
   """What stays whole is less than a hundredth of the model."""
   _, params = abstract_model(name)

@@ -26,7 +26,8 @@ from ml_collections import config_flags
 
 from hivit_jax import cli
 from hivit_jax.errors import UserError
-from hivit_jax.tools import hlo, roofline
+from hivit_jax.tools import costs, hlo, roofline
+from hivit_jax.tools.collectives import collectives
 from hivit_jax.tools.flops import matmul_flops
 from hivit_jax.train import build, settings, sharding, step
 
@@ -183,18 +184,20 @@ def plan(
     return report | {'fits': False, 'refusal': str(error).splitlines()[0]}
   report |= {'fits': True, 'compile_seconds': time.perf_counter() - start}
   report['memory'] |= _program_memory(compiled, sum(report['memory'].values()))
-  costs = compiled.cost_analysis() or {}
+  program = hlo.Program(compiled.as_text())
   report |= {
-    'compiled_flops': costs.get('flops', 0.0),
-    'memory_traffic': costs.get('bytes accessed', 0.0),
-    'collectives': _collectives(compiled.as_text(), mesh),
+    'compiled_flops': (compiled.cost_analysis() or {}).get('flops', 0.0),
+    'memory_traffic': costs.memory_traffic(program),
+    'core_cycles': costs.core_cycles(program),
+    'collectives': _collectives(program, mesh),
   }
   if chip:
     report['estimate'] = roofline.estimate(
       chip,
       flops=report['matmul_flops'],
-      hbm_bytes=report['memory_traffic'],
+      traffic=report['memory_traffic'],
       sent=sum(row['sent'] for row in report['collectives']),
+      cycles=report['core_cycles'],
     )
   return report
 
@@ -229,10 +232,10 @@ def _program_memory(compiled: jax.stages.Compiled, known: int) -> dict[str, int]
   }
 
 
-def _collectives(text: str, mesh: Mesh) -> list[dict[str, Any]]:
+def _collectives(program: hlo.Program, mesh: Mesh) -> list[dict[str, Any]]:
   """Totals of a step by kind and group."""
   totals: dict[tuple, dict[str, Any]] = {}
-  for c in hlo.collectives(text, mesh.size):
+  for c in collectives(program, mesh.size):
     axes = c.axes(mesh.shape)
     members = math.prod(mesh.shape[axis] for axis in axes)
     row = totals.setdefault(
@@ -253,22 +256,21 @@ def format_report(report: dict[str, Any]) -> str:
   r, mesh = report, ' '.join(f'{axis}={size}' for axis, size in report['mesh'].items())
   lines = [
     f'{r["model"]} {r["image_size"][0]}x{r["image_size"][1]}, {r["task"]}, batch {r["batch_size"]} '
-    f'({r["batch_size"] // r["devices"]} a device), {r["dtype"]}, {r["topology"]}: '
-    f'{r["devices"]} x {r["device_kind"]}, {mesh}, jax {r["jax"]}',
-    'compiled, not run; times are estimates; everything of one step on one device',
+    f'({r["batch_size"] // r["devices"]} a device), {r["dtype"]}',
+    f'{r["topology"]}: {r["devices"]} x {r["device_kind"]}, {mesh}, jax {r["jax"]}',
+    'Compiled, not run; times are estimates. All numbers are of one step on one device.',
     '',
-    f'fits                 {_verdict(r)}',
+    f'fits               {_verdict(r)}',
     *(f'  {name:<16} {size / _GIB:9.3f} GiB' for name, size in r['memory'].items()),
-    f'matrix products      {r["matmul_flops"] / 1e12:7.3f} TFLOP',
+    f'matrix products    {r["matmul_flops"] / 1e12:9.3f} TFLOP',
   ]
   if not r['fits']:
-    return '\n'.join(
-      [*lines, 'what helps: --config.accumulate_steps, --config.model.remat=True, a smaller batch']
-    )
+    helps = '--config.accumulate_steps=2, --config.model.remat=True, a smaller batch or more chips'
+    return '\n'.join([*lines, f'what helps         {helps}'])
   lines += [
-    f"compiler's count     {r['compiled_flops'] / 1e12:7.3f} TFLOP  all operations, loops once",
-    f'memory traffic       {r["memory_traffic"] / 1e9:7.3f} GB     likewise',
-    f'compiled in          {r["compile_seconds"]:7.0f} s',
+    f"  compiler's count {r['compiled_flops'] / 1e12:9.3f} TFLOP, with all that is no product; loops once",
+    f'memory traffic     {r["memory_traffic"] / 1e9:9.3f} GB',
+    f'compiled in        {r["compile_seconds"]:9.0f} s',
     '',
     'collectives           number  payload, MB   sent, MB   among',
     *(
@@ -278,19 +280,25 @@ def format_report(report: dict[str, Any]) -> str:
       for row in r['collectives']
     ),
   ]
-  if estimate := r.get('estimate'):
-    n, low, high = r['batch_size'], estimate['overlapped'], estimate['serial']
-    lines += [
-      '',
-      f'estimate             {1e3 * low:7.1f} ms, limited by {estimate["limiter"]}, if the rest '
-      f'overlaps; {1e3 * high:.1f} ms if nothing does',
-      *(
-        f'  {name:<18} {1e3 * estimate[name]:7.1f} ms' for name in ('products', 'memory', 'network')
-      ),
-      f'images/s             {n / low:7.0f} to {n / high:.0f}; '
-      f'a device {n / low / r["devices"]:.0f} to {n / high / r["devices"]:.0f}',
-    ]
+  if r.get('estimate'):
+    lines += ['', *_format_estimate(r, r['estimate'])]
   return '\n'.join(lines)
+
+
+def _format_estimate(r: dict[str, Any], estimate: dict[str, Any]) -> list[str]:
+  def rate(seconds: float) -> str:
+    each = r['batch_size'] / seconds
+    return f'{1e3 * seconds:9.1f} ms  {each:8.0f} images/s, {each / r["devices"]:.0f} a device'
+
+  lines = [
+    'estimate',
+    *(f'  {name:<16} {1e3 * estimate[name]:9.1f} ms' for name in ('products', 'memory', 'network')),
+    f'  overlapped       {rate(estimate["overlapped"])}: only {estimate["limiter"]} takes time',
+    f'  serial           {rate(estimate["serial"])}: nothing overlaps',
+  ]
+  if estimate['schedule']:
+    lines.append(f"  schedule         {rate(estimate['schedule'])}: by the compiler's cycles")
+  return lines
 
 
 def _verdict(r: dict[str, Any]) -> str:

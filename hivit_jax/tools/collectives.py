@@ -89,7 +89,7 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
     attributes,
   ):
     mesh, dims, order, axes = match.groups('')
-    return _mesh_groups(mesh, _iota(hlo.numbers(dims) or [devices], hlo.numbers(order)), axes)
+    return _mesh_groups(mesh, axes, hlo.numbers(dims), hlo.numbers(order))
   if 'replica_groups={}' in attributes:
     return np.arange(devices)[None]
   raise ValueError(f'unknown form of groups: {attributes[:200]}')
@@ -100,13 +100,13 @@ def _iota(dims: list[int], order: list[int]) -> np.ndarray:
   return np.arange(math.prod(dims)).reshape(dims).transpose(order or range(len(dims)))
 
 
-def _mesh_groups(mesh: str, numbers: np.ndarray, axes: str) -> np.ndarray:
+def _mesh_groups(mesh: str, axes: str, dims: list[int], order: list[int]) -> np.ndarray:
   """Groups along axes of a mesh.
 
   Args:
     mesh: names and sizes, such as 'a'=8,'b'=2.
-    numbers: of the devices, in the order of the mesh.
     axes: such as 'a','b', or 'a':(2)4 for the part of size 4 that has a part of size 2 before it.
+    dims, order: of the mesh's devices, see `_iota`; empty: 0, 1, 2, ...
   """
   parts = {name: hlo.numbers(cut) for name, cut in re.findall(r"'(\w+)'(:\(\d+\)\d+)?", axes)}
   sizes, members = [], []
@@ -118,5 +118,5 @@ def _mesh_groups(mesh: str, numbers: np.ndarray, axes: str) -> np.ndarray:
       members += [len(sizes)] * (name in parts)
       sizes.append(int(size))
   others = [n for n in range(len(sizes)) if n not in members]
-  grouped = numbers.reshape(sizes).transpose(others + members)
+  grouped = _iota(dims or sizes, order).reshape(sizes).transpose(others + members)
   return grouped.reshape(-1, math.prod(sizes[n] for n in members))

@@ -75,7 +75,7 @@ def find_devices(topology: str) -> Sequence[Any]:
     jax.config.update('jax_num_cpu_devices', int(shape))
     return jax.devices('cpu')
   sides = [int(side) for side in re.findall('[1-9][0-9]*', shape)]
-  if kind not in roofline.CHIPS or 'x'.join(map(str, sides)) != shape:
+  if kind not in roofline.CHIPS or not sides or 'x'.join(map(str, sides)) != shape:
     known = ', '.join(roofline.CHIPS)
     raise UserError(
       f'--topology={topology}: expected a kind ({known}) and a shape, such as v5e:4x4 or '
@@ -268,7 +268,7 @@ def format_report(report: dict[str, Any]) -> str:
     helps = '--config.accumulate_steps=2, --config.model.remat=True, a smaller batch or more chips'
     return '\n'.join([*lines, f'what helps         {helps}'])
   lines += [
-    f"  compiler's count {r['compiled_flops'] / 1e12:9.3f} TFLOP, with all that is no product; loops once",
+    f"  compiler's count {r['compiled_flops'] / 1e12:9.3f} TFLOP, loops once",
     f'memory traffic     {r["memory_traffic"] / 1e9:9.3f} GB',
     f'compiled in        {r["compile_seconds"]:9.0f} s',
     '',

@@ -16,7 +16,6 @@ class Chip:
     pod: chips in the largest slice.
     clock: of its cores, a second: what `flops` are of the products that they start in a cycle, by
       the sizes of their matrix units; None: those do not explain them.
-    source: where these figures stand.
   """
 
   flops: float
@@ -25,18 +24,17 @@ class Chip:
   ici_bandwidth: float
   pod: int
   clock: float | None
-  source: str
 
 
 _GIB = 2**30
-_DOCS = 'https://docs.cloud.google.com/tpu/docs/'
 
+# From https://docs.cloud.google.com/tpu/docs/v4, .../v5e, .../v5p-training and .../v6e.
 CHIPS = {
   # Of the interconnect only the pod's all-reduce bandwidth is published: 1.1 PB/s.
-  'v4': Chip(275e12, 30.75 * _GIB, 1200e9, 1.1e15 / 4096, 4096, 1.05e9, f'{_DOCS}v4'),
-  'v5e': Chip(197e12, 15.75 * _GIB, 819e9, 200e9, 256, 1.5e9, f'{_DOCS}v5e'),
-  'v5p': Chip(459e12, 95.74 * _GIB, 2765e9, 600e9, 8960, 1.75e9, f'{_DOCS}v5p-training'),
-  'v6e': Chip(918e12, 31.25 * _GIB, 1638e9, 400e9, 256, None, f'{_DOCS}v6e'),
+  'v4': Chip(275e12, 30.75 * _GIB, 1200e9, 1.1e15 / 4096, 4096, 1.05e9),
+  'v5e': Chip(197e12, 15.75 * _GIB, 819e9, 200e9, 256, 1.5e9),
+  'v5p': Chip(459e12, 95.74 * _GIB, 2765e9, 600e9, 8960, 1.75e9),
+  'v6e': Chip(918e12, 31.25 * _GIB, 1638e9, 400e9, 256, None),
 }
 
 

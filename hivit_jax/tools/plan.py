@@ -219,10 +219,9 @@ def _local_bytes(tree: Any) -> int:
 
 
 def _program_memory(compiled: jax.stages.Compiled, known: int) -> dict[str, int]:
-  m = compiled.memory_analysis()
-  results = (
-    m.output_size_in_bytes - m.alias_size_in_bytes
-  )  # the new state takes the old one's place
+  m: Any = compiled.memory_analysis()
+  # Without the new state, which takes the place of the old one.
+  results = m.output_size_in_bytes - m.alias_size_in_bytes
   total = m.argument_size_in_bytes + results + m.temp_size_in_bytes + m.generated_code_size_in_bytes
   return {
     'temporaries': m.temp_size_in_bytes,

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     raise UserError('what to plan? --config=configs/mae_hivit_b.py')
   if _TOPOLOGY.value is None:
     raise UserError('for which devices? --topology=v5e:4x4, or --topology=cpu:8 without libtpu')
-  config = _CONFIG.value.copy_and_resolve_references()
+  config = _CONFIG.value
   devices = find_devices(_TOPOLOGY.value)
   if _BATCH_SIZE.value is not None:
     used = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices).size

@@ -70,8 +70,9 @@ def collectives(program: hlo.Program, devices: int) -> list[Collective]:
         kind = 'reduce-scatter'  # what the TPU compiler makes of an all-reduce and a slice
       elif kind == 'reduce-scatter':
         size *= groups.shape[1]
-      channel = i.attribute('channel_id')
-      key = f'channel {channel}' if call.parts and channel else str(len(found))
+      key = str(len(found))
+      if call.parts and kind != 'reduce-scatter':
+        key = f'{kind} {i.attribute("channel_id")} {size}'
       if groups.shape[1] > 1:
         found[key] = Collective(kind, size, groups, call.count)
   return list(found.values())

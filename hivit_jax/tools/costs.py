@@ -41,6 +41,8 @@ def core_cycles(program: hlo.Program) -> int:
 
 
 def _moved(program: hlo.Program, computation: hlo.Computation, i: hlo.Instruction) -> int:
+  if i.op == 'slice-start':
+    return hlo.size(hlo.arrays(i.shape)[1])  # after the operand
   if i.op.endswith('-start'):
     return hlo.size_in_memory(i.shape)  # in which the operands are, too
   if i.op in ('slice', 'dynamic-slice', 'gather'):

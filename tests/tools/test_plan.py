@@ -197,13 +197,18 @@ def test_pieces_of_a_fused_collective_are_one():
   assert only(program('\n'.join(calls), *pieces)).size == 2 * 8 * 128
 
 
-def test_a_fused_reduction_and_slice_is_a_reduce_scatter():
-  fused = """%all-reduce-scatter.1 (q: bf16[8,128]) -> bf16[2,128] {
-  %r = bf16[8,128]{1,0} all-reduce(%q), channel_id=7, replica_groups=[4,4]<=[16], to_apply=%add
-}"""
-  call = '  %f = bf16[2,128]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1'
-  found = only(program(call, fused, '%add (x: bf16[]) -> bf16[] {\n}'))
-  assert (found.kind, found.size) == ('reduce-scatter', 2 * 8 * 128)
+def test_fused_reductions_and_slices_are_reduce_scatters():
+  """Each its own: the compiler gives those that it has put together the same channel."""
+  fused = """%all-reduce-scatter.{0} (q: bf16[8,128]) -> bf16[2,128] {{
+  %r = bf16[8,128]{{1,0}} all-reduce(%q), channel_id=1, replica_groups=[4,4]<=[16], to_apply=%add
+}}"""
+  call = '  %f.{0} = bf16[2,128]{{1,0}} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.{0}'
+  two = program(
+    '\n'.join(call.format(i) for i in (1, 2)),
+    *(fused.format(i) for i in (1, 2)),
+    '%add (x: bf16[]) -> bf16[] {\n}',
+  )
+  assert [(c.kind, c.size) for c in collectives(two, 16)] == [('reduce-scatter', 2 * 8 * 128)] * 2
 
 
 LOOP = """%condition (x: (f32[4], u32[])) -> pred[] {
@@ -265,9 +270,11 @@ def test_memory_traffic_of_a_program():
   %core = f32[100,4]{1,0:S(1)} negate(%x), backend_config={"estimated_cycles":"12"}
   %row = f32[1,4]{1,0} dynamic-slice(%core, %i, %i), dynamic_slice_sizes={1,4}
   %i = u32[] constant(3)
+  %s = ((f32[100,4]{1,0}), f32[50,4]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:50], [0:4]}
+  %half = f32[50,4]{1,0:S(1)} slice-done(%s)
   ROOT %f = f32[100,4]{1,0} fusion(%x, %row), kind=kLoop, calls=%fused"""
   array, row = 4 * 400, 4 * 4
-  expected = 2 * array + array + 2 * row + (row + row)
+  expected = 2 * array + array + 2 * row + array // 2 + (row + row)
   assert costs.memory_traffic(program(text, slicing)) == expected
   assert costs.core_cycles(program(text, slicing)) == 42
 

@@ -58,13 +58,14 @@ def collectives(program: hlo.Program, devices: int) -> list[Collective]:
   """
   found: dict[str, Collective] = {}
   for call in program.calls():
-    done = {i.operands[0]: i for i in call.computation.values() if i.op.endswith('-done')}
     for i in call.computation.values():
       kind = i.op.removesuffix('-start')
       if kind not in _KINDS:
         continue
-      # The shape of a start has its operands, too.
-      size = hlo.size((i if i.op == kind else done[i.name]).shape)
+      arrays = hlo.arrays(i.shape)
+      if len(arrays) > len(i.operands):  # of a start: operands, results, and more
+        arrays = arrays[len(i.operands) : 2 * len(i.operands)]
+      size = sum(map(hlo.size, arrays))
       groups = _groups(i.rest, devices)
       if call.parts.startswith('all-reduce-scatter'):
         kind = 'reduce-scatter'  # what the TPU compiler makes of an all-reduce and a slice

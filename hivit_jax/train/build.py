@@ -65,13 +65,18 @@ def is_large(config: ml_collections.ConfigDict) -> bool:
   return width >= _LARGE_WIDTH
 
 
-def compute_dtype(config: ml_collections.ConfigDict) -> str:
-  """float32 or bfloat16; 'auto' is bfloat16 except on CPUs, which are slow at it."""
+def compute_dtype(config: ml_collections.ConfigDict, platform: str | None = None) -> str:
+  """float32 or bfloat16; 'auto' is bfloat16 except on CPUs, which are slow at it.
+
+  Args:
+    config: see configs/base.py.
+    platform: of the devices that it is for; None: JAX's own.
+  """
   dtype = config.model.dtype
   if dtype not in _DTYPES:
     raise UserError(f'config.model.dtype="{dtype}" is not one of {", ".join(_DTYPES)}')
   if dtype == 'auto':
-    return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    return 'float32' if (platform or jax.default_backend()) == 'cpu' else 'bfloat16'
   return dtype
 
 

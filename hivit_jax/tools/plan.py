@@ -1,0 +1,313 @@
+"""What a config's training step will need on TPUs, asked of the compiler alone.
+
+  python -m hivit_jax.tools.plan --config=configs/mae_hivit_b.py --topology=v5e:4x4
+  python -m hivit_jax.tools.plan --config=configs/mae_hivit_b.py --topology=cpu:8 --batch_size=4
+
+Compiles the step as training would, for devices that need not be there, and allocates nothing. For
+TPUs that takes libtpu, for simulated CPUs nothing. What the numbers mean is in docs/scaling.md.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from hivit_jax import cli
+from hivit_jax.errors import UserError
+from hivit_jax.tools import costs, hlo, roofline
+from hivit_jax.tools.collectives import collectives
+from hivit_jax.tools.flops import matmul_flops
+from hivit_jax.train import build, settings, sharding, step
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config of the step to plan.')
+_TOPOLOGY = flags.DEFINE_string('topology', None, 'Devices: v5e:4x4, v4:2x2x2, ..., or cpu:8.')
+_BATCH_SIZE = flags.DEFINE_integer(
+  'batch_size', None, 'Images a step on each device; default: config.batch_size over all.',
+  lower_bound=1,
+)  # fmt: skip
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object instead of text.')
+
+_GIB = 2**30
+
+
+def main(argv: list[str]) -> None:
+  if argv[1:]:
+    raise UserError(f'unexpected argument "{argv[1]}"')
+  if _CONFIG.value is None:
+    raise UserError('what to plan? --config=configs/mae_hivit_b.py')
+  if _TOPOLOGY.value is None:
+    raise UserError('for which devices? --topology=v5e:4x4, or --topology=cpu:8 without libtpu')
+  config = _CONFIG.value
+  devices = find_devices(_TOPOLOGY.value)
+  if _BATCH_SIZE.value is not None:
+    used = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices).size
+    config.batch_size = _BATCH_SIZE.value * used
+  chip = roofline.CHIPS.get(_TOPOLOGY.value.partition(':')[0])
+  report = {'topology': _TOPOLOGY.value} | plan(config, devices, chip)
+  print(json.dumps(report) if _JSON.value else format_report(report))
+
+
+def find_devices(topology: str) -> Sequence[Any]:
+  """The devices of a topology; they need not exist.
+
+  Args:
+    topology: a kind in `roofline.CHIPS` and the shape of a slice, such as v5e:4x4, or cpu and a
+      number. The latter works before JAX has looked for devices, and only then.
+
+  Raises:
+    UserError: there is no such topology, or no libtpu.
+  """
+  kind, _, shape = topology.partition(':')
+  if kind == 'cpu' and re.fullmatch('[1-9][0-9]*', shape):
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', int(shape))
+    return jax.devices('cpu')
+  sides = [int(side) for side in re.findall('[1-9][0-9]*', shape)]
+  if kind not in roofline.CHIPS or not sides or 'x'.join(map(str, sides)) != shape:
+    known = ', '.join(roofline.CHIPS)
+    raise UserError(
+      f'--topology={topology}: expected a kind ({known}) and a shape, such as v5e:4x4 or '
+      'v4:2x2x2, or cpu:8'
+    )
+  pod = roofline.CHIPS[kind].pod
+  if math.prod(sides) > pod:
+    raise UserError(
+      f'--topology={topology}: the largest slice of {kind} has {pod} chips; more are several '
+      'slices in a slower network, which this does not know'
+    )
+  if not importlib.util.find_spec('libtpu'):
+    raise UserError(
+      f'--topology={topology} takes the TPU compiler: pip install "jax[tpu]"; or, for counts '
+      'without times, --topology=cpu:8'
+    )
+  # libtpu asks the cloud where it runs, complains where that is none, and wants to be alone.
+  for name, value in (
+    ('TPU_SKIP_MDS_QUERY', '1'),
+    ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'),
+    ('TPU_WORKER_HOSTNAMES', 'localhost'),
+    ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
+  ):
+    os.environ.setdefault(name, value)
+  jax.config.update('jax_platforms', 'cpu')  # a TPU in this machine is left alone
+  options: dict[str, Any] = {}
+  if kind == 'v4':
+    options['chip_config_name'] = 'megacore'  # both cores of a chip as one device
+  if math.prod(sides) == 1:
+    options['chips_per_host_bounds'] = (1, 1, 1)
+  try:
+    return topologies.get_topology_desc(topology, 'tpu', **options).devices
+  except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+    raise UserError(
+      f'--topology={topology}: libtpu does not accept it: {str(error).splitlines()[0]}'
+    ) from error
+
+
+def plan(
+  config: ml_collections.ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None = None
+) -> dict[str, Any]:
+  """Compiles the training step of a config for devices and tells what it needs.
+
+  Args:
+    config: see configs/base.py.
+    devices: from `find_devices`.
+    chip: what is known of the rates of one, for an estimate of time.
+
+  Returns:
+    Numbers by name: bytes, operations and seconds, of one step on each device. If the program does
+    not fit, what the compiler says, and only those numbers that do not need it.
+
+  Raises:
+    UserError: a setting that does not make sense, or does not fit the devices.
+  """
+  config = config.copy_and_resolve_references()
+  settings.check(config)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+  sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
+  config.model.dtype = build.compute_dtype(config, devices[0].platform)
+  task = build.task(config)
+  graphdef, optimizer, abstract = step.abstract_state(
+    build.model_creator(config),
+    build.optimizer(config),
+    mesh,
+    ema=config.ema_decay is not None,
+  )
+  train_step = step.make_train_step(
+    graphdef,
+    task,
+    optimizer,
+    build.schedule(config),
+    epochs_per_step=1e-3,
+    seed=config.seed,
+    abstract=abstract,
+    accumulate_steps=config.accumulate_steps,
+    ema_decay=config.ema_decay,
+    compiler_options=sharding.compiler_options(mesh),
+  )
+  batch = _abstract_batch(config, mesh)
+  report = {
+    'model': config.model.name,
+    'task': config.task,
+    'image_size': list(build.image_size(config)),
+    'dtype': config.model.dtype,
+    'batch_size': config.batch_size,
+    'devices': mesh.size,
+    'device_kind': devices[0].device_kind,
+    'mesh': dict(mesh.shape),
+    'jax': jax.__version__,
+    'hbm': chip and chip.hbm,
+    'memory': {
+      'parameters': _local_bytes(abstract['params']),
+      'optimizer': _local_bytes(abstract['opt_state']),
+      'average': _local_bytes(abstract.get('ema', {})),
+      'batch': _local_bytes(batch),
+    },
+    'matmul_flops': matmul_flops(train_step, abstract, batch) / mesh.size,
+  }
+  start = time.perf_counter()
+  try:
+    compiled = train_step.lower(abstract, batch).compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return report | {'fits': False, 'refusal': str(error).splitlines()[0]}
+  report |= {'fits': True, 'compile_seconds': time.perf_counter() - start}
+  report['memory'] |= _program_memory(compiled, sum(report['memory'].values()))
+  program = hlo.Program(compiled.as_text())
+  report |= {
+    'compiled_flops': (compiled.cost_analysis() or {}).get('flops', 0.0),
+    'memory_traffic': costs.memory_traffic(program),
+    'core_cycles': costs.core_cycles(program),
+    'collectives': _collectives(program, mesh),
+  }
+  if chip:
+    report['estimate'] = roofline.estimate(
+      chip,
+      flops=report['matmul_flops'],
+      traffic=report['memory_traffic'],
+      sent=sum(row['sent'] for row in report['collectives']),
+      cycles=report['core_cycles'],
+    )
+  return report
+
+
+def _abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
+  place = sharding.batch_sharding(mesh)
+  images = (config.batch_size, *build.image_size(config), config.channels)
+  return {
+    'image': jax.ShapeDtypeStruct(images, jnp.uint8, sharding=place),
+    'label': jax.ShapeDtypeStruct(images[:1], jnp.int32, sharding=place),
+  }
+
+
+def _local_bytes(tree: Any) -> int:
+  """Bytes of a tree's arrays on one device."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
+
+
+def _program_memory(compiled: jax.stages.Compiled, known: int) -> dict[str, int]:
+  m: Any = compiled.memory_analysis()
+  # Without the new state, which takes the place of the old one.
+  results = m.output_size_in_bytes - m.alias_size_in_bytes
+  total = m.argument_size_in_bytes + results + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+  return {
+    'temporaries': m.temp_size_in_bytes,
+    'program': m.generated_code_size_in_bytes,
+    'padding': m.argument_size_in_bytes - known + results,
+    'total': total,
+  }
+
+
+def _collectives(program: hlo.Program, mesh: Mesh) -> list[dict[str, Any]]:
+  """Totals of a step by kind and group."""
+  totals: dict[tuple, dict[str, Any]] = {}
+  for c in collectives(program, mesh.size):
+    axes = c.axes(mesh.shape)
+    members = math.prod(mesh.shape[axis] for axis in axes)
+    row = totals.setdefault(
+      (c.kind, axes),
+      {'kind': c.kind, 'axes': axes, 'devices': members, 'count': 0, 'bytes': 0, 'sent': 0.0}
+      | {'complete': True},
+    )
+    times = 1 if c.count is None else c.count
+    row['count'] += times
+    row['bytes'] += times * c.size
+    row['sent'] += times * c.sent
+    row['complete'] &= c.count is not None
+  return sorted(totals.values(), key=lambda row: -row['sent'])
+
+
+def format_report(report: dict[str, Any]) -> str:
+  """The report as lines for a person."""
+  r, mesh = report, ' '.join(f'{axis}={size}' for axis, size in report['mesh'].items())
+  lines = [
+    f'{r["model"]} {r["image_size"][0]}x{r["image_size"][1]}, {r["task"]}, batch {r["batch_size"]} '
+    f'({r["batch_size"] // r["devices"]} a device), {r["dtype"]}',
+    f'{r["topology"]}: {r["devices"]} x {r["device_kind"]}, {mesh}, jax {r["jax"]}',
+    'Compiled, not run; times are estimates. All numbers are of one step on one device.',
+    '',
+    f'fits               {_verdict(r)}',
+    *(f'  {name:<16} {size / _GIB:9.3f} GiB' for name, size in r['memory'].items()),
+    f'matrix products    {r["matmul_flops"] / 1e12:9.3f} TFLOP',
+  ]
+  if not r['fits']:
+    helps = '--config.accumulate_steps=2, --config.model.remat=True, a smaller batch or more chips'
+    return '\n'.join([*lines, f'what helps         {helps}'])
+  lines += [
+    f"  compiler's count {r['compiled_flops'] / 1e12:9.3f} TFLOP, loops once",
+    f'memory traffic     {r["memory_traffic"] / 1e9:9.3f} GB',
+    f'compiled in        {r["compile_seconds"]:9.0f} s',
+    '',
+    'collectives           number  payload, MB   sent, MB   among',
+    *(
+      f'  {row["kind"]:<18} {row["count"]:7d} {row["bytes"] / 1e6:12.1f} {row["sent"] / 1e6:10.1f}'
+      f'   {row["devices"]} devices ({", ".join(row["axes"])})'
+      + ('' if row['complete'] else '; at least: in a loop of unknown length')
+      for row in r['collectives']
+    ),
+  ]
+  if r.get('estimate'):
+    lines += ['', *_format_estimate(r, r['estimate'])]
+  return '\n'.join(lines)
+
+
+def _format_estimate(r: dict[str, Any], estimate: dict[str, Any]) -> list[str]:
+  def rate(seconds: float) -> str:
+    each = r['batch_size'] / seconds
+    return f'{1e3 * seconds:9.1f} ms  {each:8.0f} images/s, {each / r["devices"]:.0f} a device'
+
+  lines = [
+    'estimate',
+    *(f'  {name:<16} {1e3 * estimate[name]:9.1f} ms' for name in ('products', 'memory', 'network')),
+    f'  overlapped       {rate(estimate["overlapped"])}: only {estimate["limiter"]} takes time',
+    f'  serial           {rate(estimate["serial"])}: nothing overlaps',
+  ]
+  if estimate['schedule']:
+    lines.append(f"  schedule         {rate(estimate['schedule'])}: by the compiler's cycles")
+  return lines
+
+
+def _verdict(r: dict[str, Any]) -> str:
+  if not r['fits']:
+    return f'NO: {r["refusal"]}'
+  total = f'{r["memory"]["total"] / _GIB:.2f}'
+  if not r['hbm']:
+    return f'{total} GiB needed; how much there is depends on the machine'
+  return f'yes: {total} of {r["hbm"] / _GIB:.2f} GiB'
+
+
+if __name__ == '__main__':
+  cli.run(main)

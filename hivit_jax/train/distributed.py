@@ -59,7 +59,6 @@ def initialize(
   if given['num_processes'] == 1:
     return
   told = [name for name, value in given.items() if value is not None]
-  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   # A signal stops the job after a step that all processes agree on, see `Votes`.
   jax.config.update('jax_enable_preemption_service', False)
   try:
@@ -74,8 +73,13 @@ def initialize(
     if mpi != '1':
       raise _no_coordinator(mpi) from error
   except RuntimeError as error:  # JAX's own errors are such, too
-    if not given['coordinator_address'] and mpi != '1':
-      raise _no_coordinator(mpi) from error
+    if not given['coordinator_address']:
+      if mpi != '1':
+        raise _no_coordinator(mpi) from error
+      raise UserError(
+        f'cannot find the other processes of this job: {first_line(error)}; tell '
+        f'{", ".join(f"--{name}" for name in names)}, or --num_processes=1 if there are none'
+      ) from error
     raise UserError(
       f'no contact with all of the {given["num_processes"] or "other"} processes: '
       f'{first_line(error)}; is --coordinator_address={given["coordinator_address"]} the host of '

@@ -90,7 +90,10 @@ class Runs:
     with socket.socket() as free:
       free.bind(('127.0.0.1', 0))
       port = free.getsockname()[1]
-    tell = {'flags': _by_flags, 'environment': _by_environment, 'slurm': _by_slurm}[found_by]
+    tell = {
+      'flags': _by_flags, 'environment': _by_environment, 'slurm': _by_slurm, 'mpi': _by_mpi,
+      'mpi5': _by_mpi5,
+    }[found_by]  # fmt: skip
     with contextlib.ExitStack() as stack:
       processes = []
       for index in range(2):
@@ -127,6 +130,20 @@ def _by_slurm(port: int, index: int) -> tuple[list[str], dict[str, str]]:
     'SLURM_NTASKS': '2',
     'SLURM_PROCID': str(index),
     'SLURM_LOCALID': str(index),
+  }
+
+
+def _by_mpi(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+  """What mpirun of Open MPI 4 tells; JAX takes the port from the job's number, by 4096."""
+  uri = {'OMPI_MCA_orte_hnp_uri': f'{port * 4096}.0;tcp://127.0.0.1:1'}
+  return [], _by_mpi5(port, index)[1] | uri
+
+
+def _by_mpi5(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+  return [f'--coordinator_address=127.0.0.1:{port}'], {
+    'OMPI_COMM_WORLD_SIZE': '2',
+    'OMPI_COMM_WORLD_RANK': str(index),
+    'OMPI_COMM_WORLD_LOCAL_RANK': str(index),
   }
 
 

@@ -108,7 +108,7 @@ def test_two_processes_evaluate_as_one(runs, finetuned):
   """Each reads its share of the examples; the first one prints."""
   settings = DATA | {'image_size': '48,32', 'evaluation.batch_size': 8}
   command = _command('evaluate.py', '--mode=evaluate', f'--workdir={finetuned[0]}', **settings)
-  with runs.job(command, devices=1) as job:
+  with runs.job(command, found_by='mpi', devices=1) as job:
     assert [process.wait() for process in job] == [0, 0], [process.output() for process in job]
     first, second = (process.output() for process in job)
   (line,) = [line for line in first.splitlines() if line.startswith('{')]

@@ -17,6 +17,7 @@ SETTINGS = {
   'checkpoint__every_epochs': 2.5,
   'checkpoint__keep_last': 99,
 }
+MPI = {'SIZE': '2', 'RANK': '0', 'LOCAL_RANK': '0'}
 END = 60  # seconds within which a job ends of which a process has ended
 
 
@@ -115,7 +116,7 @@ def test_a_process_that_fails_tells_the_others_why(runs, tmp_path):
 
 def test_a_workdir_that_not_all_processes_share_is_refused(runs, tmp_path):
   commands = [runs.command(tmp_path / name / 'run', max_steps=4) for name in 'ab']
-  with runs.job(*commands) as job:
+  with runs.job(*commands, found_by='mpi5') as job:
     assert [process.wait(END) for process in job] == [2, 2]
     for process in job:
       last = process.output().splitlines()[-1]
@@ -140,6 +141,12 @@ def test_what_does_not_describe_a_job_is_refused(forks, tmp_path, flags, environ
   config = '--config=configs/demo.py:debug'
   ended = forks('main.py', config, f'--workdir={tmp_path}', *flags, **environment)
   assert message in error_of(ended)
+
+
+def test_open_mpi_5_needs_to_be_told_where_process_0_is(forks, tmp_path):
+  started = {f'OMPI_COMM_WORLD_{key}': value for key, value in MPI.items()}
+  ended = forks('main.py', '--config=configs/demo.py:debug', f'--workdir={tmp_path}', **started)
+  assert error_of(ended).startswith('Open MPI has started 2 processes, but does not tell where')
 
 
 def test_one_process_looks_for_no_others(forks, tmp_path):

@@ -32,8 +32,9 @@ def initialize(
 ) -> None:
   """Joins the other processes of the job, if there are any; before JAX looks for devices.
 
-  JAX finds them by itself on Cloud TPUs, under Slurm and under Open MPI. Elsewhere they are told,
-  by the arguments or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  JAX finds them by itself on Cloud TPUs, under Slurm and under Open MPI 4. Elsewhere they are told,
+  by the arguments or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; Open MPI 5
+  tells all but the first.
 
   Args:
     coordinator_address: host:port of process 0; any free port.
@@ -50,10 +51,14 @@ def initialize(
   for name in names:
     if given[name] is None and (text := os.environ.get(f'JAX_{name.upper()}')):
       given[name] = text if name == 'coordinator_address' else _number(name, text)
+  mpi = os.environ.get('OMPI_COMM_WORLD_SIZE', '1')
+  if given['coordinator_address'] and mpi != '1':
+    given['num_processes'] = given['num_processes'] or int(mpi)
+    if given['process_id'] is None:
+      given['process_id'] = int(os.environ['OMPI_COMM_WORLD_RANK'])
   if given['num_processes'] == 1:
     return
   told = [name for name, value in given.items() if value is not None]
-  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   # A signal stops the job after a step that all processes agree on, see `Votes`.
   jax.config.update('jax_enable_preemption_service', False)
   try:
@@ -65,12 +70,28 @@ def initialize(
         f'{", ".join(f"--{name}" for name in names)} are needed where no Slurm, Open MPI or TPU '
         'environment tells them'
       ) from error
-  except jax.errors.JaxRuntimeError as error:
+    if mpi != '1':
+      raise _no_coordinator(mpi) from error
+  except RuntimeError as error:  # JAX's own errors are such, too
+    if not given['coordinator_address']:
+      if mpi != '1':
+        raise _no_coordinator(mpi) from error
+      raise UserError(
+        f'cannot find the other processes of this job: {first_line(error)}; tell '
+        f'{", ".join(f"--{name}" for name in names)}, or --num_processes=1 if there are none'
+      ) from error
     raise UserError(
       f'no contact with all of the {given["num_processes"] or "other"} processes: '
       f'{first_line(error)}; is --coordinator_address={given["coordinator_address"]} the host of '
       'process 0, its port free and open, and was every process started?'
     ) from error
+
+
+def _no_coordinator(processes: str) -> UserError:
+  return UserError(
+    f'Open MPI has started {processes} processes, but does not tell where process 0 is: give '
+    '--coordinator_address=HOST:PORT (its host, any free port), or pip install mpi4py'
+  )
 
 
 def _number(name: str, text: str) -> int:

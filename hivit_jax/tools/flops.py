@@ -1,4 +1,4 @@
-"""Floating point operations of a function, counted from its jaxpr."""
+"""What the matrix products of a function amount to, counted from its jaxpr."""
 
 import math
 from collections.abc import Callable
@@ -19,24 +19,37 @@ def matmul_flops(function: Callable, *args: Any) -> int:
     function: traceable by JAX.
     *args: its arguments or their `jax.ShapeDtypeStruct`s.
   """
+  return _total(function, args, _flops)
+
+
+def matmul_outputs(function: Callable, *args: Any) -> int:
+  """Elements of all results of matrix products: "activations" (arXiv 2003.13678); see above."""
+  return _total(function, args, lambda eqn: math.prod(eqn.outvars[0].aval.shape))
+
+
+def _flops(eqn: Any) -> int:
+  ((contract, _), _) = eqn.params['dimension_numbers']
+  lhs = eqn.invars[0].aval.shape
+  return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+
+
+def _total(function: Callable, args: Any, measure: Callable[[Any], int]) -> int:
   if isinstance(function, jax.stages.Wrapped):
     # By itself: with compiler options it cannot be traced inside another function.
-    return _count(function.trace(*args).jaxpr.jaxpr)
-  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return _count(function.trace(*args).jaxpr.jaxpr, measure)
+  return _count(jax.make_jaxpr(function)(*args).jaxpr, measure)
 
 
-def _count(jaxpr: core.Jaxpr) -> int:
+def _count(jaxpr: core.Jaxpr, measure: Callable[[Any], int]) -> int:
   total = 0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
     if name == 'dot_general':
-      ((contract, _), _) = eqn.params['dimension_numbers']
-      lhs, out = (getattr(variable.aval, 'shape') for variable in (eqn.invars[0], eqn.outvars[0]))  # noqa: B009
-      total += 2 * math.prod(out) * math.prod(lhs[i] for i in contract)
+      total += measure(eqn)
     elif name == 'conv_general_dilated':
       raise NotImplementedError('convolutions are not counted: no model here uses one')
     else:
-      inner = [_count(sub) for sub in _subjaxprs(eqn.params)]
+      inner = [_count(sub, measure) for sub in _subjaxprs(eqn.params)]
       if name == 'cond':
         total += max(inner)
       elif name == 'while' and any(inner):

@@ -1,7 +1,6 @@
 """Every model that `create_model` can build, by name."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
@@ -34,7 +33,7 @@ _SWIN = {
 }
 
 # name -> (class, arguments of this variant)
-MODELS: dict[str, tuple[Callable[..., nnx.Module], dict[str, Any]]] = {
+MODELS: dict[str, tuple[type[nnx.Module], dict[str, Any]]] = {
   **{f'hivit_{size}': (HiViT, arguments) for size, arguments in _SIZES.items()},
   **{f'backbone_hivit_{size}': (HiViTBackbone, arguments) for size, arguments in _SIZES.items()},
   **{f'mae_hivit_{size}': (MaskedAutoencoder, arguments) for size, arguments in _SIZES.items()},
@@ -82,4 +81,5 @@ def create_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
   for key in ('image_size', 'bias_image_size'):
     if isinstance(arguments.get(key), int):
       arguments[key] = (arguments[key],) * 2
-  return cls(**arguments, rngs=nnx.Rngs(seed))
+  build: Any = cls
+  return build(**arguments, rngs=nnx.Rngs(seed))

@@ -128,10 +128,7 @@ class PatchEmbed(nnx.Module):
   def __call__(self, units: jax.Array) -> jax.Array:
     """(B, K, 16, 16, channels) -> (B, K, 16, features), sub-patches in merge order."""
     patches = unit_patches(units.astype(self.dtype))
-    kernel = self.proj.kernel[...].astype(self.dtype)
-    # The patches do not overlap: the convolution is a product with its reshaped kernel.
-    x = patches @ kernel.reshape(-1, kernel.shape[-1])
-    return self.norm(x + self.proj.bias[...].astype(self.dtype))
+    return self.norm(layers.convolve_patches(self.proj, patches, self.dtype))
 
 
 class PatchMerge(nnx.Module):
@@ -251,7 +248,7 @@ class HiViTEncoder(layers.StochasticDepth, nnx.Module):
     """
     if images.ndim != 4 or images.shape[3] != self.channels:
       raise UserError(f'images must be (B, H, W, {self.channels}), got {images.shape}')
-    if unit_grid(images.shape[1:3]) != self.grid:
+    if unit_grid((images.shape[1], images.shape[2])) != self.grid:
       height, width = (UNIT * side for side in self.grid)
       raise UserError(
         f'this model takes images of {height}x{width} pixels, got {images.shape[1]}x'
@@ -396,7 +393,8 @@ class HiViTEncoder(layers.StochasticDepth, nnx.Module):
         f'window_size must be positive and global_blocks within 0..{self.depths[2] - 1}, '
         f'got {window_size} and {tuple(global_blocks)}'
       )
-    if self.blocks[-1].attn.grid is not None:
+    last: Any = self.blocks[-1]
+    if last.attn.grid is not None:
       raise UserError(
         'window attention has no relative position bias: create the model with rpe=False, '
         'or leave out window_size'

@@ -133,6 +133,22 @@ def drop_path(x: jax.Array, rate: jax.Array | float, noise: jax.Array | None) ->
   return x * scale.reshape(-1, *(1,) * (x.ndim - 1))
 
 
+def convolve_patches(conv: Any, patches: jax.Array, dtype: Any) -> jax.Array:
+  """A convolution whose stride is its size: a product with its reshaped kernel.
+
+  Args:
+    conv: an `nnx.Conv`.
+    patches: (..., h * w * channels), in (row, column, channel) order.
+    dtype: of the computation.
+
+  Returns:
+    (..., features).
+  """
+  kernel = conv.kernel[...].astype(dtype)
+  x = patches.astype(dtype) @ kernel.reshape(-1, kernel.shape[-1])
+  return x + conv.bias[...].astype(dtype)
+
+
 class StochasticDepth:
   """What a model with `drop_path` in its residual blocks has.
 

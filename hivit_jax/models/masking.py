@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
+from jax import core
 
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers, positions
@@ -72,7 +73,7 @@ def mask_to_noise(mask: np.ndarray, units: int) -> tuple[np.ndarray, int]:
     ValueError: the mask is traced.
     UserError: it is no such mask.
   """
-  if isinstance(mask, jax.core.Tracer):
+  if isinstance(mask, core.Tracer):
     raise ValueError('mask must be concrete: inside jit its count of kept units would be unknown')
   mask = np.asarray(mask, np.float32)
   if mask.ndim != 2 or mask.shape[1] != units:
@@ -214,13 +215,14 @@ class MaskedDecoder:
     if mask is not None:
       if mask_ratio is not None:
         raise ValueError('give mask_ratio= or mask=, which has a ratio of its own, not both')
-      noise, keep = mask_to_noise(mask, n)
+      order, keep = mask_to_noise(mask, n)
     else:
       keep = kept_units(n, self.mask_ratio if mask_ratio is None else mask_ratio)
-      noise = self.masking_noise(rng, b) if noise is None else noise
-    if noise.shape != (b, n):
-      raise UserError(f'noise or mask must be {(b, n)}, one number per unit, got {noise.shape}')
-    ids_keep, ids_restore, removed = random_masking(jnp.asarray(noise), keep)
+      order = noise if rng is None else self.masking_noise(rng, b)
+    order = jnp.asarray(order)
+    if order.shape != (b, n):
+      raise UserError(f'noise or mask must be {(b, n)}, one number per unit, got {order.shape}')
+    ids_keep, ids_restore, removed = random_masking(order, keep)
     latent = self.latent(images, ids=ids_keep, noise=drop_path_noise)
     pred = self.decode(latent, ids_restore)
     error = jnp.square(pred - self.target(images)).mean(axis=-1)  # (B, N)

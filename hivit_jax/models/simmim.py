@@ -124,8 +124,7 @@ class SimMIM(nnx.Module):
     """
     x = self.encoder.stages(images, mask=mask, noise=noise)[-1]  # (B, h, w, C)
     b, h, w, c = x.shape
-    conv = self.decoder[0]
-    x = x.reshape(b, h * w, c) @ conv.kernel[0, 0].astype(x.dtype) + conv.bias[...].astype(x.dtype)
+    x = layers.convolve_patches(self.decoder[0], x.reshape(b, h * w, c), x.dtype)
     side, channels = self.unit, self.channels
     # The channels of a pixel shuffle are (channel, row, column).
     pred = jnp.moveaxis(x.astype(jnp.float32).reshape(b, h * w, channels, side, side), 2, -1)
@@ -162,7 +161,8 @@ class SimMIM(nnx.Module):
     """
     if (noise is None) == (rng is None):
       raise ValueError('give one of noise= and rng= to choose the units that are masked')
-    noise = self.masking_noise(rng, len(images)) if noise is None else noise
+    if rng is not None:
+      noise = self.masking_noise(rng, len(images))
     keep = self._kept(self.mask_ratio if mask_ratio is None else mask_ratio)
     ids_keep, ids_restore, mask = random_masking(jnp.asarray(noise), keep)
     cells = self.unit // PATCH

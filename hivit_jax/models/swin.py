@@ -28,7 +28,7 @@ def _norm(features: int, *, rngs: nnx.Rngs, dtype: Any) -> nnx.LayerNorm:
   return layers.layer_norm(features, rngs=rngs, dtype=dtype, epsilon=LAYER_NORM_EPS)
 
 
-def to_windows(x: jax.Array, side: int) -> jax.Array:
+def to_windows(x: Any, side: int) -> Any:
   """(B, h, w, C) -> (B, windows, side * side, C); `side` divides h and w."""
   b, h, w, c = x.shape
   x = x.reshape(b, h // side, side, w // side, side, c).swapaxes(2, 3)
@@ -83,7 +83,7 @@ class SwinBlock(nnx.Module):
       )
     options = {'rngs': rngs, 'dtype': dtype}
     self.norm1 = _norm(features, **options)
-    self.attn = layers.Attention(features, heads, grid=(self.window,) * 2, **options)
+    self.attn = layers.Attention(features, heads, grid=(self.window, self.window), **options)
     self.norm2 = _norm(features, **options)
     self.mlp = layers.Mlp(features, int(features * mlp_ratio), **options)
 
@@ -174,10 +174,9 @@ class SwinPatchEmbed(nnx.Module):
   def __call__(self, images: jax.Array) -> jax.Array:
     """(B, H, W, channels) -> (B, H / 4, W / 4, features)."""
     b, h, w, c = images.shape
-    x = images.astype(self.dtype).reshape(b, h // PATCH, PATCH, w // PATCH, PATCH, c)
-    x = x.swapaxes(2, 3).reshape(b, h // PATCH, w // PATCH, PATCH * PATCH * c)
-    kernel = self.proj.kernel[...].astype(self.dtype)
-    return self.norm(x @ kernel.reshape(-1, kernel.shape[-1]) + self.proj.bias[...].astype(x.dtype))
+    x = images.reshape(b, h // PATCH, PATCH, w // PATCH, PATCH, c).swapaxes(2, 3)
+    x = x.reshape(b, h // PATCH, w // PATCH, PATCH * PATCH * c)
+    return self.norm(layers.convolve_patches(self.proj, x, self.dtype))
 
 
 class SwinEncoder(layers.StochasticDepth, nnx.Module):

@@ -40,9 +40,7 @@ class PatchEmbed(nnx.Module):
   def __call__(self, units: jax.Array) -> jax.Array:
     """(B, K, 16, 16, channels) -> (B, K, features)."""
     b, k, *_ = units.shape
-    kernel = self.proj.kernel[...].astype(self.dtype)
-    x = units.astype(self.dtype).reshape(b, k, -1) @ kernel.reshape(-1, kernel.shape[-1])
-    return x + self.proj.bias[...].astype(self.dtype)
+    return layers.convolve_patches(self.proj, units.reshape(b, k, -1), self.dtype)
 
 
 class ViTEncoder(layers.StochasticDepth, nnx.Module):

@@ -86,7 +86,8 @@ class Runs:
   def job(
     self, *commands: list[str], found_by: str = 'environment', devices: int = 2
   ) -> Iterator[list['Process']]:
-    """Starts one command, or each of two, as the two processes of a job."""
+    """Starts a command as the two processes of a job, or several as one process each."""
+    count = max(2, len(commands))
     with socket.socket() as free:
       free.bind(('127.0.0.1', 0))
       port = free.getsockname()[1]
@@ -96,8 +97,8 @@ class Runs:
     }[found_by]  # fmt: skip
     with contextlib.ExitStack() as stack:
       processes = []
-      for index in range(2):
-        flags, environment = tell(port, index)
+      for index in range(count):
+        flags, environment = tell(port, index, count)
         environment |= on_devices(devices)
         process = self.start([*commands[index % len(commands)], *flags], environment)
         processes.append(stack.enter_context(process))
@@ -109,39 +110,39 @@ def on_devices(count: int) -> dict[str, str]:
   return {'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}'}
 
 
-def _by_flags(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+def _by_flags(port: int, index: int, count: int) -> tuple[list[str], dict[str, str]]:
   address = f'--coordinator_address=127.0.0.1:{port}'
-  return [address, '--num_processes=2', f'--process_id={index}'], {}
+  return [address, f'--num_processes={count}', f'--process_id={index}'], {}
 
 
-def _by_environment(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+def _by_environment(port: int, index: int, count: int) -> tuple[list[str], dict[str, str]]:
   return [], {
     'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
-    'JAX_NUM_PROCESSES': '2',
+    'JAX_NUM_PROCESSES': str(count),
     'JAX_PROCESS_ID': str(index),
   }
 
 
-def _by_slurm(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+def _by_slurm(port: int, index: int, count: int) -> tuple[list[str], dict[str, str]]:
   """What srun tells its tasks; JAX takes the port from the job's number."""
   return [], {
     'SLURM_JOB_ID': str(port),
     'SLURM_STEP_NODELIST': 'localhost',
-    'SLURM_NTASKS': '2',
+    'SLURM_NTASKS': str(count),
     'SLURM_PROCID': str(index),
     'SLURM_LOCALID': str(index),
   }
 
 
-def _by_mpi(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+def _by_mpi(port: int, index: int, count: int) -> tuple[list[str], dict[str, str]]:
   """What mpirun of Open MPI 4 tells; JAX takes the port from the job's number, by 4096."""
   uri = {'OMPI_MCA_orte_hnp_uri': f'{port * 4096}.0;tcp://127.0.0.1:1'}
-  return [], _by_mpi5(port, index)[1] | uri
+  return [], _by_mpi5(port, index, count)[1] | uri
 
 
-def _by_mpi5(port: int, index: int) -> tuple[list[str], dict[str, str]]:
+def _by_mpi5(port: int, index: int, count: int) -> tuple[list[str], dict[str, str]]:
   return [f'--coordinator_address=127.0.0.1:{port}'], {
-    'OMPI_COMM_WORLD_SIZE': '2',
+    'OMPI_COMM_WORLD_SIZE': str(count),
     'OMPI_COMM_WORLD_RANK': str(index),
     'OMPI_COMM_WORLD_LOCAL_RANK': str(index),
   }

@@ -96,6 +96,55 @@ def test_two_processes_continue_what_one_saved_and_stop_at_one_step(runs, alone,
   assert_same_metrics(workdir, alone)
 
 
+@pytest.mark.parametrize('victim', [0, 1])
+def test_of_three_processes_two_end_with_one_line_each(runs, tmp_path, victim):
+  command = runs.command(
+    tmp_path / 'run', max_steps=10**6, batch_size=12, evaluation__batch_size=12
+  )
+  with runs.job(command, command, command, devices=1) as job:
+    job[0].wait_until(lambda: last_step(tmp_path / 'run') >= 6, 'step 6')
+    job[victim].send(signal.SIGKILL)
+    ends = [process.wait(END) for process in job]
+    logs = [process.output() for process in job]
+  if victim == 0:  # the service of JAX is gone with it, and JAX may be faster
+    assert ends[0] == -signal.SIGKILL
+    assert set(ends[1:]) <= {143, -signal.SIGABRT}, logs
+    return
+  assert ends == [143, -signal.SIGKILL, 143], logs
+  name = r'process 1 on \S+ has ended without a word'
+  assert re.match(f'process 0 of 3 stops: {name}', logs[0].splitlines()[-1]), logs
+  assert re.match(f'process 2 of 3 stops: {name}', logs[2].splitlines()[-1]), logs
+
+
+_SLOW = """
+import sys, time
+from hivit_jax.train import checkpoint
+write = checkpoint._write_sums
+def slow(path):
+  time.sleep(8)  # longer than the patience with a process that fails
+  write(path)
+checkpoint._write_sums = slow
+sys.argv = sys.argv[1:]
+import runpy
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def test_no_process_ends_before_the_checkpoint_is_complete(runs, tmp_path):
+  """Process 0 writes the sums of all files, which takes its time."""
+  workdir = tmp_path / 'run'
+  python, *arguments = runs.command(workdir, max_steps=10**6, checkpoint__every_epochs=0)
+  with runs.job([python, '-c', _SLOW, *arguments], devices=1) as job:
+    job[0].wait_until(lambda: last_step(workdir) >= 6, 'step 6')
+    for process in job:
+      process.send(signal.SIGTERM)
+    assert [process.wait(END) for process in job] == [143, 143]
+    ends = [process.output().splitlines()[-1] for process in job]
+  assert all('SIGTERM: stopped at step' in end for end in ends), ends
+  (step,) = (path.name for path in (workdir / 'checkpoints').iterdir())
+  assert f'saved {workdir}/checkpoints/{step}; ' in ends[0]
+
+
 def test_a_process_that_fails_tells_the_others_why(runs, tmp_path):
   """Here the second one's images are broken."""
   commands = []
@@ -157,8 +206,8 @@ def test_one_process_looks_for_no_others(forks, tmp_path):
   assert error_of(ended).startswith('config.max_steps=0: ')
 
 
-def test_one_slurm_task_on_a_node_takes_all_of_its_gpus(monkeypatch):
-  """JAX takes one GPU for every task."""
+def test_gpus_of_slurm_tasks(monkeypatch):
+  """JAX takes the one with the task's number on its node."""
   cases = {
     ('1', '0,1,2,3'): [0, 1, 2, 3],
     ('1(x4)', '0,1'): [0, 1],
@@ -166,6 +215,7 @@ def test_one_slurm_task_on_a_node_takes_all_of_its_gpus(monkeypatch):
     ('1', ''): None,
     ('', '0,1'): None,
   }
+  cases |= {('8(x2)', '5'): [0], ('2', 'GPU-1'): [0], ('', '5'): None}
   for (tasks, visible), expected in cases.items():
     monkeypatch.setenv('SLURM_STEP_TASKS_PER_NODE', tasks)
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)

@@ -234,20 +234,27 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns when no save is under way; raises the error of the one that was."""
+    if self._finish():
+      # Process 0 completes a checkpoint after the others: none may think it saved, and end, before.
+      distributed.meet()
+
+  def _finish(self) -> bool:
+    """Waits for this process's part of a save; False if none was under way."""
     pending, self._pending = self._pending, None
     if pending is None:
-      return
+      return False
     step, future = pending
     try:
       future.result()
     except Exception as error:
       raise self._explain(step, error) from error
     self._ours.add(step)
+    return True
 
   def close(self) -> None:
-    """Waits for the save under way and ends the background thread."""
+    """Waits for this process's part of the save under way and ends the background thread."""
     try:
-      self.wait()
+      self._finish()
     finally:
       self._worker.shutdown()
 

@@ -6,6 +6,7 @@ the primary, alone writes logs, metrics and pictures; checkpoints are written by
 
 import collections
 import contextlib
+import glob
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hivit_jax.errors import UserError
 
 _VOTE_DELAY = 2  # steps
+coordinator_host: str | None = None  # of process 0, where the user told it
 
 
 def initialize(
@@ -58,6 +60,9 @@ def initialize(
       given['process_id'] = int(os.environ['OMPI_COMM_WORLD_RANK'])
   if given['num_processes'] == 1:
     return
+  if given['coordinator_address']:
+    global coordinator_host
+    coordinator_host = given['coordinator_address'].rpartition(':')[0].strip('[]')
   told = [name for name, value in given.items() if value is not None]
   # A signal stops the job after a step that all processes agree on, see `Votes`.
   jax.config.update('jax_enable_preemption_service', False)
@@ -101,11 +106,16 @@ def _number(name: str, text: str) -> int:
 
 
 def local_devices() -> list[int] | None:
-  """The GPUs of this process where JAX would take one of several: one Slurm task on a node."""
+  """The GPUs of this process where JAX, which takes the task's number on its node, would be wrong.
+
+  Under Slurm: all of them for the only task on a node, and the one that a task was given by itself.
+  """
   tasks = os.environ.get('SLURM_STEP_TASKS_PER_NODE', '')
-  visible = os.environ.get('CUDA_VISIBLE_DEVICES', '')
-  if re.fullmatch(r'1(\(x\d+\))?', tasks) and visible:
-    return list(range(len(visible.split(','))))
+  visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+  names = visible.split(',') if visible is not None else glob.glob('/dev/nvidia[0-9]*')
+  names = [name for name in names if name]
+  if tasks and (len(names) == 1 or (names and re.fullmatch(r'1(\(x\d+\))?', tasks))):
+    return list(range(len(names)))
   return None
 
 
@@ -163,6 +173,12 @@ def primary_first() -> Iterator[None]:
   finally:
     if primary():
       multihost_utils.sync_global_devices('primary_first')
+
+
+def meet() -> None:
+  """Returns when all processes have called it."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('meet')
 
 
 def check_shared(directory: pathlib.Path) -> None:

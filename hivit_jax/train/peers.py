@@ -2,7 +2,11 @@
 
 JAX notices by itself when a process has been silent for 100 seconds, and then ends all the others
 with a stack dump. Here process 0 has a connection to every other one, which the kernel closes at
-the moment a process ends in whatever way. Where no connection can be made, JAX's way is left.
+the moment a process ends in whatever way, and within a minute if its host is gone. Where no
+connection can be made, JAX's way is left.
+
+Process 0 has the service through which JAX connects the others: it ends last, or JAX would be
+faster than we are.
 """
 
 import contextlib
@@ -21,18 +25,23 @@ from hivit_jax.errors import Stopped, UserError
 from hivit_jax.train import distributed
 
 _log = logging.getLogger(__name__)
-_DONE, _FAILED = b'done', b'failed '
-_CONNECT_SECONDS = 10.0
+# What one tells the others: a failure, which they may be about to report themselves, or the end.
+_DONE, _FAILED, _END = b'done', b'failed ', b'end '
+_HELLO = b'ok\n'
 _AGAIN = 'The same command, started again in all processes, continues from the last checkpoint'
-_GRACE_SECONDS = 10.0  # for a process to say itself what went wrong
+_CONNECT_SECONDS = 10.0
+_GRACE_SECONDS = 5.0  # for a process to say itself what went wrong
+_LAST_SECONDS = 5.0  # that process 0 waits for the others to end
+# Seconds of silence until the kernel asks, between its questions, and how many.
+_KEEPALIVE = (('TCP_KEEPIDLE', 20), ('TCP_KEEPINTVL', 10), ('TCP_KEEPCNT', 4))
 
 
 class Watch:
   """While it is entered, a process of the job that ends is the end of them all.
 
   One that ends by an exception tells the others why; they end with that message if they have not
-  failed, too, within ten seconds. One that vanishes ends them at once. Exit status: 143, for which
-  job schedulers start a job again; 2 after another process's `UserError`.
+  failed, too, within some seconds. One that vanishes ends them at once. Exit status: 143, for which
+  job schedulers start a job again, or that of the process that failed.
 
   Every process must enter it; with one process it does nothing.
   """
@@ -40,68 +49,72 @@ class Watch:
   def __enter__(self) -> 'Watch':
     self._leaving = threading.Event()
     self._connections: dict[socket.socket, str] = {}
+    self._open: set[socket.socket] = set()  # of those that have not ended
+    self._ending = threading.Lock()
     if jax.process_count() > 1:
       self._connect()
-      self._thread = threading.Thread(target=self._watch, name='peers', daemon=True)
-      self._thread.start()
+      self._open = set(self._connections)
+      threading.Thread(target=self._watch, name='peers', daemon=True).start()
     return self
 
   def __exit__(self, kind, error, traceback) -> None:
     if jax.process_count() == 1:
       return
-    self._leaving.set()
-    lost = None
     if isinstance(error, jax.errors.JaxRuntimeError):
-      error = lost = Stopped(
-        f'process {jax.process_index()} of {jax.process_count()} lost another one '
-        f'({distributed.first_line(error)}); why that one ended stands in its own output. {_AGAIN}'
-      )
-    message = _DONE
-    if error is not None:
-      message = _FAILED + f'{_status(error)} {distributed.first_line(error)}'.encode()
-      # At its end Python would wait for the other processes, which wait for this one.
-      end = threading.Timer(_GRACE_SECONDS, os._exit, (_status(error),))
-      end.daemon = True
-      end.start()
-    self._tell(message)
-    if lost is not None:
-      raise lost
+      # A lost process is one of its reasons, and then the thread ends this one with that message.
+      time.sleep(_GRACE_SECONDS)
+    self._leaving.set()
+    if error is None:
+      self._tell(_DONE)
+      return
+    status = _status(error)
+    self._tell(_FAILED + f'{status} {distributed.first_line(error)}'.encode())
+    self._wait_for_others(_GRACE_SECONDS + _LAST_SECONDS)
+    # At its end Python would wait for the other processes, which wait for this one.
+    end = threading.Timer(_GRACE_SECONDS, os._exit, (status,))
+    end.daemon = True
+    end.start()
 
   def _connect(self) -> None:
-    count = jax.process_count()
     server = None
+    port = 0
     if distributed.primary():
-      dual = socket.has_dualstack_ipv6()
-      family = socket.AF_INET6 if dual else socket.AF_INET
-      server = socket.create_server(('', 0), family=family, backlog=count, dualstack_ipv6=dual)
-    token = secrets.token_hex(16)
-    hosts, port, token = distributed.on_primary(
-      lambda: [_own_addresses(), server.getsockname()[1] if server else 0, token]
-    )
-    if server is None:
-      connection = _first_connection(hosts, port)
+      with contextlib.suppress(OSError):
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        server = socket.create_server(('', 0), family=family, backlog=1024, dualstack_ipv6=dual)
+        port = server.getsockname()[1]
+    own = [_own_addresses(), port, secrets.token_hex(16)]
+    hosts, port, token = distributed.on_primary(lambda: own)
+    if not distributed.primary():
+      connection = _first_connection(hosts, port, token) if port else None
       if connection is None:
         _log.warning('no connection to process 0 at %s, port %d', ' or '.join(hosts), port)
       else:
-        connection.sendall(f'{token} {jax.process_index()} {socket.gethostname()}\n'.encode())
         self._connections[connection] = 'process 0'
-      return
-    with server:
-      deadline = time.monotonic() + _CONNECT_SECONDS
-      while len(self._connections) < count - 1 and time.monotonic() < deadline:
-        server.settimeout(max(0.01, deadline - time.monotonic()))
-        with contextlib.suppress(OSError, ValueError):
-          connection, _ = server.accept()
-          connection.settimeout(_CONNECT_SECONDS)
-          words = _read_line(connection).split()
-          connection.settimeout(None)
-          if words[:1] == [token]:
-            self._connections[connection] = f'process {words[1]} on {words[2]}'
-    missing = count - 1 - len(self._connections)
-    if missing:
+    elif server is not None:
+      with server:
+        self._accept(server, token)
+
+  def _accept(self, server: socket.socket, token: str) -> None:
+    others = jax.process_count() - 1
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while len(self._connections) < others and time.monotonic() < deadline:
+      server.settimeout(max(0.01, deadline - time.monotonic()))
+      with contextlib.suppress(OSError):
+        connection, _ = server.accept()
+        connection.settimeout(1.0)
+        words = _read_line(connection).split()
+        if len(words) != 3 or words[0] != token:
+          connection.close()  # of somebody else
+          continue
+        connection.sendall(_HELLO)
+        _keep_alive(connection)
+        self._connections[connection] = f'process {words[1]} on {words[2]}'
+    if len(self._connections) < others:
       _log.warning(
         '%d of %d processes are not watched: should one end, the others notice after 100 seconds',
-        missing, count,
+        others - len(self._connections), others + 1,
       )  # fmt: skip
 
   def _watch(self) -> None:
@@ -116,30 +129,43 @@ class Watch:
           said = connection.recv(4096)
         except OSError:
           said = b''
-        selector.unregister(connection)
-        if said != _DONE and not self._leaving.is_set():
-          self._end(self._connections[connection], said)
+        if not said or said == _DONE:
+          selector.unregister(connection)
+          self._open.discard(connection)
+        if said != _DONE:
+          # In a thread of its own: this one goes on to see the others end.
+          arguments = self._connections[connection], said
+          threading.Thread(target=self._end, args=arguments, daemon=True).start()
 
   def _end(self, peer: str, said: bytes) -> None:
-    status, again = 143, _AGAIN
-    if said.startswith(_FAILED):
-      code, _, reason = said.removeprefix(_FAILED).decode(errors='replace').partition(' ')
-      status, message = int(code), f'{peer} failed: {reason}'
-      if self._leaving.wait(_GRACE_SECONDS):
-        return
-      again = _AGAIN if status == 143 else ''
-    else:
+    status, message, again = 143, '', f'. {_AGAIN}'
+    if not said:
       message = f'{peer} has ended without a word (killed? out of memory? host gone?)'
-    self._tell(_FAILED + f'{status} {message}'.encode())
-    own = f'process {jax.process_index()} of {jax.process_count()}'
-    print(f'{own} stops: {message}. {again}', file=sys.stderr, flush=True)
-    os._exit(status)
+    else:
+      kind, code, message = said.decode(errors='replace').split(' ', 2)
+      status = int(code)
+      again = again if status == 143 else ''
+      if kind == 'failed':
+        message = f'{peer} failed: {message}'
+    with self._ending:
+      if self._leaving.wait(_GRACE_SECONDS if said.startswith(_FAILED) else 0):
+        return
+      self._tell(_END + f'{status} {message}'.encode())
+      own = f'process {jax.process_index()} of {jax.process_count()}'
+      print(f'{own} stops: {message}{again}', file=sys.stderr, flush=True)
+      self._wait_for_others(_LAST_SECONDS)
+      os._exit(status)
 
   def _tell(self, message: bytes) -> None:
     for connection in self._connections:
       with contextlib.suppress(OSError):
         connection.sendall(message)
-        connection.shutdown(socket.SHUT_WR)
+
+  def _wait_for_others(self, seconds: float) -> None:
+    """In process 0, until the others have closed their connections."""
+    deadline = time.monotonic() + seconds
+    while distributed.primary() and self._open and time.monotonic() < deadline:
+      time.sleep(0.02)
 
 
 def _status(error: BaseException) -> int:
@@ -155,18 +181,32 @@ def _read_line(connection: socket.socket) -> str:
   return line.decode(errors='replace')
 
 
+def _keep_alive(connection: socket.socket) -> None:
+  connection.settimeout(None)
+  connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+  for name, value in _KEEPALIVE:
+    if hasattr(socket, name):  # on Linux
+      connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 def _own_addresses() -> list[str]:
+  """The likeliest first: how the others were told to find process 0."""
   name = socket.gethostname()
-  found = [name]
+  found = [distributed.coordinator_host, name]
   with contextlib.suppress(OSError):
     found += [str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
-  return list(dict.fromkeys(found))
+  found = [host for host in dict.fromkeys(found) if host]
+  return sorted(found, key=lambda host: host.startswith('127.') and host != found[0])
 
 
-def _first_connection(hosts: list[str], port: int) -> socket.socket | None:
+def _first_connection(hosts: list[str], port: int, token: str) -> socket.socket | None:
   for host in hosts:
     with contextlib.suppress(OSError):
       connection = socket.create_connection((host, port), timeout=_CONNECT_SECONDS / len(hosts))
-      connection.settimeout(None)
-      return connection
+      connection.sendall(f'{token} {jax.process_index()} {socket.gethostname()}\n'.encode())
+      connection.settimeout(_CONNECT_SECONDS)
+      if _read_line(connection).encode() == _HELLO:  # else process 0 has stopped listening
+        _keep_alive(connection)
+        return connection
+      connection.close()
   return None

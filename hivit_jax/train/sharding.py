@@ -111,7 +111,12 @@ def whole(tree: Any, mesh: Mesh) -> Any:
   """Global arrays, split or not, as such that every device has all of; all processes take part."""
   if all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree)):
     return tree
-  return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+  return _gatherer(mesh)(tree)
+
+
+@functools.cache
+def _gatherer(mesh: Mesh) -> Any:
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 def use_whole(params: Any, shardings: Any) -> Any:

@@ -41,6 +41,7 @@ class SimMIM(nnx.Module):
     mask_ratio: float = 0.6,
     drop_path_rate: float = 0.0,
     remat: bool = False,
+    scan: bool = False,
     dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -54,6 +55,7 @@ class SimMIM(nnx.Module):
       mlp_ratio=mlp_ratio,
       drop_path_rate=drop_path_rate,
       remat=remat,
+      scan=scan,
       dtype=dtype,
       rngs=rngs,
       masked=True,

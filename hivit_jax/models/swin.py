@@ -192,6 +192,7 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
     mlp_ratio: hidden width of the MLPs, as a multiple of their channels.
     drop_path_rate: maximum; rates rise linearly from 0 over all blocks.
     remat: recompute activations in the backward pass.
+    scan: not possible, the blocks of a stage differ.
     masked: has a `mask_token` for patches that are not to be seen.
     dtype: of the computation; parameters are float32.
     rngs: `nnx.Rngs` with a `params` stream.
@@ -209,10 +210,13 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
     mlp_ratio: float,
     drop_path_rate: float,
     remat: bool,
+    scan: bool,
     dtype: Any,
     rngs: nnx.Rngs,
     masked: bool = False,
   ):
+    if scan:
+      raise UserError('Swin takes no scan=True: every second block is shifted')
     stride = PATCH * 2 ** (len(depths) - 1)
     if any(side % stride for side in image_size):
       raise UserError(
@@ -319,6 +323,7 @@ class Swin(SwinEncoder, Classifier):
     mlp_ratio: float = 4.0,
     drop_path_rate: float = 0.0,
     remat: bool = False,
+    scan: bool = False,
     head_std: float = 0.02,
     head_batch_norm: bool = False,
     dtype: Any = jnp.float32,
@@ -334,6 +339,7 @@ class Swin(SwinEncoder, Classifier):
       mlp_ratio=mlp_ratio,
       drop_path_rate=drop_path_rate,
       remat=remat,
+      scan=scan,
       dtype=dtype,
       rngs=rngs,
     )

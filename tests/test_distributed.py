@@ -96,24 +96,19 @@ def test_two_processes_continue_what_one_saved_and_stop_at_one_step(runs, alone,
   assert_same_metrics(workdir, alone)
 
 
-@pytest.mark.parametrize('victim', [0, 1])
-def test_of_three_processes_two_end_with_one_line_each(runs, tmp_path, victim):
+def test_of_three_processes_two_end_with_one_line_each(runs, tmp_path):
   command = runs.command(
     tmp_path / 'run', max_steps=10**6, batch_size=12, evaluation__batch_size=12
   )
   with runs.job(command, command, command, devices=1) as job:
     job[0].wait_until(lambda: last_step(tmp_path / 'run') >= 6, 'step 6')
-    job[victim].send(signal.SIGKILL)
+    job[1].send(signal.SIGKILL)
     ends = [process.wait(END) for process in job]
     logs = [process.output() for process in job]
-  if victim == 0:  # the service of JAX is gone with it, and JAX may be faster
-    assert ends[0] == -signal.SIGKILL
-    assert set(ends[1:]) <= {143, -signal.SIGABRT}, logs
-    return
   assert ends == [143, -signal.SIGKILL, 143], logs
   name = r'process 1 on \S+ has ended without a word'
-  assert re.match(f'process 0 of 3 stops: {name}', logs[0].splitlines()[-1]), logs
-  assert re.match(f'process 2 of 3 stops: {name}', logs[2].splitlines()[-1]), logs
+  for index in (0, 2):
+    assert re.match(f'process {index} of 3 stops: {name}', logs[index].splitlines()[-1]), logs
 
 
 _SLOW = """

@@ -131,9 +131,7 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.model.update(embed_dim=32, depths=(1, 1, 2), num_heads=2)
   else:
     config.model.update(embed_dim=32, depth=2, num_heads=2)
-  if config.task == 'simmim':
-    config.augment.crop_scale = (0.67, 1.0)
-  elif config.task == 'mae':
+  if config.task == 'mae':
     config.model.update(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
   else:  # one set of numbers, so that all of them compile to the same program
     config.model.drop_path_rate = 0.1

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
   from hivit_jax.train import distributed, experiment
   from hivit_jax.train.logging import setup_logging
 
-  setup_logging()
+  setup_logging()  # before JAX looks for other processes and devices, and says so
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   file, _, variant = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
   name = '_'.join(filter(None, (pathlib.Path(file).stem, variant)))

@@ -58,7 +58,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     Stopped: after SIGTERM or SIGINT, with a checkpoint saved.
   """
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
-  setup_logging()  # before JAX looks for devices, and has something to say about it
   primary = distributed.primary()
   setup_logging(primary)
   _check_local(workdir)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from hivit_jax.models.barriers import cpu_barrier
+
 
 def _logits(q, k, bias):
   logits = jnp.einsum('...qd,...kd->...qk', q, k, preferred_element_type=jnp.float32)
@@ -38,20 +40,21 @@ def _forward(q, k, v, bias):
 
 def _backward(residuals, g):
   # All (N, N) arrays are (keys, queries) here: then one product of five transposes an operand of
-  # its own, else two would, which CPUs are slow at.
+  # its own, else two would, which CPUs are slow at. That one transposes the smaller operand.
   q, k, v, bias, out, log_total = residuals
   weights = jnp.exp(_logits(k, q, None if bias is None else bias.mT) - log_total.mT)
   dv = jnp.einsum('...kq,...qd->...kd', weights.astype(g.dtype), g)
-  dweights = jnp.einsum('...kd,...qd->...kq', v, g, preferred_element_type=jnp.float32)
+  # Barriers: a product into which XLA fuses elementwise work is its slow one.
+  dweights = cpu_barrier(jnp.einsum('...kd,...qd->...kq', v, g, preferred_element_type=jnp.float32))
   # sum_k weights * dweights, without the (N, N) product
-  mean = (out.astype(jnp.float32) * g.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+  mean = cpu_barrier((out.astype(jnp.float32) * g.astype(jnp.float32)).sum(axis=-1, keepdims=True))
   dlogits = weights * (dweights - mean.mT)
   dbias = None
   if bias is not None:
     extra = tuple(range(dlogits.ndim - bias.ndim))
     dbias = dlogits.sum(axis=extra).mT.astype(bias.dtype)
-  dlogits = dlogits.astype(q.dtype)
-  dq = jnp.einsum('...kq,...kd->...qd', dlogits, k)
+  dlogits = cpu_barrier(dlogits.astype(q.dtype))
+  dq = cpu_barrier(cpu_barrier(k.mT) @ dlogits).mT
   dk = jnp.einsum('...kq,...qd->...kd', dlogits, q)
   return dq, dk, dv, dbias
 

@@ -126,7 +126,8 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   if 'swin' in config.model.name:
     # Of windows that shift there are enough in 64 pixels.
     config.image_size = (64, 64)
-    config.model.update(embed_dim=24, depths=(2, 1, 1, 1), window_size=4)
+    stages = 3 if config.model.name.startswith('swin_base_') else 4  # those between Swin and HiViT
+    config.model.update(embed_dim=24, depths=(2, 1, 1, 1)[:stages], window_size=4)
   elif 'hivit' in config.model.name:
     config.model.update(embed_dim=32, depths=(1, 1, 2), num_heads=2)
   else:
@@ -204,7 +205,7 @@ def supervised(
   """Training from scratch: Table 2 of arXiv 2205.14949, and that of Swin, whom it follows.
 
   Args:
-    size: tiny, small or base.
+    size: tiny, small or base; of Swin also a step of the ladder, such as base_global.
     variant: 'debug' or None.
     drop_path_rate: the largest, see `config.model`.
     model: hivit, vit or swin.

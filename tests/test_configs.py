@@ -48,6 +48,9 @@ PARAMETERS = {
   'supervised_swin_t': 28_288_354,
   'supervised_swin_s': 49_606_258,
   'supervised_swin_b': 87_768_224,
+  'ladder_1_three_stages': 66_260_864,
+  'ladder_2_global': 66_440_064,
+  'ladder_3_mlp_stem': 65_776_040,
   'linear_hivit_b': 66_418_952 + 2 * 512,  # and the statistics of its BatchNorm
 }
 

@@ -32,6 +32,18 @@ _SWIN = {
   'base': {'embed_dim': 128, 'depths': (2, 2, 18, 2), 'num_heads': (4, 8, 16, 32)},
 }
 
+# The steps from Swin-B to HiViT-B, each on top of the one before: three stages, the main one with
+# the two blocks of the fourth; global attention in it; no other attention. What is left to HiViT-B:
+# two MLP blocks of ratio 3 for each of ratio 4, heads of 64 channels instead of 32, a position
+# embedding, and the last LayerNorm after the mean.
+_THREE_STAGES = {'embed_dim': 128, 'depths': (2, 2, 20), 'num_heads': (4, 8, 16)}
+_GLOBAL = {**_THREE_STAGES, 'window_size': (7, 7, 14)}
+_LADDER = {
+  'three_stages': _THREE_STAGES,
+  'global': _GLOBAL,
+  'mlp_stem': {**_GLOBAL, 'mlp_stages': 2},
+}
+
 # name -> (class, arguments of this variant)
 MODELS: dict[str, tuple[type[nnx.Module], dict[str, Any]]] = {
   **{f'hivit_{size}': (HiViT, arguments) for size, arguments in _SIZES.items()},
@@ -40,6 +52,7 @@ MODELS: dict[str, tuple[type[nnx.Module], dict[str, Any]]] = {
   **{f'vit_{size}': (ViT, arguments) for size, arguments in _VIT.items()},
   **{f'mae_vit_{size}': (ViTMaskedAutoencoder, arguments) for size, arguments in _VIT.items()},
   **{f'swin_{size}': (Swin, arguments) for size, arguments in _SWIN.items()},
+  **{f'swin_base_{step}': (Swin, arguments) for step, arguments in _LADDER.items()},
   **{f'simmim_swin_{size}': (SimMIM, arguments) for size, arguments in _SWIN.items()},
 }
 

@@ -132,24 +132,19 @@ class SwinStage(nnx.Module):
     grid: Grid,
     window_size: int,
     mlp_ratio: float,
+    attention: bool,
     merge: bool,
     rngs: nnx.Rngs,
     dtype: Any,
   ):
-    options = {'rngs': rngs, 'dtype': dtype}
+    options: dict[str, Any] = {'mlp_ratio': mlp_ratio, 'rngs': rngs, 'dtype': dtype}
     self.blocks = nnx.List(
-      SwinBlock(
-        features,
-        heads,
-        grid=grid,
-        window_size=window_size,
-        shifted=i % 2 == 1,
-        mlp_ratio=mlp_ratio,
-        **options,
-      )
+      SwinBlock(features, heads, grid=grid, window_size=window_size, shifted=i % 2 == 1, **options)
+      if attention
+      else layers.MlpBlock(features, **options)
       for i in range(depth)
     )
-    self.downsample = SwinMerge(features, **options) if merge else None
+    self.downsample = SwinMerge(features, rngs=rngs, dtype=dtype) if merge else None
 
 
 class SwinPatchEmbed(nnx.Module):
@@ -188,8 +183,9 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
     embed_dim: channels of the first stage; every merge doubles them.
     depths: blocks of each stage.
     num_heads: heads of each stage.
-    window_size: patches along a window's side.
+    window_size: patches along a window's side; one number, or one for each stage.
     mlp_ratio: hidden width of the MLPs, as a multiple of their channels.
+    mlp_stages: so many stages, from the first, have blocks without attention.
     drop_path_rate: maximum; rates rise linearly from 0 over all blocks.
     remat: recompute activations in the backward pass.
     scan: not possible, the blocks of a stage differ.
@@ -206,13 +202,14 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
     embed_dim: int,
     depths: Sequence[int],
     num_heads: Sequence[int],
-    window_size: int,
+    window_size: int | Sequence[int],
     mlp_ratio: float,
     drop_path_rate: float,
     remat: bool,
     scan: bool,
     dtype: Any,
     rngs: nnx.Rngs,
+    mlp_stages: int = 0,
     masked: bool = False,
   ):
     if scan:
@@ -235,18 +232,20 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
     if masked:
       self.mask_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, embed_dim)))
     height, width = (side // PATCH for side in image_size)
+    windows = (window_size,) * len(depths) if isinstance(window_size, int) else window_size
     self.layers = nnx.List(
       SwinStage(
         embed_dim * 2**i,
         depth,
         heads,
         grid=(height >> i, width >> i),
-        window_size=window_size,
+        window_size=window,
         mlp_ratio=mlp_ratio,
+        attention=i >= mlp_stages,
         merge=i < len(depths) - 1,
         **options,
       )
-      for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True))
+      for i, (depth, heads, window) in enumerate(zip(depths, num_heads, windows, strict=True))
     )
     self.norm = _norm(self.features, **options)
     self.drop_path_rates = layers.rising_rates(drop_path_rate, sum(depths))
@@ -319,8 +318,9 @@ class Swin(SwinEncoder, Classifier):
     embed_dim: int,
     depths: Sequence[int],
     num_heads: Sequence[int],
-    window_size: int = 7,
+    window_size: int | Sequence[int] = 7,
     mlp_ratio: float = 4.0,
+    mlp_stages: int = 0,
     drop_path_rate: float = 0.0,
     remat: bool = False,
     scan: bool = False,
@@ -337,6 +337,7 @@ class Swin(SwinEncoder, Classifier):
       num_heads=num_heads,
       window_size=window_size,
       mlp_ratio=mlp_ratio,
+      mlp_stages=mlp_stages,
       drop_path_rate=drop_path_rate,
       remat=remat,
       scan=scan,

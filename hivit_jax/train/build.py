@@ -60,7 +60,7 @@ def is_large(config: ml_collections.ConfigDict) -> bool:
   """Whether a step takes long enough for `host_memory.keep_freed_memory(one_arena=True)`."""
   own = models.MODELS.get(config.model.name, (None, {}))[1]
   width = config.model.embed_dim or own.get('embed_dim', 0)
-  if len(config.model.depths or own.get('depths', ())) == 4:  # Swin tells the first stage's
+  if 'swin' in (config.model.name or ''):  # it tells the first stage's
     width *= 4
   return width >= _LARGE_WIDTH
 

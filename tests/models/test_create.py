@@ -16,7 +16,8 @@ def test_models_are_listed():
     'hivit_base', 'hivit_large', 'hivit_small', 'hivit_tiny',
     'mae_hivit_base', 'mae_hivit_large', 'mae_hivit_small', 'mae_hivit_tiny',
     'mae_vit_base', 'mae_vit_large', 'simmim_swin_base', 'simmim_swin_small', 'simmim_swin_tiny',
-    'swin_base', 'swin_small', 'swin_tiny', 'vit_base', 'vit_large',
+    'swin_base', 'swin_base_global', 'swin_base_mlp_stem', 'swin_base_three_stages',
+    'swin_small', 'swin_tiny', 'vit_base', 'vit_large',
   ]  # fmt: skip
 
 

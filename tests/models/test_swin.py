@@ -102,3 +102,21 @@ def test_simmim_sees_no_masked_pixel_and_learns_from_no_other(simmim):
   # The loss is the mean absolute error of masked pixels.
   pred = np.asarray(out.pred).reshape(2, 2, 4, 32, 32, 3).swapaxes(2, 3).reshape(2, 64, 128, 3)
   assert_close(out.loss, np.abs(pred - images)[by_pixel].mean())
+
+
+@pytest.mark.parametrize(
+  ('name', 'window_size', 'reach'),
+  [
+    ('swin_base_three_stages', 4, [16, 32, 64]),
+    ('swin_base_global', (4, 4, 8), [16, 32, 128]),
+    ('swin_base_mlp_stem', (4, 4, 8), [4, 8, 128]),
+  ],
+)
+def test_the_ladder_from_swin_to_hivit_changes_who_sees_whom(name, window_size, reach):
+  """Pixels that the first cell of each stage depends on, along a side: window, map or cell."""
+  options = {'image_size': 128, 'embed_dim': 16, 'depths': (1, 1, 1), 'window_size': window_size}
+  model = hivit_jax.create_model(name, **options)
+  image = jnp.asarray(random_images(1, 128, 128, 3))
+  seen = jax.jit(jax.jacrev(lambda x: jnp.stack([m[0, 0, 0].sum() for m in model.stages(x)])))
+  pixels = np.abs(seen(image)).sum(axis=(1, -1)) > 0  # (stages, H, W)
+  assert [int(np.argwhere(stage).max()) + 1 for stage in pixels] == reach

@@ -1,0 +1,9 @@
+"""From Swin-B to HiViT-B, step 1 of 4: three stages instead of four; variant :debug."""
+
+from configs import base
+
+
+def get_config(variant: str | None = None):
+  return base.supervised(
+    'base_three_stages', variant, model='swin', drop_path_rate=0.5, clip_norm=5.0
+  )

@@ -1,0 +1,7 @@
+"""From Swin-B to HiViT-B, step 2 of 4: global attention in the main stage, too; variant :debug."""
+
+from configs import base
+
+
+def get_config(variant: str | None = None):
+  return base.supervised('base_global', variant, model='swin', drop_path_rate=0.5, clip_norm=5.0)

@@ -36,7 +36,11 @@ CONFINED = {
   'array_record': ('hivit_jax/data/',),
   'grain': ('hivit_jax/data/',),
   'tensorboardX': ('hivit_jax/train/logging.py',),
-  'matplotlib': ('hivit_jax/tools/curves.py', 'hivit_jax/tools/contact_sheet.py'),
+  'matplotlib': (
+    'hivit_jax/tools/compare.py',
+    'hivit_jax/tools/curves.py',
+    'hivit_jax/tools/contact_sheet.py',
+  ),
   'optax': ('hivit_jax/train/',),
   # The config stops at the builders.
   'ml_collections': (

@@ -4,9 +4,13 @@ import json
 import sys
 
 import pytest
+from PIL import Image
+
+from hivit_jax.tools import compare
+from tests.runs import error_of
 
 
-@pytest.mark.parametrize('config', ['mae_hivit_t', 'finetune_hivit_t', 'linear_hivit_b'])
+@pytest.mark.parametrize('config', ['mae_hivit_t', 'linear_hivit_b', 'supervised_swin_t'])
 def test_every_kind_of_step_is_measured(runs, config):
   command = [sys.executable, '-m', 'hivit_jax.tools.benchmark', '--json', '--steps=1']
   done = runs.finish([*command, f'--config=configs/{config}.py:debug', '--batch_size=2'])
@@ -17,3 +21,42 @@ def test_every_kind_of_step_is_measured(runs, config):
   assert 0 < report['host_ms_per_step'] < 1000
   assert 0 < report['matmul_share'] < 1
   assert report['batch_size'] == 2
+
+
+def test_steps_are_compared_in_turns(runs, tmp_path):
+  command = [sys.executable, '-m', 'hivit_jax.tools.benchmark', '--steps=3', '--batch_size=2']
+  names = 'mae_hivit_t:debug,simmim_swin_b:debug'
+  done = runs.finish([*command, f'--compare={names}', f'--out={tmp_path / "new" / "out"}'])
+  assert done.returncode == 0, done.stderr
+  out = tmp_path / 'new' / 'out'
+  assert (out / 'comparison.md').read_text() == done.stdout
+  report = json.loads((out / 'comparison.json').read_text())
+  first, second = report['rows']
+  assert [first['config'], second['config']] == names.split(',')
+  assert (first['ratio'], first['ratio_range']) == (1, [1, 1])
+  rate = second['images_per_second'] / first['images_per_second']
+  low, high = second['ratio_range']
+  assert 0 < low <= second['ratio'] <= high
+  assert low / 2 < rate < high * 2
+  assert first['gflop_per_image'] != second['gflop_per_image']
+  with Image.open(out / 'comparison.png') as picture:
+    assert picture.width > picture.height > 300
+
+
+def test_the_papers_comparison_is_of_published_configs():
+  groups = compare.load('paper')
+  sizes = {name: c.image_size for group in groups.values() for name, c in group.items()}
+  assert sizes.pop('simmim_swin_b') == (192, 192)
+  assert set(sizes.values()) == {(224, 224)}
+  assert next(iter(groups['pretraining'])) == 'mae_hivit_b'  # the others are compared with it
+  assert next(iter(compare.load('ladder').values())).keys() == {
+    'supervised_swin_b', 'ladder_1_three_stages', 'ladder_2_global', 'ladder_3_mlp_stem',
+    'supervised_hivit_b',
+  }  # fmt: skip
+
+
+def test_mistakes(forks):
+  tool = 'hivit_jax/tools/benchmark.py'
+  assert 'what to measure? One of' in error_of(forks(tool))
+  assert 'did you mean "paper"' in error_of(forks(tool, '--compare=papr'))
+  assert '--out goes with --compare' in error_of(forks(tool, '--data', '--out=x'))

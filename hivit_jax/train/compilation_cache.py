@@ -52,14 +52,14 @@ def turn_on() -> None:
   logging.getLogger('py.warnings').addFilter(_Repair(directory))
 
 
-def _cpu() -> str:
+def _cpu(cpuinfo: pathlib.Path = pathlib.Path('/proc/cpuinfo')) -> str:
   """A name for this kind of CPU.
 
   Programs for one may crash on another, and JAX's key of a program does not tell them apart; home
   directories are shared by many.
   """
   try:
-    first, *_ = pathlib.Path('/proc/cpuinfo').read_text().split('\n\n')
+    first, *_ = cpuinfo.read_text().split('\n\n')
     told = '\n'.join(re.findall(_CPU, first))
   except OSError:  # not Linux
     told = platform.processor()
@@ -70,14 +70,14 @@ def _cpu() -> str:
 def _make_room(root: pathlib.Path) -> None:
   """Deletes the files that were not used for longest, beyond `_SIZE`."""
   files = []
-  for path in root.rglob('*'):
+  for path in filter(pathlib.Path.is_file, root.rglob('*')):
     with contextlib.suppress(FileNotFoundError):  # other runs do the same
-      stat = path.stat()
-      files.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
+      status = path.stat()
+      files.append((max(status.st_atime, status.st_mtime), status.st_size, path))
   total = 0
   for _, size, path in sorted(files, reverse=True):
     total += size
-    if total > _SIZE and path.is_file():
+    if total > _SIZE:
       path.unlink(missing_ok=True)
 
 

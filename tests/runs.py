@@ -87,9 +87,16 @@ class Runs:
 
   @contextlib.contextmanager
   def job(
-    self, *commands: list[str], found_by: str = 'environment', devices: int = 2
+    self,
+    *commands: list[str],
+    found_by: str = 'environment',
+    devices: int = 2,
+    quick_compiler: bool = False,
   ) -> Iterator[list['Process']]:
-    """Starts a command as the two processes of a job, or several as one process each."""
+    """Starts a command as the two processes of a job, or several as one process each.
+
+    Only process 0 keeps what it compiles. `quick_compiler`: to slower code.
+    """
     count = max(2, len(commands))
     with socket.socket() as free:
       free.bind(('127.0.0.1', 0))
@@ -103,6 +110,8 @@ class Runs:
       for index in range(count):
         flags, environment = tell(port, index, count)
         environment |= on_devices(devices)
+        if quick_compiler:
+          environment['XLA_FLAGS'] += ' --xla_backend_optimization_level=0'
         process = self.start([*commands[index % len(commands)], *flags], environment)
         processes.append(stack.enter_context(process))
       yield processes

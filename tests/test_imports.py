@@ -178,7 +178,7 @@ def test_nothing_pulls_in_tensorflow():
 
 
 def test_a_run_does_not_wait_for_what_few_runs_need(tmp_path):
-  run = f'from hivit_jax.train import experiment; experiment.MetricWriter({str(tmp_path)!r}, 0)'
+  run = f'from hivit_jax.train import experiment; experiment.MetricWriter({str(tmp_path)!r})'
   assert loaded(run, {'torch', 'scipy.interpolate', 'matplotlib', 'sklearn'}) == []
 
 

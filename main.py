@@ -45,11 +45,12 @@ def main(argv: list[str]) -> None:
   if _CONFIG.value is None:
     raise UserError('which config? For a first run: --config=configs/demo.py')
   # Imported here: worker processes of the data pipeline import this file, and --help must be fast.
-  from hivit_jax.train import distributed, experiment
+  from hivit_jax.train import compilation_cache, distributed, experiment
   from hivit_jax.train.logging import setup_logging
 
   setup_logging()  # before JAX looks for other processes and devices, and says so
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  compilation_cache.turn_on()
   file, _, variant = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
   name = '_'.join(filter(None, (pathlib.Path(file).stem, variant)))
   default = f'workdirs/{name}'

@@ -18,14 +18,14 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope='session')
-def runs(tmp_path_factory) -> Runs:
-  return Runs(tmp_path_factory.mktemp('runs'))
+def runs(tmp_path_factory) -> Iterator[Runs]:
+  with Runs(tmp_path_factory.mktemp('runs')) as runs:
+    yield runs
 
 
 @pytest.fixture(scope='session')
-def forks(runs, tmp_path_factory) -> Iterator[Forks]:
-  with Forks(runs.environment, tmp_path_factory.mktemp('forks')) as forks:
-    yield forks
+def forks(runs) -> Forks:
+  return runs.forks
 
 
 @pytest.fixture(scope='session')

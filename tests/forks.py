@@ -1,8 +1,8 @@
 """Runs programs in forks of a process that has imported already what they are slow to import.
 
-Reads one JSON object a line: program, arguments, environment, files for stdout and stderr; answers
-with the exit status. Everything after the imports is as in a process of its own: flags, JAX's
-devices, exit.
+Reads one JSON object a line: program and its arguments, environment, seconds that it may take,
+files for stdout and stderr; answers with the exit status. Everything after the imports is as in a
+process of its own: flags, JAX's devices, exit.
 """
 
 import json
@@ -21,10 +21,15 @@ def _run(job: dict) -> int:
   for number, file in ((1, job['stdout']), (2, job['stderr'])):
     os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
   os.environ.update(job['environment'])
-  signal.alarm(120)
-  sys.argv = [job['program'], *job['arguments']]
+  signal.alarm(job['seconds'])
+  program, *arguments = job['program']
   try:
-    runpy.run_path(job['program'], run_name='__main__')
+    if program == '-m':
+      module, *sys.argv[1:] = arguments
+      runpy.run_module(module, run_name='__main__', alter_sys=True)
+    else:
+      sys.argv = job['program']
+      runpy.run_path(program, run_name='__main__')
   except SystemExit as stop:
     return stop.code or 0
   except BaseException:

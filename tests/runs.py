@@ -51,6 +51,13 @@ class Runs:
       'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
     }
     self.environment = cache | os.environ | {'TFDS_DATA_DIR': str(directory / 'data')}
+    self.forks = Forks(self.environment, directory)
+
+  def __enter__(self) -> 'Runs':
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self.forks.close()
 
   def command(self, workdir: os.PathLike, **settings) -> list[str]:
     """The command line of the tiny run; settings are keys of the config with __ for dots."""
@@ -62,15 +69,11 @@ class Runs:
   def finish(
     self, command: list[str], environment: Mapping[str, str] = MappingProxyType({})
   ) -> subprocess.CompletedProcess:
-    """Runs any command to its end."""
-    return subprocess.run(
-      command,
-      cwd=ROOT,
-      env=self.environment | environment,
-      capture_output=True,
-      text=True,
-      timeout=_PATIENCE,
-    )
+    """Runs a Python program to its end: `command` is as for `start`."""
+    python, *program = command
+    assert python == sys.executable
+    ended = self.forks(*program, **environment)
+    return subprocess.CompletedProcess(command, ended.status, ended.stdout, ended.stderr)
 
   def train(self, workdir: os.PathLike, **settings) -> subprocess.CompletedProcess:
     """Runs the tiny run to its end, whatever that is."""
@@ -84,9 +87,16 @@ class Runs:
 
   @contextlib.contextmanager
   def job(
-    self, *commands: list[str], found_by: str = 'environment', devices: int = 2
+    self,
+    *commands: list[str],
+    found_by: str = 'environment',
+    devices: int = 2,
+    quick_compiler: bool = False,
   ) -> Iterator[list['Process']]:
-    """Starts a command as the two processes of a job, or several as one process each."""
+    """Starts a command as the two processes of a job, or several as one process each.
+
+    Only process 0 keeps what it compiles. `quick_compiler`: to slower code.
+    """
     count = max(2, len(commands))
     with socket.socket() as free:
       free.bind(('127.0.0.1', 0))
@@ -100,6 +110,8 @@ class Runs:
       for index in range(count):
         flags, environment = tell(port, index, count)
         environment |= on_devices(devices)
+        if quick_compiler:
+          environment['XLA_FLAGS'] += ' --xla_backend_optimization_level=0'
         process = self.start([*commands[index % len(commands)], *flags], environment)
         processes.append(stack.enter_context(process))
       yield processes
@@ -214,15 +226,12 @@ class Forks:
       text=True,
     )
 
-  def __enter__(self) -> 'Forks':
-    return self
-
-  def __exit__(self, *exc_info) -> None:
+  def close(self) -> None:
     self._server.communicate()
 
-  def __call__(self, program: str, *arguments: str, **environment: str) -> Ended:
-    """Runs a Python file, named from the root of the repository, to its end."""
-    job = {'program': program, 'arguments': arguments, 'environment': environment} | self._files
+  def __call__(self, *program: str, **environment: str) -> Ended:
+    """Runs a Python file, named from the root of the repository, or `-m` a module, to its end."""
+    job = {'program': program, 'environment': environment, 'seconds': _PATIENCE} | self._files
     self._server.stdin.write(json.dumps(job) + '\n')
     self._server.stdin.flush()
     status = int(self._server.stdout.readline())

@@ -17,6 +17,7 @@ SETTINGS = {
   'checkpoint__every_epochs': 2.5,
   'checkpoint__keep_last': 99,
 }
+BARE = {'max_steps': 10**6, 'knn__every_epochs': 0, 'pictures__every_epochs': 0}  # soon compiled
 MPI = {'SIZE': '2', 'RANK': '0', 'LOCAL_RANK': '0'}
 END = 60  # seconds within which a job ends of which a process has ended
 
@@ -97,10 +98,8 @@ def test_two_processes_continue_what_one_saved_and_stop_at_one_step(runs, alone,
 
 
 def test_of_three_processes_two_end_with_one_line_each(runs, tmp_path):
-  command = runs.command(
-    tmp_path / 'run', max_steps=10**6, batch_size=12, evaluation__batch_size=12
-  )
-  with runs.job(command, command, command, devices=1) as job:
+  command = runs.command(tmp_path / 'run', batch_size=12, evaluation__batch_size=12, **BARE)
+  with runs.job(command, command, command, devices=1, quick_compiler=True) as job:
     job[0].wait_until(lambda: last_step(tmp_path / 'run') >= 6, 'step 6')
     job[1].send(signal.SIGKILL)
     ends = [process.wait(END) for process in job]
@@ -128,8 +127,8 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 def test_no_process_ends_before_the_checkpoint_is_complete(runs, tmp_path):
   """Process 0 writes the sums of all files, which takes its time."""
   workdir = tmp_path / 'run'
-  python, *arguments = runs.command(workdir, max_steps=10**6, checkpoint__every_epochs=0)
-  with runs.job([python, '-c', _SLOW, *arguments], devices=1) as job:
+  python, *arguments = runs.command(workdir, checkpoint__every_epochs=0, **BARE)
+  with runs.job([python, '-c', _SLOW, *arguments], devices=1, quick_compiler=True) as job:
     job[0].wait_until(lambda: last_step(workdir) >= 6, 'step 6')
     for process in job:
       process.send(signal.SIGTERM)

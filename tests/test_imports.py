@@ -177,6 +177,11 @@ def test_nothing_pulls_in_tensorflow():
   assert loaded(f'import {modules}', {'tensorflow', 'torch'}) == []
 
 
+def test_a_run_does_not_wait_for_what_few_runs_need(tmp_path):
+  run = f'from hivit_jax.train import experiment; experiment.MetricWriter({str(tmp_path)!r})'
+  assert loaded(run, {'torch', 'scipy.interpolate', 'matplotlib', 'sklearn'}) == []
+
+
 def test_the_benchmark_of_a_step_needs_no_data():
   data = {'hivit_jax.data', 'grain', 'tensorflow_datasets', 'array_record'}
   assert loaded('import hivit_jax.tools.benchmark', data) == []

@@ -282,7 +282,7 @@ def test_a_second_signal_ends_a_run_at_once_even_while_compiling(runs, finished,
 def test_a_signal_before_training_begins_ends_a_run_with_one_line(runs, tmp_path):
   workdir = tmp_path / 'run'
   with runs.start(runs.command(workdir)) as process:
-    process.wait_until(lambda: (workdir / 'config.json').exists(), 'config.json')
+    process.wait_until(lambda: (workdir / 'lock').exists(), 'lock')  # then parameters are made
     process.send(signal.SIGTERM)
     assert process.wait() == 143
     last = process.output().splitlines()[-1]

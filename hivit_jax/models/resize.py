@@ -9,7 +9,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from scipy import interpolate
 
 _CUBIC = -0.75  # PyTorch's choice for the free coefficient of the convolution kernel
 _GROWTH = (1.01, 1.5)  # bounds of the geometric sequence, as in BEiT
@@ -109,4 +108,6 @@ def _offset_matrix(source: int, target: int) -> np.ndarray:
   known = np.concatenate([-far[::-1], [0.0], far])
   wanted = np.clip(np.arange(1 - target, target), known[0], known[-1])
   degree = min(3, len(known) - 1)  # three points determine a parabola
+  from scipy import interpolate  # half a second, which hardly any run needs to wait for
+
   return interpolate.make_interp_spline(known, np.eye(len(known)), k=degree)(wanted)

@@ -62,6 +62,7 @@ def _predict(bank, labels, queries, *, num_classes, k, temperature):
   similarity = jnp.matmul(queries, bank.T, precision='highest')  # (Q, M)
   top, indices = jax.lax.top_k(similarity, k)
   # Relative to the nearest, so that no temperature overflows.
-  weights = jnp.exp((top - top[:, :1]) / temperature)
+  # Not top[:, :1]: of a slice XLA's CPU backend makes a sort of the whole bank.
+  weights = jnp.exp((top - top.max(axis=1, keepdims=True)) / temperature)
   votes = jax.nn.one_hot(labels[indices], num_classes) * weights[..., None]  # (Q, k, classes)
   return votes.sum(axis=1).argmax(axis=-1)

@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
     )
   if _OUT.value is not None and _COMPARE.value is None:
     raise UserError('--out goes with --compare')
+  jax.config.update('jax_enable_compilation_cache', False)  # compilation is measured, too
   if _DATA.value:
     setup_logging()
     from hivit_jax.data import benchmark

@@ -30,7 +30,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import files, importer, infer
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tools import contact_sheet
-from hivit_jax.train import build, weights
+from hivit_jax.train import build, compilation_cache, weights
 from hivit_jax.train.logging import setup_logging
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a classifier, or one of its checkpoints.')
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
   if not argv[1:]:
     raise UserError('which images? Name files or folders of them')
   setup_logging()
+  compilation_cache.turn_on()
   found = [folder.image_files(path) if os.path.isdir(path) else [path] for path in argv[1:]]
   paths = list(itertools.chain.from_iterable(found))
   source = pathlib.Path(_WORKDIR.value or _WEIGHTS.value or '').expanduser()

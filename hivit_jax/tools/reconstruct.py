@@ -18,7 +18,7 @@ from hivit_jax.data.decode import BrokenImage, read_image
 from hivit_jax.data.subset import Subset
 from hivit_jax.errors import UserError
 from hivit_jax.tasks import reconstruction
-from hivit_jax.train import build, inputs
+from hivit_jax.train import build, compilation_cache, inputs
 from hivit_jax.train.checkpoint import load_metadata, load_params
 from hivit_jax.train.logging import setup_logging
 
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
   if _WORKDIR.value is None:
     raise UserError('give --workdir=DIRECTORY, the --workdir of a pretraining run')
   setup_logging()
+  compilation_cache.turn_on()
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
   files = _IMAGES.value + argv[1:]
   config = ml_collections.ConfigDict(load_metadata(workdir).get('config', {'task': None}))

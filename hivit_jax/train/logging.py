@@ -4,6 +4,7 @@ Heavy imports (tensorboardX, tqdm, jax) are inside the functions that need them,
 and the data workers stay fast.
 """
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -19,7 +20,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, TextIO, cast
 
@@ -303,6 +304,19 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
   temporary.replace(path)
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+  """Hides PyTorch, which tensorboardX imports if it finds it, and which takes a second."""
+  hide = 'torch' not in sys.modules
+  if hide:
+    sys.modules['torch'] = None  # type: ignore[assignment]
+  try:
+    yield
+  finally:
+    if hide:
+      del sys.modules['torch']
+
+
 class _EventFile:
   """A TensorBoard event file in which everything is as soon as it is written.
 
@@ -311,8 +325,9 @@ class _EventFile:
   """
 
   def __init__(self, directory: pathlib.Path, start_step: int):
-    from tensorboardX.proto import event_pb2, summary_pb2
-    from tensorboardX.record_writer import masked_crc32c
+    with _without_torch():
+      from tensorboardX.proto import event_pb2, summary_pb2
+      from tensorboardX.record_writer import masked_crc32c
 
     # protobuf makes these classes at import: a type checker cannot see them.
     events, summaries = cast(Any, event_pb2), cast(Any, summary_pb2)

@@ -1,6 +1,5 @@
 """Layers that the models share. Attribute names are those of the PyTorch implementations."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,7 +68,7 @@ def linear(
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@jax.custom_vjp
 def _normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
   return _normalise_forward(x, scale, bias, epsilon)[0]
 
@@ -83,15 +82,14 @@ def _normalise_forward(x, scale, bias, epsilon):
   return out.astype(x.dtype), (x, mean, rsqrt, scale)
 
 
-def _normalise_backward(epsilon, residuals, g):
-  del epsilon
+def _normalise_backward(residuals, g):
   x, mean, rsqrt, scale = residuals
   g = g.astype(jnp.float32)
   normal = (x.astype(jnp.float32) - mean) * rsqrt
   product = g * normal
   along = (product * scale).mean(axis=-1, keepdims=True)
   dx = rsqrt * (g * scale - (g * scale).mean(axis=-1, keepdims=True) - normal * along)
-  return dx.astype(x.dtype), product.sum(axis=0), g.sum(axis=0)
+  return dx.astype(x.dtype), product.sum(axis=0), g.sum(axis=0), None
 
 
 _normalise.defvjp(_normalise_forward, _normalise_backward)
@@ -109,8 +107,9 @@ class LayerNorm(nnx.LayerNorm):
     if mask is not None:
       raise NotImplementedError('nnx.LayerNorm takes a mask, this one does not')
     rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    scale, bias = self.scale[...], self.bias[...]
-    return _normalise(rows, scale, bias, self.epsilon).reshape(x.shape)
+    params: Any = self
+    out = _normalise(rows, params.scale[...], params.bias[...], self.epsilon)
+    return out.reshape(x.shape)
 
 
 def layer_norm(
@@ -229,22 +228,18 @@ class Mlp(nnx.Module):
     return self.fc2(gelu(self.fc1(x)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _split_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, ...]:
-  """(..., N, 3 C) -> q, k, v of (..., heads, N, C / heads)."""
-  parts = qkv.reshape(*qkv.shape[:-1], 3, heads, -1)
-  return tuple(jnp.moveaxis(parts, (-3, -2), (0, -3)))
+@jax.custom_vjp
+def _split(qkv: jax.Array) -> tuple[jax.Array, ...]:
+  """(..., N, 3, heads, D) -> q, k, v of (..., heads, N, D)."""
+  return tuple(jnp.moveaxis(qkv, (-3, -2), (0, -3)))
 
 
-def _split_heads_backward(heads, _, gradients):
-  del heads
+def _split_backward(_, gradients):
   # CPUs: three transposes and then a plain concatenation; fused, they are five times as slow.
-  parts = [cpu_barrier(g.swapaxes(-3, -2)) for g in gradients]
-  qkv = jnp.stack(parts, axis=-3)
-  return (qkv.reshape(*qkv.shape[:-3], -1),)
+  return (jnp.stack([cpu_barrier(g.swapaxes(-3, -2)) for g in gradients], axis=-3),)
 
 
-_split_heads.defvjp(lambda qkv, heads: (_split_heads(qkv, heads), None), _split_heads_backward)
+_split.defvjp(lambda qkv: (_split(qkv), None), _split_backward)
 
 
 class Attention(nnx.Module):
@@ -297,7 +292,7 @@ class Attention(nnx.Module):
       The shape of `x`.
     """
     c = x.shape[-1]
-    q, k, v = _split_heads(self.qkv(x), self.heads)
+    q, k, v = _split(self.qkv(x).reshape(*x.shape[:-1], 3, self.heads, c // self.heads))
     bias = None
     if self.grid is not None:
       grid = grid or self.grid

@@ -152,7 +152,9 @@ def _swin_buffers(arrays: Mapping[str, np.ndarray], state: StateDict) -> dict[st
 
 
 def _index(grid: tuple[int, int]) -> np.ndarray:
-  return positions.relative_position_index(np.arange(grid[0] * grid[1]), grid).astype(np.int64)
+  return np.asarray(
+    positions.relative_position_index(np.arange(grid[0] * grid[1]), grid), dtype=np.int64
+  )
 
 
 def _mmpretrain(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def _swin(shape: _Shapes, source: str, heads: Any, size: _Size | None) -> dict[s
   # Without a mask to count the windows, the last map is one: so it is in all that are published.
   count, side = masks[0] if masks else (1, 4 * 2 ** stages[-1] * windows[-1])
   return {
-    'image_size': size or _square(count, source, side),
+    'image_size': size or _square(count, source, side, 'windows'),
     'channels': channels,
     'embed_dim': width,
     'depths': tuple(1 + _last(shape, rf'layers\.{i}\.blocks\.(\d+)\.') for i in stages),
@@ -217,12 +217,12 @@ def _last(arrays: Mapping[str, Any], pattern: str) -> int:
   return max((int(m[1]) for name in arrays if (m := re.match(pattern, name))), default=-1)
 
 
-def _square(units: int, source: str, side: int = 16) -> _Size:
-  """Images of so many units, or windows, of `side` pixels."""
-  count = math.isqrt(units)
-  if count * count != units:
+def _square(cells: int, source: str, side: int = 16, name: str = 'units') -> _Size:
+  """The size of images that `cells` squares of `side` pixels cover."""
+  count = math.isqrt(cells)
+  if count * count != cells:
     raise UserError(
-      f'{source} is for images of {units} units, which is no square: give its image_size as '
+      f'{source} is for images of {cells} {name}, which is no square: give its image_size as '
       '(height, width)'
     )
   return side * count, side * count

@@ -1,6 +1,7 @@
 """State dicts that load into PyTorch code with `strict=True`."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,13 +20,10 @@ LAYOUTS = {
   'mae': ('the official masked autoencoder with its decoder', 'model'),
   'simmim': ('the official SimMIM with its decoder', 'model'),
   'backbone': ('the official detection and segmentation backbone', 'state_dict'),
-  'mmpretrain': ("mmpretrain's classifier, without its final norm", 'state_dict'),
+  'mmpretrain': ("mmpretrain's HiViT classifier, without its final norm", 'state_dict'),
 }
 _NEEDED = {'official': 'classifier', 'mmpretrain': 'classifier', 'mae': 'mae', 'simmim': 'simmim'}
 _TABLE, _INDEX, _MASK = 'relative_position_bias_table', 'relative_position_index', 'attn_mask'
-_ENCODER = (
-  *('patch_embed.', 'blocks.', 'layers.', 'absolute_pos_embed', 'pos_embed', 'cls_token', 'fpn'),
-)
 
 
 def named_arrays(params: Mapping) -> dict[str, np.ndarray]:
@@ -85,8 +83,8 @@ def in_layout(
   arrays = {k: v for k, v in state.arrays.items() if not k.endswith((_INDEX, _MASK))}
   arrays = _without_batch_norm(arrays)
   if layout == 'backbone':
-    encoder = (*_ENCODER, 'norm.') if base != 'hivit' else _ENCODER
-    arrays = {name: value for name, value in arrays.items() if name.startswith(encoder)}
+    encoder = importer.ENCODER + (r'|fpn.*' if base == 'hivit' else r'|norm\..*')
+    arrays = {name: value for name, value in arrays.items() if re.fullmatch(encoder, name)}
     prefix = 'backbone.' if prefix is None else prefix
   if layout == 'mae' and 'norm.weight' not in arrays:
     # In every official MAE, but without hifeat never applied: what it starts as.

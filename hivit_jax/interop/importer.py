@@ -39,7 +39,7 @@ _IGNORED = (
   ),
 )
 # A partial load must still bring all of these.
-_ENCODER = r'(patch_embed|blocks|layers)\..*|absolute_pos_embed|pos_embed|cls_token'
+ENCODER = r'(patch_embed|blocks|layers)\..*|absolute_pos_embed|pos_embed|cls_token'
 _TABLE = 'relative_position_bias_table'
 
 
@@ -291,7 +291,7 @@ def _check(
   missing, unused = report.new, [name for name in report.dropped if name not in report.new]
   if partial:
     missing, unused = (
-      [name for name in names if re.fullmatch(_ENCODER, name) and not name.endswith(_TABLE)]
+      [name for name in names if re.fullmatch(ENCODER, name) and not name.endswith(_TABLE)]
       for names in (missing, unused)
     )
   if not (missing or unused or misshaped):

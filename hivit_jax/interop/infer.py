@@ -119,7 +119,7 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
     ) from None
   if kind == 'backbone' and base != 'hivit':
     kind = 'classifier'
-  return Described(_name(KINDS[kind][1] + base, arguments), arguments | known)
+  return Described(_name(KINDS[kind][1] + base, arguments, source), arguments | known)
 
 
 def _hivit(shape: _Shapes, source: str, heads: int | None, size: _Size | None) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def _heads(width: int, source: str) -> int:
   return width // _HEAD_WIDTH
 
 
-def _name(family_name: str, arguments: Mapping[str, Any]) -> str:
+def _name(family_name: str, arguments: Mapping[str, Any], source: str) -> str:
   """The registered model of the same width and, if possible, depth."""
 
   def depths(arguments: Mapping[str, Any]) -> Sequence[int]:
@@ -245,4 +245,7 @@ def _name(family_name: str, arguments: Mapping[str, Any]) -> str:
     pairs = itertools.zip_longest(depths(variant), depths(arguments), fillvalue=0)
     return variant['embed_dim'] != arguments['embed_dim'], sum(abs(a - b) for a, b in pairs)
 
-  return min((name for name in MODELS if name.rsplit('_', 1)[0] == family_name), key=distance)
+  names = [name for name in MODELS if name.rsplit('_', 1)[0] == family_name]
+  if not names:
+    raise UserError(f'{source} is a {family_name}, of which there is no model here')
+  return min(names, key=distance)

@@ -133,6 +133,9 @@ def test_backbone_layout_holds_the_encoder_only_under_its_prefix():
   out = exporter.in_layout(StateDict(state, 'x', {}), 'backbone')
   encoder = {k for k in state if k.startswith(('patch_embed.', 'blocks.', 'absolute_pos_embed'))}
   assert set(out) == {f'backbone.{name}' for name in encoder}
+  vit = exporter.in_layout(StateDict(golden_state('vit_mae'), 'x', {}), 'backbone')
+  assert {'backbone.cls_token', 'backbone.pos_embed', 'backbone.norm.weight'} < set(vit)
+  assert not any('decoder' in name or 'mask_token' in name for name in vit)
 
 
 def test_mmpretrain_names_out_and_in():
@@ -383,6 +386,13 @@ def test_swins_image_size_is_told_by_its_masks_or_its_last_window(size, window, 
 def test_models_of_another_kind_are_named(source, target, message):
   with pytest.raises(UserError, match=message):
     _load(nnx.merge(*abstract_model(target)), golden_state(source), partial=True)
+
+
+def test_a_model_that_is_not_here_is_named():
+  state = golden_state('swin')
+  state |= {f'decoder_{name}.weight': np.zeros((4, 4), np.float32) for name in ('embed', 'pred')}
+  with pytest.raises(UserError, match='x is a mae_swin, of which there is no model here'):
+    infer.describe(state, 'x')
 
 
 def test_an_encoder_without_head_and_other_patches():

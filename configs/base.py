@@ -228,24 +228,29 @@ def finetune(
   variant: str | None,
   *,
   epochs: float = 100.0,
-  base_lr: float = 5e-4,
-  layer_decay: float = 0.85,
   drop_path_rate: float = 0.2,
   model: str = 'hivit',
+  **optim,
 ) -> ml_collections.ConfigDict:
-  """Finetuning of a pretrained model, by default of what `mae_<model>_<size>.py` left.
+  """Finetuning of a pretrained model, by default of what `<mae or simmim>_<model>_<size>.py` left.
 
   Args:
     size: tiny, small, base or large.
     variant: 'debug' or None.
-    model: hivit or vit.
-    epochs, base_lr, layer_decay, drop_path_rate: see the settings of these names.
+    model: hivit, vit or swin.
+    epochs, drop_path_rate: see the settings of these names.
+    **optim: what differs from the recipe of HiViT-B in `config.optim`.
   """
   config = classify(size, model=model)
-  config.init = f'workdirs/mae_{model}_{size[0]}'
-  config.model.update(drop_path_rate=drop_path_rate, head_std=2e-5)
+  config.init = f'workdirs/{"simmim" if model == "swin" else "mae"}_{model}_{size[0]}'
+  config.model.drop_path_rate = drop_path_rate
+  if model == 'swin':
+    config.batch_size = 2048
+  else:
+    config.model.head_std = 2e-5
   config.epochs = epochs
-  config.optim.update(base_lr=base_lr, end_lr=1e-6, warmup_epochs=5.0, layer_decay=layer_decay)
+  config.optim.update(base_lr=5e-4, end_lr=1e-6, warmup_epochs=5.0, layer_decay=0.85)
+  config.optim.update(optim)
   return debug_or(config, variant)
 
 
@@ -265,7 +270,6 @@ def simmim(size: str, variant: str | None) -> ml_collections.ConfigDict:
   config.optim.update(
     base_lr=5e-5, warmup_start_lr=5e-7, warmup_epochs=10.0, b2=0.999, clip_norm=5.0
   )
-  config.pictures.every_epochs = 0.0
   if variant == 'debug':
     return debug(config)
   if variant not in (None, '', '100', '800'):

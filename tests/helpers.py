@@ -20,6 +20,10 @@ GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 # The smallest models in which nothing is trivial: several blocks, heads and units.
 TINY = {'image_size': 64, 'embed_dim': 32, 'depths': (1, 1, 2), 'num_heads': 4}
+TINY_VIT = {'image_size': (32, 32), 'embed_dim': 64, 'depth': 1, 'num_heads': 1}
+TINY_SWIN = {
+  'image_size': (32, 32), 'embed_dim': 8, 'depths': (2, 1), 'num_heads': (1, 2), 'window_size': 4
+}  # fmt: skip
 TINY_MAE = TINY | {'decoder_embed_dim': 16, 'decoder_depth': 2, 'decoder_num_heads': 2}
 
 # Compiles to slower code in half the time, for programs that run once.

@@ -41,8 +41,10 @@ PARAMETERS = {
   'mae_vit_b': 111_907_840,
   'mae_vit_l': 329_541_888,
   'finetune_vit_b': 86_567_656,
+  'finetune_vit_l': 304_326_632,
   'supervised_vit_b': 86_567_656,
   'simmim_swin_b': 89_874_104,
+  'finetune_swin_b': 87_768_224,
   'supervised_swin_t': 28_288_354,
   'supervised_swin_s': 49_606_258,
   'supervised_swin_b': 87_768_224,
@@ -263,14 +265,16 @@ AUGMENTATION = {
 }  # fmt: skip
 
 
-def _assert_classification(name, *, epochs, warmup, start, peak, end, drop_path, layer_decay):
+def _assert_classification(
+  name, *, epochs, warmup, start, peak, end, drop_path, layer_decay, batch=1024, clip=None
+):
   """Epochs, learning rates at the start, after the warmup and at the end; all else is shared."""
   config = load(name)
-  assert (config.task, config.batch_size, config.epochs) == ('classify', 1024, epochs)
+  assert (config.task, config.batch_size, config.epochs) == ('classify', batch, epochs)
   assert (config.model.drop_path_rate, config.optim.layer_decay) == (drop_path, layer_decay)
   optim = config.optim
   assert (optim.name, optim.b1, optim.b2, optim.weight_decay) == ('adamw', 0.9, 0.999, 0.05)
-  assert optim.clip_norm is None
+  assert optim.clip_norm == clip
   assert config.augment.to_dict() == AUGMENTATION
   schedule = build.schedule(config)
   np.testing.assert_allclose(schedule(0.0), start, atol=1e-12)
@@ -304,6 +308,26 @@ def test_the_finetuning_recipes(size, epochs, peak, layer_decay, drop_path):
   )  # fmt: skip
   assert config.init == f'workdirs/mae_hivit_{size}'  # where main.py leaves the pretraining
   assert config.model.head_std == 2e-5
+
+
+def test_the_baselines_are_finetuned_as_published():
+  """ViT by table 9 of MAE, Swin by SimMIM's config of 800 epochs."""
+  shared = {'warmup': 5, 'start': 0, 'end': 1e-6}
+  b, large = (
+    _assert_classification(f'finetune_vit_{size}', **shared, **own)
+    for size, own in {
+      'b': {'epochs': 100, 'peak': 2e-3, 'layer_decay': 0.65, 'drop_path': 0.1},
+      'l': {'epochs': 50, 'peak': 4e-3, 'layer_decay': 0.75, 'drop_path': 0.2},
+    }.items()
+  )
+  swin = _assert_classification(
+    'finetune_swin_b', epochs=100, warmup=20, start=1e-6, peak=5e-3, end=1e-6, layer_decay=0.8,
+    drop_path=0.1, batch=2048, clip=5.0,
+  )  # fmt: skip
+  assert [config.init for config in (b, large, swin)] == [
+    'workdirs/mae_vit_b', 'workdirs/mae_vit_l', 'workdirs/simmim_swin_b',
+  ]  # fmt: skip
+  assert (b.model.head_std, swin.model.head_std) == (2e-5, None)
 
 
 def test_the_linear_probe_is_that_of_mae():

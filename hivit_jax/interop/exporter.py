@@ -1,5 +1,7 @@
 """State dicts that load into PyTorch code with `strict=True`."""
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,25 +10,28 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.interop import importer, infer, torch_names
-from hivit_jax.interop.files import StateDict
-from hivit_jax.models import positions
+from hivit_jax.interop.files import StateDict, normal_names
+from hivit_jax.models import positions, swin
 from hivit_jax.models.layers import BATCH_NORM_EPS
 
 # Layout -> (what it is, the key under which a .pth file has the state dict)
 LAYOUTS = {
   'official': ('the official classifier', 'model'),
   'mae': ('the official masked autoencoder with its decoder', 'model'),
+  'simmim': ('the official SimMIM with its decoder', 'model'),
   'backbone': ('the official detection and segmentation backbone', 'state_dict'),
-  'mmpretrain': ("mmpretrain's classifier, without its final norm", 'state_dict'),
+  'mmpretrain': ("mmpretrain's HiViT classifier, without its final norm", 'state_dict'),
 }
-_INDEX = 'relative_position_index'
-_ENCODER = ('patch_embed.', 'blocks.', 'absolute_pos_embed', 'fpn')
+_NEEDED = {'official': 'classifier', 'mmpretrain': 'classifier', 'mae': 'mae', 'simmim': 'simmim'}
+_TABLE, _INDEX, _MASK = 'relative_position_bias_table', 'relative_position_index', 'attn_mask'
 
 
 def named_arrays(params: Mapping) -> dict[str, np.ndarray]:
-  """A pure dict of parameters -> its PyTorch names and layouts; kernels are views."""
+  """A pure dict of parameters -> names and layouts as in `files.StateDict`; kernels are views."""
   flat = torch_names.flatten(params)
-  return dict(torch_names.to_torch(path, np.asarray(value)) for path, value in flat.items())
+  return normal_names(
+    dict(torch_names.to_torch(path, np.asarray(value)) for path, value in flat.items())
+  )
 
 
 def default_layout(state: StateDict) -> str:
@@ -46,8 +51,8 @@ def state_dict(
     prefix: instead of the layout's, such as '' for a bare backbone.
   """
   arrays = named_arrays(nnx.to_pure_dict(nnx.state(model)))
-  size = tuple(16 * side for side in model.grid)
-  return in_layout(StateDict(arrays, 'the model', {'image_size': size}), layout, prefix=prefix)
+  state = StateDict(arrays, 'the model', {'image_size': model.image_size})
+  return in_layout(state, layout, prefix=prefix)
 
 
 def in_layout(
@@ -67,27 +72,32 @@ def in_layout(
   layout = layout or default_layout(state)
   if layout not in LAYOUTS:
     raise UserError(f'layout "{layout}" is unknown; there are: {", ".join(LAYOUTS)}')
-  needed = {'official': 'classifier', 'mae': 'mae', 'mmpretrain': 'classifier'}.get(layout)
-  if needed and needed != kind:
-    what = {'mae': 'an MAE checkpoint', 'classifier': 'a classifier', 'backbone': 'a backbone'}
+  base = infer.architecture(state.arrays)
+  if _NEEDED.get(layout, kind) != kind or (layout == 'mmpretrain' and base != 'hivit'):
     fitting = default_layout(state)
     encoder = '' if kind == 'backbone' else ', or --layout=backbone for the encoder'
     raise UserError(
-      f'{state.source} is {what[kind]}, and layout "{layout}" is {LAYOUTS[layout][0]}: '
+      f'{state.source} is {infer.KINDS[kind][0]}, and layout "{layout}" is {LAYOUTS[layout][0]}: '
       f'use --layout={fitting}{encoder}'
     )
-  arrays = {name: value for name, value in state.arrays.items() if not name.endswith(_INDEX)}
+  arrays = {k: v for k, v in state.arrays.items() if not k.endswith((_INDEX, _MASK))}
   arrays = _without_batch_norm(arrays)
   if layout == 'backbone':
-    arrays = {name: value for name, value in arrays.items() if name.startswith(_ENCODER)}
+    encoder = importer.ENCODER + (r'|fpn.*' if base == 'hivit' else r'|norm\..*')
+    arrays = {name: value for name, value in arrays.items() if re.fullmatch(encoder, name)}
     prefix = 'backbone.' if prefix is None else prefix
   if layout == 'mae' and 'norm.weight' not in arrays:
     # In every official MAE, but without hifeat never applied: what it starts as.
     width = arrays['absolute_pos_embed'].shape[2]
     arrays |= {'norm.weight': np.ones(width, np.float32), 'norm.bias': np.zeros(width, np.float32)}
-  arrays |= _indices(arrays, state, every_block=layout == 'mmpretrain')
+  if base == 'swin':
+    arrays |= _swin_buffers(arrays, state)
+  else:
+    arrays |= _indices(arrays, state, every_block=layout == 'mmpretrain')
   if layout == 'mmpretrain':
     return _mmpretrain(arrays)
+  if layout == 'simmim':
+    arrays = {k if k.startswith('decoder.') else f'encoder.{k}': v for k, v in arrays.items()}
   return {f'{prefix or ""}{name}': value for name, value in arrays.items()}
 
 
@@ -107,7 +117,7 @@ def _indices(
   arrays: Mapping[str, np.ndarray], state: StateDict, every_block: bool
 ) -> dict[str, np.ndarray]:
   """The index buffers that go with relative position bias tables."""
-  tables = [name for name in arrays if name.endswith('relative_position_bias_table')]
+  tables = [name for name in arrays if name.endswith(_TABLE)]
   if not tables:
     return {}
   size = infer.image_size(state.metadata)
@@ -115,11 +125,34 @@ def _indices(
   grid = importer.bias_grid(len(arrays[tables[0]]), hint)
   if grid is None:
     raise UserError(f'{state.source}: give its image size, --image_size=HEIGHTxWIDTH')
-  index = positions.relative_position_index(np.arange(grid[0] * grid[1]), grid).astype(np.int64)
+  index = _index(grid)
   names = [_INDEX]
   if every_block:
     names += [f'{name.rpartition(".")[0]}.{_INDEX}' for name in tables]
   return {name: np.array(index) for name in names}  # safetensors refuses shared memory
+
+
+def _swin_buffers(arrays: Mapping[str, np.ndarray], state: StateDict) -> dict[str, np.ndarray]:
+  """Every block's index, and the masks of those that shift their windows."""
+  size = infer.describe(state.arrays, state.source, **infer.hints(state.metadata))
+  height, width = size.arguments['image_size']
+  result = {}
+  for name in (name for name in arrays if name.endswith(_TABLE)):
+    _, stage, _, block, *_ = name.split('.')
+    scale = swin.PATCH << int(stage)
+    grid = height // scale, width // scale
+    side = (math.isqrt(len(arrays[name])) + 1) // 2
+    result[name.replace(_TABLE, _INDEX)] = _index((side, side))
+    if int(block) % 2 and min(grid) > side:
+      mask = swin.shift_mask(grid, side, side // 2)
+      result[f'layers.{stage}.blocks.{block}.{_MASK}'] = mask.copy()
+  return result
+
+
+def _index(grid: tuple[int, int]) -> np.ndarray:
+  return np.asarray(
+    positions.relative_position_index(np.arange(grid[0] * grid[1]), grid), dtype=np.int64
+  )
 
 
 def _mmpretrain(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

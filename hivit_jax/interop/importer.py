@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.interop import infer, torch_names
+from hivit_jax.interop import files, infer, torch_names
 from hivit_jax.interop.files import StateDict
 from hivit_jax.models import positions, resize
 
@@ -39,7 +39,7 @@ _IGNORED = (
   ),
 )
 # A partial load must still bring all of these.
-_ENCODER = r'(patch_embed|blocks|layers)\..*|absolute_pos_embed|pos_embed|cls_token'
+ENCODER = r'(patch_embed|blocks|layers)\..*|absolute_pos_embed|pos_embed|cls_token'
 _TABLE = 'relative_position_bias_table'
 
 
@@ -207,37 +207,49 @@ class _Sizes:
     size = image_size or infer.image_size(state.metadata)
     self._hint = None if size is None else (size[0] // _UNIT, size[1] // _UNIT)
     self._source = state.source
-    self._grid: Grid | None = getattr(model, 'grid', None)
+    self._grid: Grid | None = getattr(model, 'grid', None)  # None: Swin, without such embeddings
+    self._class_tokens: int = getattr(model, 'class_tokens', 0)
     self._bias_grid: Grid | None = None
-    blocks = getattr(model, 'blocks', None)  # other than Swin's
+    blocks = getattr(model, 'blocks', None)  # other than Swin's, whose windows tables tell
     if blocks and hasattr(blocks[-1], 'attn'):
       self._bias_grid = blocks[-1].attn.grid
+    # As Swin's code does to finetune its classifiers; HiViT and SimMIM do as BEiT.
+    is_swin = infer.architecture(state.arrays) == 'swin'
+    self._bicubic_tables = is_swin and infer.family(state.arrays) != 'simmim'
     embedding = state.arrays.get('absolute_pos_embed')
     self._units = 0 if embedding is None else embedding.shape[1]
 
   def resized(self, name: str, value: np.ndarray, leaf: Any) -> tuple[np.ndarray, str | None]:
     """Returns the value for the model's image size, and what was done to it."""
-    if name == 'absolute_pos_embed' and self._grid and value.ndim == 3:
-      source = self._source_grid(value.shape[1], self._grid)
+    if name in ('absolute_pos_embed', 'pos_embed') and self._grid and value.ndim == 3:
+      first, units = np.split(value.astype(np.float32, copy=False), [self._class_tokens], axis=1)
+      source = self._source_grid(units.shape[1], self._grid)
       if source == self._grid:
         return value, None
-      resized = resize.position_embedding(value.astype(np.float32), source, self._grid)
-      return resized, f'from {_text(source)} to {_text(self._grid)} units, bicubic'
+      units = resize.position_embedding(units, source, self._grid)
+      how = f'from {_text(source)} to {_text(self._grid)} units, bicubic'
+      return np.concatenate([first, units], axis=1), how
     if name == 'decoder_pos_embed' and self._grid and value.shape[1:] != leaf.shape[1:]:
       if value.shape[2] != leaf.shape[2]:
         return value, None
-      fixed = positions.sincos_2d(leaf.shape[2], self._grid)
+      fixed = positions.sincos_2d(leaf.shape[2], self._grid, self._class_tokens)
       return fixed, f'to {_text(self._grid)} units: computed again, it is fixed'
-    if name.endswith(_TABLE) and self._bias_grid and value.ndim == 2:
-      source = self._bias_source(len(value), self._bias_grid)
-      if source == self._bias_grid:
-        return value, None
-      resized = resize.bias_table(value.astype(np.float32), source, self._bias_grid)
-      how = (
-        f'from {_text(source)} to {_text(self._bias_grid)} units, cubic over a geometric sequence'
-      )
-      return resized, how
+    if name.endswith(_TABLE) and value.ndim == 2:
+      return self._table(value, leaf)
     return value, None
+
+  def _table(self, table: np.ndarray, leaf: Any) -> tuple[np.ndarray, str | None]:
+    if self._bias_grid:
+      cells, own, source = 'units', self._bias_grid, self._bias_source(len(table), self._bias_grid)
+    else:  # windows, which are square
+      cells, own, source = 'patches', bias_grid(leaf.shape[0]), bias_grid(len(table))
+    if source is None or own is None or source == own:
+      return table, None
+    table, how = table.astype(np.float32), f'from {_text(source)} to {_text(own)} {cells}'
+    if self._bicubic_tables:
+      offsets = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (source, own)]
+      return resize.position_embedding(table[None], *offsets)[0], f'{how}, bicubic'
+    return resize.bias_table(table, source, own), f'{how}, cubic over a geometric sequence'
 
   def _source_grid(self, units: int, own: Grid) -> Grid:
     if self._hint is not None and self._hint[0] * self._hint[1] == units:
@@ -279,7 +291,7 @@ def _check(
   missing, unused = report.new, [name for name in report.dropped if name not in report.new]
   if partial:
     missing, unused = (
-      [name for name in names if re.fullmatch(_ENCODER, name) and not name.endswith(_TABLE)]
+      [name for name in names if re.fullmatch(ENCODER, name) and not name.endswith(_TABLE)]
       for names in (missing, unused)
     )
   if not (missing or unused or misshaped):
@@ -296,36 +308,36 @@ def _check(
 
 def _cause(model, state: StateDict, missing, unused, partial: bool) -> str:
   """The likely reason, and what to do."""
-  there = infer.family(state.arrays)
+  there, base = infer.family(state.arrays), infer.architecture(state.arrays)
   leaves = torch_names.flatten(nnx.to_pure_dict(nnx.state(model)))
-  here = infer.family({_torch_name(path, leaf): leaf for path, leaf in leaves.items()})
-  kinds = {
-    'mae': 'an MAE checkpoint (with a decoder)',
-    'classifier': 'a classifier',
-    'backbone': 'a backbone without head',
-  }
+  own = files.normal_names({_torch_name(path, leaf): leaf for path, leaf in leaves.items()})
   try:
     known = {'num_heads': 1} | infer.hints(state.metadata)  # heads have no part in the comparison
     described = infer.describe(state.arrays, state.source, **known)
   except UserError as error:
     return str(error)
-  for key in ('embed_dim', 'depths', 'stem_blocks'):
-    ours = getattr(model, key, None)
+  if base != infer.architecture(own):
+    return f'This is {described.name}, which is another kind of model'
+  for key in ('embed_dim', 'depth', 'depths', 'stem_blocks'):
+    ours = getattr(getattr(model, 'encoder', model), key, None)
     theirs = described.arguments.get(key, ours if key == 'stem_blocks' else None)
     if ours is not None and theirs != ours:
       return (
         f'The checkpoint has {key}={theirs}, the model {ours}: create the model with '
         f'{described.name}, {key}={theirs}'
       )
-  if there != here and not partial:
+  if there != infer.family(own) and not partial:
+    # Of ViT and Swin there is no model without a head.
+    whole = there != 'backbone' or base == 'hivit'
     return (
-      f'This is {kinds[there]}: load it into {described.name}, or take its encoder alone with '
-      'partial=True (--partial)'
+      f'This is {infer.KINDS[there][0]}: '
+      + (f'load it into {described.name}, or ' if whole else '')
+      + 'take its encoder alone with partial=True (--partial)'
     )
   if any(name.endswith(_TABLE) for name in (*missing, *unused)):
     return (
       'The checkpoint and the model differ in relative position bias: create the model with '
-      f'rpe={described.arguments["rpe"]}, or load with partial=True (--partial)'
+      f'rpe={described.arguments.get("rpe")}, or load with partial=True (--partial)'
     )
   return (
     'What the two have in common outside the encoder can be loaded with partial=True (--partial)'

@@ -1,8 +1,9 @@
 """Which model a state dict belongs to, told from its names and shapes."""
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,9 +11,17 @@ import numpy as np
 from hivit_jax.errors import UserError
 from hivit_jax.models import MODELS
 
-_HEAD_WIDTH = 64  # channels of an attention head in every published HiViT
+_HEAD_WIDTH = 64  # channels of an attention head in every published HiViT and ViT
 _PRETRAINED_DECODER_HEADS = 16
-_FAMILIES = {'classifier': 'hivit', 'mae': 'mae_hivit', 'backbone': 'backbone_hivit'}
+_Shapes = Mapping[str, tuple[int, ...]]
+_Size = tuple[int, int]
+# What a state dict can be -> how it is called, and what the names of its models begin with.
+KINDS = {
+  'classifier': ('a classifier', ''),
+  'mae': ('an MAE checkpoint (with a decoder)', 'mae_'),
+  'simmim': ('a SimMIM checkpoint (with a decoder)', 'simmim_'),
+  'backbone': ('a backbone without head', 'backbone_'),
+}
 
 
 class Described(NamedTuple):
@@ -23,10 +32,19 @@ class Described(NamedTuple):
 
 
 def family(arrays: Mapping[str, Any]) -> str:
-  """'mae', 'classifier' or 'backbone'."""
+  """One of `KINDS`."""
   if 'decoder_pred.weight' in arrays and 'decoder_embed.weight' in arrays:
     return 'mae'
+  if 'decoder.0.weight' in arrays:
+    return 'simmim'
   return 'classifier' if 'head.weight' in arrays else 'backbone'
+
+
+def architecture(arrays: Mapping[str, Any]) -> str:
+  """'vit', 'swin', or 'hivit' for everything else."""
+  if any(name.startswith('layers.') for name in arrays):
+    return 'swin'
+  return 'vit' if 'pos_embed' in arrays else 'hivit'
 
 
 def hints(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,66 +82,122 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
     **known: arguments that shapes do not tell, above all `num_heads` where a head has not 64
       channels, and `image_size` where images were not square.
 
+  Returns:
+    The model. Of ViT and Swin without a head it is the classifier, whose encoder it is.
+
   Raises:
-    UserError: this is no HiViT, or an argument cannot be inferred.
+    UserError: it is none of the models here, or an argument cannot be inferred.
   """
+  kind, base = family(arrays), architecture(arrays)
+  label, tell, patch = {
+    'hivit': ('HiViT', _hivit, 4), 'vit': ('ViT', _vit, 16), 'swin': ('Swin', _swin, 4)
+  }[base]  # fmt: skip
+  shape = {name: tuple(value.shape) for name, value in arrays.items()}
+  told = {key: known.pop(key, None) for key in ('num_heads', 'decoder_num_heads', 'image_size')}
   try:
-    return _describe(arrays, source, known)
+    sides = shape['patch_embed.proj.weight'][2:]
+    if sides != (patch, patch):
+      raise UserError(
+        f'{source} has patches of {"x".join(map(str, sides))} pixels; {label} has them of '
+        f'{patch}x{patch} here'
+      )
+    arguments = tell(shape, source, told['num_heads'], told['image_size'])
+    if kind == 'classifier':
+      arguments['num_classes'] = shape['head.weight'][0]
+      if 'head_norm.running_mean' in shape:
+        arguments['head_batch_norm'] = True
+    elif kind == 'mae':
+      arguments |= {
+        'decoder_embed_dim': shape['decoder_embed.weight'][0],
+        'decoder_depth': 1 + _last(shape, r'decoder_blocks\.(\d+)\.'),
+        'decoder_num_heads': told['decoder_num_heads'] or _PRETRAINED_DECODER_HEADS,
+      }
   except KeyError as error:
     some = ', '.join(sorted(arrays)[:4])
     raise UserError(
-      f'{source} is not a HiViT checkpoint: it has no {error.args[0]}; it has {some}, ...'
+      f'{source} is not a {label} checkpoint: it has no {error.args[0]}; it has {some}, ...'
     ) from None
+  if kind == 'backbone' and base != 'hivit':
+    kind = 'classifier'
+  return Described(_name(KINDS[kind][1] + base, arguments, source), arguments | known)
 
 
-def _describe(arrays: Mapping[str, np.ndarray], source: str, known: dict[str, Any]) -> Described:
-  shape = {name: tuple(value.shape) for name, value in arrays.items()}
+def _hivit(shape: _Shapes, source: str, heads: int | None, size: _Size | None) -> dict[str, Any]:
   patch, channels, *_ = shape['patch_embed.proj.weight']
   width = shape['absolute_pos_embed'][2]
   if patch * 4 != width:
     raise UserError(
       f'{source} is not a HiViT checkpoint: its stages have {patch}, {width} channels'
     )
-  stages = _stages(arrays)
+  stages = _stages(shape)
   main = sum(stages[:2]) + 2  # index of the first main block
-  fc1 = shape[f'blocks.{main}.mlp.fc1.weight']
   table = shape.get(f'blocks.{main}.attn.relative_position_bias_table')
-  kind = family(arrays)
-  heads, decoder_heads = known.pop('num_heads', None), known.pop('decoder_num_heads', None)
   arguments: dict[str, Any] = {
-    'image_size': known.pop('image_size', None) or _square(shape['absolute_pos_embed'][1], source),
+    'image_size': size or _square(shape['absolute_pos_embed'][1], source),
     'channels': channels,
     'embed_dim': width,
     'depths': (math.ceil(stages[0] / 2), math.ceil(stages[1] / 2), stages[2]),
     'num_heads': heads or (table[1] if table else _heads(width, source)),
     'rpe': table is not None,
-    'mlp_ratio': fc1[0] / fc1[1],
+    'mlp_ratio': _ratio(shape, f'blocks.{main}'),
   }
   if any(count % 2 for count in stages[:2]):
     arguments['stem_blocks'] = stages[:2]
   if 'blocks.0.mlp.fc1.weight' in shape:
-    stem = shape['blocks.0.mlp.fc1.weight']
-    arguments['stem_mlp_ratio'] = stem[0] / stem[1]
-  if kind == 'classifier':
-    arguments['num_classes'] = shape['head.weight'][0]
-    if 'head_norm.running_mean' in shape:
-      arguments['head_batch_norm'] = True
-  elif kind == 'mae':
-    decoder = shape['decoder_embed.weight']
-    arguments |= {
-      'decoder_embed_dim': decoder[0],
-      'decoder_depth': 1 + _last(arrays, r'decoder_blocks\.(\d+)\.'),
-      'decoder_num_heads': decoder_heads or _PRETRAINED_DECODER_HEADS,
-      'hifeat': decoder[1] == 7 * width,
-    }
-  else:
+    arguments['stem_mlp_ratio'] = _ratio(shape, 'blocks.0')
+  kind = family(shape)
+  if kind == 'mae':
+    arguments['hifeat'] = shape['decoder_embed.weight'][1] == 7 * width
+  elif kind == 'backbone':
     side = math.isqrt(table[0]) if table else 0
     if table and side * side == table[0]:
-      size = 16 * (side + 1) // 2
-      if (size, size) != arguments['image_size']:
-        arguments['bias_image_size'] = (size, size)
-    arguments['level_norms'] = 'fpn1.weight' in arrays
-  return Described(_name(_FAMILIES[kind], arguments), arguments | known)
+      tables_size = 16 * (side + 1) // 2
+      if (tables_size, tables_size) != arguments['image_size']:
+        arguments['bias_image_size'] = (tables_size, tables_size)
+    arguments['level_norms'] = 'fpn1.weight' in shape
+  return arguments
+
+
+def _vit(shape: _Shapes, source: str, heads: int | None, size: _Size | None) -> dict[str, Any]:
+  width, channels, *_ = shape['patch_embed.proj.weight']
+  units = shape['pos_embed'][1] - shape['cls_token'][1]
+  return {
+    'image_size': size or _square(units, source),
+    'channels': channels,
+    'embed_dim': width,
+    'depth': 1 + _last(shape, r'blocks\.(\d+)\.'),
+    'num_heads': heads or _heads(width, source),
+    'mlp_ratio': _ratio(shape, 'blocks.0'),
+  }
+
+
+def _swin(shape: _Shapes, source: str, heads: Any, size: _Size | None) -> dict[str, Any]:
+  del heads  # the tables tell
+  width, channels, *_ = shape['patch_embed.proj.weight']
+  stages = range(1 + _last(shape, r'layers\.(\d+)\.'))
+  tables = [shape[f'layers.{i}.blocks.0.attn.relative_position_bias_table'] for i in stages]
+  windows = [(math.isqrt(entries) + 1) // 2 for entries, _ in tables]
+  masks = [
+    (shape[name][0], 4 * 2**i * windows[i])
+    for i in stages
+    if (name := f'layers.{i}.blocks.1.attn_mask') in shape
+  ]
+  # Without a mask to count the windows, the last map is one: so it is in all that are published.
+  count, side = masks[0] if masks else (1, 4 * 2 ** stages[-1] * windows[-1])
+  return {
+    'image_size': size or _square(count, source, side, 'windows'),
+    'channels': channels,
+    'embed_dim': width,
+    'depths': tuple(1 + _last(shape, rf'layers\.{i}\.blocks\.(\d+)\.') for i in stages),
+    'num_heads': tuple(heads for _, heads in tables),
+    'window_size': max(windows),
+    'mlp_ratio': _ratio(shape, 'layers.0.blocks.0'),
+  }
+
+
+def _ratio(shape: _Shapes, block: str) -> float:
+  hidden, width = shape[f'{block}.mlp.fc1.weight']
+  return hidden / width
 
 
 def _stages(arrays: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -143,14 +217,15 @@ def _last(arrays: Mapping[str, Any], pattern: str) -> int:
   return max((int(m[1]) for name in arrays if (m := re.match(pattern, name))), default=-1)
 
 
-def _square(units: int, source: str) -> tuple[int, int]:
-  side = math.isqrt(units)
-  if side * side != units:
+def _square(cells: int, source: str, side: int = 16, name: str = 'units') -> _Size:
+  """The size of images that `cells` squares of `side` pixels cover."""
+  count = math.isqrt(cells)
+  if count * count != cells:
     raise UserError(
-      f'{source} is for images of {units} units, which is no square: give its image_size as '
+      f'{source} is for images of {cells} {name}, which is no square: give its image_size as '
       '(height, width)'
     )
-  return 16 * side, 16 * side
+  return side * count, side * count
 
 
 def _heads(width: int, source: str) -> int:
@@ -159,12 +234,18 @@ def _heads(width: int, source: str) -> int:
   return width // _HEAD_WIDTH
 
 
-def _name(family_name: str, arguments: Mapping[str, Any]) -> str:
+def _name(family_name: str, arguments: Mapping[str, Any], source: str) -> str:
   """The registered model of the same width and, if possible, depth."""
+
+  def depths(arguments: Mapping[str, Any]) -> Sequence[int]:
+    return arguments.get('depths') or (arguments['depth'],)
 
   def distance(name: str) -> tuple:
     variant = MODELS[name][1]
-    depths = zip(variant['depths'], arguments['depths'], strict=True)
-    return variant['embed_dim'] != arguments['embed_dim'], sum(abs(a - b) for a, b in depths)
+    pairs = itertools.zip_longest(depths(variant), depths(arguments), fillvalue=0)
+    return variant['embed_dim'] != arguments['embed_dim'], sum(abs(a - b) for a, b in pairs)
 
-  return min((name for name in MODELS if name.rsplit('_', 1)[0] == family_name), key=distance)
+  names = [name for name in MODELS if name.rsplit('_', 1)[0] == family_name]
+  if not names:
+    raise UserError(f'{source} is a {family_name}, of which there is no model here')
+  return min(names, key=distance)

@@ -51,10 +51,10 @@ def split_units(images: jax.Array) -> jax.Array:
 
 
 def join_units(units: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """Inverse of `split_units`: (B, N, 16, 16, C) -> (B, H, W, C)."""
-  b, _, _, _, c = units.shape
-  x = units.reshape(b, *grid, UNIT, UNIT, c).swapaxes(2, 3)
-  return x.reshape(b, grid[0] * UNIT, grid[1] * UNIT, c)
+  """Inverse of `split_units`, for any side of a unit: (B, N, side, side, C) -> (B, H, W, C)."""
+  b, _, side, _, c = units.shape
+  x = units.reshape(b, *grid, side, side, c).swapaxes(2, 3)
+  return x.reshape(b, grid[0] * side, grid[1] * side, c)
 
 
 def gather_units(units: jax.Array, ids: jax.Array) -> jax.Array:
@@ -195,6 +195,7 @@ class HiViTEncoder(layers.StochasticDepth, nnx.Module):
   ):
     if embed_dim % 4:
       raise UserError(f'embed_dim must be a multiple of 4, got {embed_dim}')
+    self.image_size = image_size
     self.grid = unit_grid(image_size)
     self.channels = channels
     self.embed_dim = embed_dim
@@ -249,7 +250,7 @@ class HiViTEncoder(layers.StochasticDepth, nnx.Module):
     if images.ndim != 4 or images.shape[3] != self.channels:
       raise UserError(f'images must be (B, H, W, {self.channels}), got {images.shape}')
     if unit_grid((images.shape[1], images.shape[2])) != self.grid:
-      height, width = (UNIT * side for side in self.grid)
+      height, width = self.image_size
       raise UserError(
         f'this model takes images of {height}x{width} pixels, got {images.shape[1]}x'
         f'{images.shape[2]}; image_size= of create_model sets it'

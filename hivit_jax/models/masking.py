@@ -136,8 +136,7 @@ class MaskedDecoder:
     self.decoder_embed = layers.linear(width, embed_dim, **options)
     self.mask_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, embed_dim)))
     # Fixed: `decode` stops its gradient and the optimizers freeze it by name.
-    position = positions.sincos_2d(embed_dim, self.grid)
-    position = np.pad(position, ((0, 0), (self.class_tokens, 0), (0, 0)))
+    position = positions.sincos_2d(embed_dim, self.grid, self.class_tokens)
     self.decoder_pos_embed = nnx.Param(jnp.asarray(position))
     self.decoder_blocks = nnx.List(
       layers.Block(embed_dim, num_heads, mlp_ratio=4.0, **options) for _ in range(depth)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def sincos_2d(dim: int, grid: tuple[int, int]) -> np.ndarray:
+def sincos_2d(dim: int, grid: tuple[int, int], class_tokens: int = 0) -> np.ndarray:
   """2-D sin-cos position embedding, as in MAE (arXiv 2111.06377).
 
   The first half of the channels encodes the column, the second half the row; each half is
@@ -14,9 +14,10 @@ def sincos_2d(dim: int, grid: tuple[int, int]) -> np.ndarray:
   Args:
     dim: channels, a multiple of 4.
     grid: (rows, columns) of units.
+    class_tokens: zeros before the units.
 
   Returns:
-    (1, rows * columns, dim) float32, units in row-major order.
+    (1, class_tokens + rows * columns, dim) float32, units in row-major order.
   """
   if dim % 4:
     raise ValueError(f'sin-cos position embeddings need a multiple of 4 channels, got {dim}')
@@ -26,7 +27,8 @@ def sincos_2d(dim: int, grid: tuple[int, int]) -> np.ndarray:
   for coordinate in (columns, rows):
     angles = coordinate.reshape(-1, 1) * frequencies  # (N, dim / 4)
     halves += [np.sin(angles), np.cos(angles)]
-  return np.concatenate(halves, axis=1)[None].astype(np.float32)
+  units = np.concatenate(halves, axis=1)[None].astype(np.float32)
+  return np.pad(units, ((0, 0), (class_tokens, 0), (0, 0)))
 
 
 def relative_position_index(ids: jax.Array | np.ndarray, grid: tuple[int, int]):

@@ -60,6 +60,7 @@ class SimMIM(nnx.Module):
       rngs=rngs,
       masked=True,
     )
+    self.image_size = image_size
     self.channels = channels
     self.unit = self.encoder.stride
     self.grid = tuple(side // self.unit for side in image_size)

@@ -79,6 +79,7 @@ class ViTEncoder(layers.StochasticDepth, nnx.Module):
   ):
     if embed_dim % 4:
       raise UserError(f'embed_dim must be a multiple of 4, got {embed_dim}')
+    self.image_size = image_size
     self.grid = unit_grid(image_size)
     self.channels = channels
     self.embed_dim = embed_dim
@@ -89,8 +90,8 @@ class ViTEncoder(layers.StochasticDepth, nnx.Module):
     self.patch_embed = PatchEmbed(channels, embed_dim, **options)
     normal = nnx.initializers.normal(0.02)
     self.cls_token = nnx.Param(normal(rngs.params(), (1, 1, embed_dim)))
-    position = positions.sincos_2d(embed_dim, self.grid)
-    self.pos_embed = nnx.Param(jnp.asarray(np.pad(position, ((0, 0), (1, 0), (0, 0)))))
+    position = positions.sincos_2d(embed_dim, self.grid, self.class_tokens)
+    self.pos_embed = nnx.Param(jnp.asarray(position))
     self.blocks = nnx.List(
       layers.Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, **options) for _ in range(depth)
     )
@@ -112,8 +113,8 @@ class ViTEncoder(layers.StochasticDepth, nnx.Module):
     Raises:
       UserError: images of another size or other channels.
     """
-    height, width = (UNIT * side for side in self.grid)
-    if images.ndim != 4 or images.shape[1:] != (height, width, self.channels):
+    if images.ndim != 4 or images.shape[1:] != (*self.image_size, self.channels):
+      height, width = self.image_size
       raise UserError(
         f'this model takes images (B, {height}, {width}, {self.channels}), got {images.shape}; '
         'image_size= of create_model sets it'

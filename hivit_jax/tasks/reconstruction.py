@@ -1,6 +1,7 @@
 """Pictures of what a masked autoencoder reconstructs."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 
-from hivit_jax.models.hivit import UNIT, join_units, split_units
+from hivit_jax.models.hivit import join_units, split_units
 from hivit_jax.models.masking import NORM_PIX_EPS, MaskedDecoder, unit_moments
+from hivit_jax.models.simmim import SimMIM
 from hivit_jax.tasks.images import denormalize, normalize
 
 _HIDDEN = 128  # grey level of units that a panel leaves out
@@ -42,7 +44,7 @@ class Reconstruction:
 
 
 def predict_pixels(
-  model: MaskedDecoder,
+  model: MaskedDecoder | SimMIM,
   images: jax.Array,
   noise: jax.Array,
   *,
@@ -69,7 +71,8 @@ def predict_pixels(
     units = split_units(normalized)
     average, variance = unit_moments(units.reshape(pred.shape))
     pred = pred * jnp.sqrt(variance + NORM_PIX_EPS) + average
-  units = pred.reshape(*pred.shape[:2], UNIT, UNIT, images.shape[-1])
+  side = math.isqrt(pred.shape[2] // images.shape[-1])
+  units = pred.reshape(*pred.shape[:2], side, side, images.shape[-1])
   return join_units(units, model.grid), out.mask
 
 
@@ -84,8 +87,9 @@ def assemble(
 ) -> Reconstruction:
   """Pictures from the images (B, H, W, C) uint8 and the results of `predict_pixels`."""
   b, h, w, _ = images.shape
-  removed = np.asarray(mask, bool).reshape(b, h // UNIT, w // UNIT)
-  removed = removed.repeat(UNIT, axis=1).repeat(UNIT, axis=2)[..., None]  # (B, H, W, 1)
+  side = math.isqrt(h * w // mask.shape[1])
+  removed = np.asarray(mask, bool).reshape(b, h // side, w // side)
+  removed = removed.repeat(side, axis=1).repeat(side, axis=2)[..., None]  # (B, H, W, 1)
   predicted = denormalize(np.asarray(pixels, np.float32), mean, std)
   return Reconstruction(
     original=images,
@@ -140,7 +144,7 @@ class Reconstructor:
   """Draws masks, predicts and assembles: `reconstructor(params, images, seed=0)`.
 
   Args:
-    graphdef: static half of a `MaskedAutoencoder`, from `nnx.split`.
+    graphdef: static half of a masked autoencoder or a `SimMIM`, from `nnx.split`.
     mean, std: per channel, of pixels in [0, 1].
     mask_ratio: instead of the model's.
   """
@@ -163,8 +167,8 @@ class Reconstructor:
 
   def __call__(self, params: Any, images: np.ndarray, *, seed: int) -> Reconstruction:
     """(B, H, W, C) uint8 images -> pictures; the same seed draws the same masks."""
-    units = images.shape[1] // UNIT * (images.shape[2] // UNIT)
-    noise = np.random.default_rng(seed).random((len(images), units), np.float32)
-    pixels, mask = jax.device_get(self._predict(params, images, noise))
     model = nnx.merge(self._graphdef, params)
+    shape = (len(images), math.prod(model.grid))
+    noise = np.random.default_rng(seed).random(shape, np.float32)
+    pixels, mask = jax.device_get(self._predict(params, images, noise))
     return assemble(images, pixels, mask, norm_pix=model.norm_pix_loss, **self._statistics)

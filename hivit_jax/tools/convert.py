@@ -2,7 +2,7 @@
 
   python -m hivit_jax.tools.convert from-torch FILE --out=DIR|FILE.safetensors [--model=NAME]
   python -m hivit_jax.tools.convert to-torch WORKDIR|CHECKPOINT|FILE --out=FILE.pth|FILE.safetensors
-      [--layout=official|mae|backbone|mmpretrain]
+      [--layout=official|mae|simmim|backbone|mmpretrain]
 
 A DIR gets a checkpoint like those of a training run. docs/porting.md tells what loads where.
 """
@@ -20,8 +20,8 @@ _OUT = flags.DEFINE_string('out', None, 'What to write: a directory, or a file b
 _LAYOUT = flags.DEFINE_string(
   'layout',
   None,
-  'Whose names: official (classifier), mae, backbone (dense tasks), mmpretrain. Default: official '
-  'for a classifier, mae for an MAE, backbone for the rest.',
+  'Whose names: official (classifier), mae, simmim, backbone (dense tasks), mmpretrain. Default: '
+  'official for a classifier, mae for an MAE, simmim for a SimMIM, backbone for the rest.',
 )
 _PREFIX = flags.DEFINE_string('prefix', None, "Before every name, instead of the layout's.")
 _MODEL = flags.DEFINE_string('model', None, 'Name of the model; default: told from the shapes.')
@@ -106,9 +106,11 @@ def _write_checkpoint(out: pathlib.Path, params: dict, metadata: dict) -> None:
 def _to_torch(path: str, out: pathlib.Path) -> None:
   from hivit_jax.interop import exporter, files, infer
   from hivit_jax.train import weights
+  from hivit_jax.train.logging import setup_logging
 
   if not files.is_weight_file(out):
     raise UserError(f'--out={out}: the name must end in .pth or .safetensors')
+  setup_logging()
   state = weights.read(path, ema=_EMA.value)
   known = _known(state)
   described = infer.describe(state.arrays, state.source, **known)

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
   if infer.family(state.arrays) != 'classifier':
     raise UserError(
       f'{state.source} is {described.name}: it has nothing to classify with. Finetune it first: '
-      'python main.py --config=configs/finetune_hivit_b.py '
+      f'python main.py --config=configs/finetune_{infer.architecture(state.arrays)}_b.py '
       f'--config.init={shlex.quote(str(source))}'
     )
   labels = _labels(state)

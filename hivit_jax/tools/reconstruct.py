@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
   files = _IMAGES.value + argv[1:]
   config = ml_collections.ConfigDict(load_metadata(workdir).get('config', {'task': None}))
-  if config.task != 'mae':
+  if not build.is_pretraining(config):
     found = f'trained with config.task="{config.task}"' if config.task else 'converted, not trained'
     raise UserError(f'--workdir={workdir} was {found}; give the --workdir of a pretraining run')
   task = build.task(config)

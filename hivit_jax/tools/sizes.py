@@ -15,10 +15,7 @@ def forward(name: str, **overrides: Any) -> tuple[Any, tuple[Any, ...]]:
   """A model's work on one image: a function of its parameters and inputs, and their shapes."""
   graphdef, params = nnx.split(nnx.eval_shape(lambda: models.create_model(name, **overrides)))
   model: Any = nnx.merge(graphdef, params)
-  height, width = getattr(model, 'image_size', None) or (16 * side for side in model.grid)
-  if hasattr(model, 'unit'):  # of SimMIM
-    height, width = (model.unit * side for side in model.grid)
-  image = jax.ShapeDtypeStruct((1, height, width, model.channels), jnp.float32)
+  image = jax.ShapeDtypeStruct((1, *model.image_size, model.channels), jnp.float32)
   if hasattr(model, 'masking_noise'):
     noise = jax.eval_shape(lambda: model.masking_noise(jax.random.key(0), 1))
     return lambda p, x, noise: nnx.merge(graphdef, p)(x, noise=noise).loss, (params, image, noise)

@@ -114,17 +114,15 @@ def initial_model(config: ml_collections.ConfigDict) -> Callable[[], Any]:
 
 def infer_model(config: ml_collections.ConfigDict, state: files.StateDict) -> None:
   """Sets `config.model` and `config.task` to what the weights are for; the image size stays."""
-  known = infer.hints(state.metadata)
-  height, width = image_size(config)
-  units = state.arrays['absolute_pos_embed'].shape[1] if 'absolute_pos_embed' in state.arrays else 0
-  if units == height * width // UNIT**2:
-    known = {'image_size': (height, width)} | known
+  known = {'image_size': image_size(config)} | infer.hints(state.metadata)
   name, arguments = infer.describe(state.arrays, state.source, **known)
   name = name.removeprefix('backbone_')  # pooled, its features are those of a classifier
-  config.task = 'mae' if issubclass(models.MODELS[name][0], MaskedDecoder) else 'classify'
+  cls = models.MODELS[name][0]
+  config.task = next(task for task, (wanted, *_) in _TASKS.items() if issubclass(cls, wanted))
   config.channels = arguments['channels']
   config.model.name = name
-  config.model.update({k: v for k, v in arguments.items() if k in config.model})
+  with config.model.ignore_type():  # Swin has a number of heads for each stage
+    config.model.update({k: v for k, v in arguments.items() if k in config.model})
   config.data.update(infer.pixels(state.metadata))
 
 

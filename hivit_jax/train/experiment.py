@@ -363,10 +363,8 @@ def _report(
   if picture:
     lines.append(f'reconstructions: {picture}')
   lines.append(f'curves: tensorboard --logdir={shlex.quote(str(directory))}/tensorboard')
-  tools = {'mae': 'reconstruct', 'classify': 'predict', 'linear': 'predict'}
-  if tool := tools.get(config.task):
-    more = {'reconstruct': '--images=PICTURE.jpg --mask_ratio=0.6', 'predict': 'PICTURE.jpg'}[tool]
-    lines.append(
-      f'next, try your own pictures: {python} -m hivit_jax.tools.{tool} {workdir} {more}'
-    )
+  pretrained = build.is_pretraining(config)
+  tool = 'reconstruct' if pretrained else 'predict'
+  more = '--images=PICTURE.jpg --mask_ratio=0.6' if pretrained else 'PICTURE.jpg'
+  lines.append(f'next, try your own pictures: {python} -m hivit_jax.tools.{tool} {workdir} {more}')
   _log.info('%s', '\n  '.join(lines))

@@ -13,7 +13,7 @@ from hivit_jax.data.subset import Subset
 from hivit_jax.errors import UserError
 from hivit_jax.tasks import knn, reconstruction
 from hivit_jax.tasks.classify import ClassifyTask
-from hivit_jax.train import distributed, inputs, sharding
+from hivit_jax.train import build, distributed, inputs, sharding
 from hivit_jax.train.build import Steps
 from hivit_jax.train.logging import MetricWriter
 from hivit_jax.train.loop import Hook
@@ -131,7 +131,7 @@ def picture_hook(
 ) -> list[Hook]:
   """Reconstructions of the same evaluation images each time, as PNG files and in TensorBoard."""
   options = config.pictures
-  if config.task != 'mae' or not options.every_epochs:
+  if not build.is_pretraining(config) or not options.every_epochs:
     return []
   source = Subset(eval_source, options.count)
   # Pictures are one process's business: its whole batch, no part of a global one.

@@ -9,7 +9,7 @@ from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.masking import MAEOutput, kept_units, random_masking
 from hivit_jax.tasks import reconstruction
 from hivit_jax.tasks.images import denormalize, normalize
-from tests.helpers import TINY_MAE, random_model
+from tests.helpers import TINY_MAE, TINY_SWIN, random_model
 
 STATISTICS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 NOTE = 'true mean and variance of each unit'
@@ -104,6 +104,27 @@ def test_reconstructor_is_a_function_of_the_seed():
   params = params | {'decoder_pred': params['decoder_pred'] | {'bias': other}}
   changed = pictures(params, images, seed=0)
   assert (changed.reconstruction != first.reconstruction).any()
+
+
+def test_simmims_units_are_of_32_pixels():
+  """Every unit is predicted to be one picture, whose pixels its bias has channel by channel."""
+  options = {'image_size': (64, 128), 'depths': (1, 1, 1, 1), 'num_heads': (1, 2, 2, 2)}
+  graphdef, params = random_model('simmim_swin_tiny', **TINY_SWIN | options)
+  predicted = _photos(1, 32, 32)[0]
+  pixels = np.asarray(normalize(predicted, **STATISTICS))
+  decoder = params['decoder'][0]
+  decoder |= {'kernel': 0 * decoder['kernel'], 'bias': pixels.transpose(2, 0, 1).ravel()}
+  images = _photos(1, 64, 128)
+  result = reconstruction.Reconstructor(graphdef, **STATISTICS)(params, images, seed=0)
+  assert not result.norm_pix
+  hidden = 0
+  for row in range(0, 64, 32):
+    for column in range(0, 128, 32):
+      unit = (0, slice(row, row + 32), slice(column, column + 32))
+      is_hidden = (result.masked[unit] == 128).all()
+      np.testing.assert_array_equal(result.pasted[unit], predicted if is_hidden else images[unit])
+      hidden += is_hidden
+  assert hidden == 5  # of 8, 60 % rounded up
 
 
 # --- drawing

@@ -1,5 +1,6 @@
 """The command that converts weights, and runs that start from converted ones."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -8,18 +9,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from flax import nnx
 
 import hivit_jax
-from configs import demo
+from configs import demo, evaluate
 from hivit_jax.errors import UserError
-from hivit_jax.interop import files
+from hivit_jax.interop import exporter, files
+from hivit_jax.tasks.images import normalize
 from hivit_jax.tools import convert
-from hivit_jax.train import experiment
+from hivit_jax.train import experiment, inputs
 from hivit_jax.train.checkpoint import Checkpoints, load_params
 from hivit_jax.train.weights import read
+from tests.helpers import TINY_SWIN, TINY_VIT, quick_jit, random_model
 from tests.interop_files import golden_state, official, save
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +66,39 @@ def test_pth_to_checkpoint_to_pth_to_safetensors_and_back(run, tmp_path):
   model = hivit_jax.create_model(weights=tmp_path / 'dir')
   assert model.blocks[-1].attn.heads == 4
   assert model.decoder_blocks[0].attn.heads == 2
+
+
+@pytest.mark.parametrize(
+  ('name', 'options'), [('vit_base', TINY_VIT), ('swin_tiny', TINY_SWIN)], ids=['vit', 'swin']
+)
+def test_a_baseline_goes_there_and_back_and_is_evaluated_by_its_weights_alone(
+  run, tmp_path, capsys, name, options
+):
+  model = nnx.merge(*random_model(name, num_classes=10, **options))
+  state = exporter.state_dict(model)
+  files.write(tmp_path / 'x.safetensors', state)
+  run('from-torch', tmp_path / 'x.safetensors', out=tmp_path / 'dir')
+  run('to-torch', tmp_path / 'dir', out=tmp_path / 'back.safetensors')
+  back, _ = files._read_safetensors(tmp_path / 'back.safetensors')
+  assert {k: (v.dtype, v.tobytes()) for k, v in back.items()} == {
+    k: (v.dtype, v.tobytes()) for k, v in state.items()
+  }
+  config = evaluate.get_config()
+  config.init = str(tmp_path / 'back.safetensors')
+  config.image_size = options['image_size']
+  config.data.update(name='digits', eval_split='test[:16]', eval_crop=1.0)
+  config.evaluation.batch_size = 16
+  capsys.readouterr()
+  experiment.evaluate(config, None, str(tmp_path / 'none'))
+  metrics = json.loads(capsys.readouterr().out)
+  source = inputs.open_source(config, config.data.eval_split)
+  with inputs.eval_batches(config, source, 16, alone=True) as batches:
+    batch = next(batches)
+  images = normalize(batch['image'], config.data.mean, config.data.std)
+  own = optax.softmax_cross_entropy_with_integer_labels(
+    quick_jit(model.__call__)(images), batch['label']
+  )
+  assert metrics['eval/loss'] == pytest.approx(float(own.mean()), rel=1e-4)
 
 
 def test_layouts_differ_in_names_and_wrapping(run, tmp_path):

@@ -14,7 +14,7 @@ from hivit_jax.data.transforms import eval_transform
 from hivit_jax.interop import exporter, files
 from hivit_jax.tools import contact_sheet
 from hivit_jax.train.checkpoint import Checkpoints
-from tests.helpers import TINY, quick_jit, random_model
+from tests.helpers import TINY, TINY_SWIN, TINY_VIT, quick_jit, random_model
 from tests.runs import content, error_of
 
 SIZE = (32, 48)
@@ -156,6 +156,20 @@ def test_a_weight_file_gets_imagenets_statistics_and_names_from_a_file(
   (tmp_path / 'names.txt').write_text('\n'.join(f'class {c}' for c in 'ABCDEFG') + '\n')
   done = predict(f'--weights={weights}', *paths, '--json', f'--labels={tmp_path}/names.txt')
   check(parsed(done.stdout), paths, expected, [f'class {c}' for c in 'ABCDEFG'])
+
+
+@pytest.mark.parametrize(
+  ('name', 'options'), [('vit_base', TINY_VIT), ('swin_tiny', TINY_SWIN)], ids=['vit', 'swin']
+)
+def test_a_baseline_is_told_from_its_weights(predict, photographs, tmp_path, name, options):
+  model = nnx.merge(*random_model(name, num_classes=7, **options))
+  files.write(tmp_path / 'x.safetensors', exporter.state_dict(model))
+  path = readable(photographs)[0]
+  image = np.asarray(eval_transform(options['image_size'])(Image.open(path).convert('RGB'))) / 255
+  image = (image - np.array(IMAGENET['mean'])) / np.array(IMAGENET['std'])
+  expected = jax.nn.softmax(quick_jit(model.__call__)(image[None].astype(np.float32)))
+  done = predict(f'--weights={tmp_path}/x.safetensors', path, '--json')
+  check(parsed(done.stdout), [path], np.asarray(expected), '0123456')
 
 
 def test_averaged_parameters(predict, probabilities, workdir, photographs):

@@ -170,7 +170,7 @@ def draw(report: dict[str, Any]) -> Any:
       [high - rate for rate, (_, high) in zip(rates, ranges, strict=True)],
     ]
     bars = axes.barh([row['config'] for row in rows], rates, xerr=errors, color='#56B4E9')
-    labels = [f'{rate:.3g} · {row["ratio"]:.2f}x' for rate, row in zip(rates, rows, strict=True)]
+    labels = [f'{rate:#.3g} · {row["ratio"]:.2f}x' for rate, row in zip(rates, rows, strict=True)]
     axes.bar_label(bars, labels, label_type='center', fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel('images/s')

@@ -24,6 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.depth = config_dict.placeholder(int)  # of ViT
   config.model.depths = config_dict.placeholder(tuple)  # of HiViT and Swin, stage by stage
   config.model.window_size = config_dict.placeholder(int)  # of Swin, in patches
+  config.model.mlp_stages = config_dict.placeholder(int)  # of Swin: the first ones, no attention
   config.model.num_heads = config_dict.placeholder(int)
   config.model.stem_blocks = config_dict.placeholder(tuple)  # MLPs of the first two stages (iTPN)
   config.model.rpe = config_dict.placeholder(bool)  # relative position bias

@@ -175,7 +175,10 @@ def _swin(shape: _Shapes, source: str, heads: Any, size: _Size | None) -> dict[s
   del heads  # the tables tell
   width, channels, *_ = shape['patch_embed.proj.weight']
   stages = range(1 + _last(shape, r'layers\.(\d+)\.'))
-  tables = [shape[f'layers.{i}.blocks.0.attn.relative_position_bias_table'] for i in stages]
+  name = 'layers.{}.blocks.0.attn.relative_position_bias_table'
+  without = sum(name.format(i) not in shape for i in stages)  # stages, the first ones
+  # Of those the numbers of heads and windows mean nothing.
+  tables = [shape[name.format(max(i, min(without, stages[-1])))] for i in stages]
   windows = [(math.isqrt(entries) + 1) // 2 for entries, _ in tables]
   masks = [
     (shape[name][0], 4 * 2**i * windows[i])
@@ -190,7 +193,9 @@ def _swin(shape: _Shapes, source: str, heads: Any, size: _Size | None) -> dict[s
     'embed_dim': width,
     'depths': tuple(1 + _last(shape, rf'layers\.{i}\.blocks\.(\d+)\.') for i in stages),
     'num_heads': tuple(heads for _, heads in tables),
-    'window_size': max(windows),
+    # Smaller ones after the largest are cut by their map.
+    'window_size': windows[0] if windows[0] == max(windows) else tuple(windows),
+    **({'mlp_stages': without} if without else {}),
     'mlp_ratio': _ratio(shape, 'layers.0.blocks.0'),
   }
 

@@ -183,7 +183,8 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
     embed_dim: channels of the first stage; every merge doubles them.
     depths: blocks of each stage.
     num_heads: heads of each stage.
-    window_size: patches along a window's side; one number, or one for each stage.
+    window_size: patches along a window's side; one number, or one for each stage, None for a
+      window as large as the (square) map.
     mlp_ratio: hidden width of the MLPs, as a multiple of their channels.
     mlp_stages: so many stages, from the first, have blocks without attention.
     drop_path_rate: maximum; rates rise linearly from 0 over all blocks.
@@ -202,7 +203,7 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
     embed_dim: int,
     depths: Sequence[int],
     num_heads: Sequence[int],
-    window_size: int | Sequence[int],
+    window_size: int | Sequence[int | None],
     mlp_ratio: float,
     drop_path_rate: float,
     remat: bool,
@@ -239,7 +240,7 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
         depth,
         heads,
         grid=(height >> i, width >> i),
-        window_size=window,
+        window_size=window or max(height, width) >> i,
         mlp_ratio=mlp_ratio,
         attention=i >= mlp_stages,
         merge=i < len(depths) - 1,
@@ -318,7 +319,7 @@ class Swin(SwinEncoder, Classifier):
     embed_dim: int,
     depths: Sequence[int],
     num_heads: Sequence[int],
-    window_size: int | Sequence[int] = 7,
+    window_size: int | Sequence[int | None] = 7,
     mlp_ratio: float = 4.0,
     mlp_stages: int = 0,
     drop_path_rate: float = 0.0,

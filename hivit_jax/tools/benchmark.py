@@ -11,6 +11,7 @@ decoding. Steps and the reference product take turns, so that a machine with oth
 alike; what is reported is the median.
 """
 
+import importlib.util
 import json
 import pathlib
 import resource
@@ -71,11 +72,14 @@ def _compare(name: str) -> None:
 
   groups = compare.load(name)
   out = None if _OUT.value is None else pathlib.Path(_OUT.value)
-  if out is not None:
+  if out is not None:  # before the minutes of measuring
+    if importlib.util.find_spec('matplotlib') is None:
+      raise UserError('--out draws with matplotlib, which is not installed; --json prints numbers')
     try:
       out.mkdir(parents=True, exist_ok=True)
+      (out / 'comparison.json').touch()
     except OSError as error:
-      raise UserError(f'cannot make --out={out}: {error.strerror}') from error
+      raise UserError(f'cannot write to --out={out}: {error.strerror}') from error
   large = any(build.is_large(config) for group in groups.values() for config in group.values())
   host_memory.keep_freed_memory(one_arena=large)
   setup_logging()

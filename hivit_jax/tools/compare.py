@@ -1,7 +1,6 @@
 """Training steps of several configs, side by side in one run."""
 
 import gc
-import importlib
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
@@ -9,8 +8,10 @@ from typing import Any
 
 import jax
 
+from hivit_jax import cli
 from hivit_jax.errors import UserError, suggest
 from hivit_jax.tools.timing import Matmul, TrainingStep
+from hivit_jax.train import build
 
 # Groups of configs; within one, the first is what the others are compared with.
 COMPARISONS = {
@@ -37,21 +38,22 @@ def load(name: str) -> dict[str, dict[str, Any]]:
     name: a key of `COMPARISONS`, or names of files in configs/, separated by commas, each with its
       variant after a colon.
   """
-  groups = COMPARISONS.get(name, {'steps': tuple(name.split(','))})
+  groups = COMPARISONS.get(name, {'steps': tuple(map(str.strip, name.split(',')))})
   return {group: {n: _load(n) for n in names} for group, names in groups.items()}
 
 
 def _load(name: str) -> Any:
-  file, _, variant = name.removeprefix('configs/').partition(':')
-  module = file.removesuffix('.py')
-  try:
-    return importlib.import_module(f'configs.{module}').get_config(*filter(None, [variant]))
-  except ModuleNotFoundError as error:
-    known = [*COMPARISONS, *(path.stem for path in pathlib.Path('configs').glob('*.py'))]
+  file, colon, variant = name.partition(':')
+  path = pathlib.Path('configs') / f'{file.removeprefix("configs/").removesuffix(".py")}.py'
+  if not path.exists():
+    known = [*COMPARISONS, *(path.stem for path in path.parent.glob('*.py'))]
     raise UserError(
-      f'--compare={name}: no such comparison and no configs/{module}.py{suggest(module, known)}; '
+      f'--compare: "{name}" is no comparison, and there is no {path}{suggest(path.stem, known)}; '
       f'there are {", ".join(COMPARISONS)}, or configs separated by commas'
-    ) from error
+    )
+  config = cli.config_from_file(f'{path}{colon}{variant}')
+  build.task(config)  # says what is missing before others are measured
+  return config
 
 
 def run(

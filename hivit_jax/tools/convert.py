@@ -62,8 +62,7 @@ def _from_torch(path: str, out: pathlib.Path) -> None:
   name = _MODEL.value or described.name
   arguments = dict(described.arguments)
   if _MODEL.value in models.MODELS:  # what the name says is not to be told from the file
-    kind = _MODEL.value.rsplit('_', 1)[0]
-    same_kind = kind == described.name.rsplit('_', 1)[0]
+    same_kind = models.MODELS[_MODEL.value][0] is models.MODELS[described.name][0]
     keep = arguments if same_kind else ('image_size', 'channels', 'rpe')
     arguments = {k: arguments[k] for k in keep if k in arguments}
     arguments |= models.MODELS[_MODEL.value][1]

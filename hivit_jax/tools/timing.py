@@ -33,6 +33,7 @@ class TrainingStep:
       config: see configs/base.py.
       batch_size: images on each device.
     """
+    task = build.task(config)  # first: it has something to say about the model
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     config = config.copy_and_resolve_references()
     config.batch_size = batch_size * mesh.size
@@ -42,7 +43,7 @@ class TrainingStep:
     graphdef, optimizer, abstract = step.abstract_state(create, build.optimizer(config), mesh)
     self._step = step.make_train_step(
       graphdef,
-      build.task(config),
+      task,
       optimizer,
       build.schedule(config),
       epochs_per_step=1e-3,

@@ -96,7 +96,8 @@ class _Repair(logging.Filter):
     if trouble:
       done, program, reason = trouble.groups()
       with contextlib.suppress(OSError):
-        for path in self._directory.glob(f'{program}-*-cache'):
+        paths = sorted(self._directory.glob(f'{program}-*-cache'), key=os.path.getmtime)
+        for path in paths if done == 'reading' else paths[-1:]:  # names do not tell which is read
           path.unlink(missing_ok=True)
       record.msg = 'a compiled program could not be %s %s: %s; the run goes on'
       verb = 'read from' if done == 'reading' else 'written to'

@@ -31,7 +31,7 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'data.num_threads data.num_workers optim.base_lr optim.lr optim.end_lr optim.warmup_start_lr '
     'optim.warmup_epochs optim.weight_decay checkpoint.every_epochs checkpoint.keep_every_epochs '
     'evaluation.every_epochs knn.every_epochs knn.bank_size pictures.every_epochs augment.mixup '
-    'augment.cutmix augment.color_jitter model.head_std',
+    'augment.cutmix augment.color_jitter model.head_std model.mlp_stages',
   ),
   ('more than 0', lambda x: x > 0, 'epochs optim.eps optim.clip_norm knn.temperature'),
   (
@@ -78,7 +78,7 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
 # What may be None; everything else always has a value.
 _OPTIONAL = (
   'max_steps model.name model.embed_dim model.depth model.depths model.window_size '
-  'model.num_heads model.stem_blocks model.rpe model.num_classes model.head_std '
+  'model.mlp_stages model.num_heads model.stem_blocks model.rpe model.num_classes model.head_std '
   'model.head_batch_norm model.decoder_embed_dim model.decoder_depth model.decoder_num_heads '
   'model.mask_ratio model.norm_pix_loss model.hifeat '
   'init data.data_dir data.eval_crop augment.rand_augment optim.lr optim.layer_decay '

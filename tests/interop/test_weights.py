@@ -81,6 +81,19 @@ def _heads(name):
   return OPTIONS if 'mae' in name else HEADS
 
 
+@pytest.mark.parametrize('step', ['three_stages', 'global', 'mlp_stem'])
+def test_the_steps_from_swin_to_hivit_are_told_from_their_weights(step):
+  own = {'image_size': 128, 'embed_dim': 16, 'depths': (2, 1, 1), 'window_size': (4, 4, None)}
+  model = hivit_jax.create_model(f'swin_base_{step}', **own, num_classes=5)
+  state = StateDict(exporter.state_dict(model), 'x', {'image_size': (128, 128)})
+  described = infer.describe(state.arrays, state.source, **infer.hints(state.metadata))
+  again = hivit_jax.create_model(described.name, **described.arguments, seed=1)
+  report = importer.load_into(again, state)
+  assert not report.resized
+  image = random_images(1, 128, 128, 3)
+  np.testing.assert_array_equal(again(image), model(image))
+
+
 @functools.cache
 def _shapes(model_name):
   """The state dict of a full-size model, of no memory."""

@@ -48,6 +48,22 @@ def test_layer_norm_is_flax_layer_norm_with_its_gradient(offset):
     np.testing.assert_allclose(a, b, **tolerance)
 
 
+@pytest.mark.parametrize('kind', ['gelu', 'layer_norm'])
+def test_gradients_in_bfloat16_are_those_of_float32_rounded(kind):
+  norm = {d: layers.layer_norm(24, rngs=nnx.Rngs(0), dtype=d) for d in (jnp.bfloat16, jnp.float32)}
+  function = {d: layers.gelu if kind == 'gelu' else norm[d] for d in norm}
+  x = 3 * _draw(0, 4, 24).astype(jnp.bfloat16)
+  weights = _draw(1, 4, 24).astype(jnp.bfloat16)
+  ours, exact = (
+    jax.grad(lambda x, d=d: (function[d](x) * weights.astype(d)).astype(jnp.float32).sum())(
+      x.astype(d)
+    )
+    for d in norm
+  )
+  assert ours.dtype == jnp.bfloat16
+  np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-6, atol=2**-7)
+
+
 def test_layer_norm_in_bfloat16_keeps_statistics_in_float32():
   # Exact in bfloat16, which its sums are not.
   x = (256 + 2 * jnp.arange(32.0))[None].astype(jnp.bfloat16)

@@ -59,4 +59,10 @@ def test_mistakes(forks):
   tool = 'hivit_jax/tools/benchmark.py'
   assert 'what to measure? One of' in error_of(forks(tool))
   assert 'did you mean "paper"' in error_of(forks(tool, '--compare=papr'))
+  for config in ('evaluate', 'mae_hivit_t:debug, evaluate'):
+    assert 'config.model.name is not set' in error_of(forks(tool, f'--compare={config}'))
+  assert 'unknown variant ":x"' in error_of(forks(tool, '--compare=mae_hivit_t:x'))
+  assert 'cannot write to --out=/proc/x' in error_of(
+    forks(tool, '--compare=paper', '--out=/proc/x')
+  )
   assert '--out goes with --compare' in error_of(forks(tool, '--data', '--out=x'))

@@ -559,7 +559,8 @@ def test_bfloat16_where_it_belongs(name):
     if any(classes in shape for shape in shapes) and equation.primitive.name == 'dot_general':
       assert kinds == {'float32'}
     elif equation.primitive.name == 'dot_general':
-      operands |= kinds
+      if shapes[0][0] > 1:  # a single row of ones: a sum, which CPUs do so, in float32
+        operands |= kinds
     elif equation.primitive.name in ('rsqrt', 'log', 'reduce_max'):
       functions |= kinds
   assert operands == {'bfloat16'}

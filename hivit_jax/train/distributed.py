@@ -66,8 +66,12 @@ def initialize(
   told = [name for name, value in given.items() if value is not None]
   # A signal stops the job after a step that all processes agree on, see `Votes`.
   jax.config.update('jax_enable_preemption_service', False)
+  options = {}
+  if given['coordinator_address'] and mpi != '1' and 'OMPI_MCA_orte_hnp_uri' not in os.environ:
+    # Open MPI 5: all is known, and from 0.12 on JAX would ask mpi4py all the same.
+    options['cluster_detection_method'] = 'deactivate'
   try:
-    jax.distributed.initialize(**given, local_device_ids=local_devices())
+    jax.distributed.initialize(**given, local_device_ids=local_devices(), **options)
   except ValueError as error:
     if told:
       raise UserError(

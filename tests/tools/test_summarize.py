@@ -43,7 +43,7 @@ def test_work_is_what_is_compiled(name):
 
 
 def test_activations_are_the_elements_of_the_products_results():
-  a, b = jax.ShapeDtypeStruct((3, 5), float), jax.ShapeDtypeStruct((5, 7), float)
+  a, b = (jax.ShapeDtypeStruct(shape, 'float32') for shape in ((3, 5), (5, 7)))
   assert matmul_outputs(lambda a, b: (a @ b) @ b.T, a, b) == 3 * 7 + 3 * 5
 
 

@@ -29,6 +29,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = No
 
 
 def _forward(q, k, v, bias):
+  out, log_total = jax.lax.platform_dependent(
+    q, k, v, bias, cpu=_forward_cpu, default=_forward_default
+  )
+  return out, (q, k, v, bias, out, log_total)
+
+
+def _forward_default(q, k, v, bias):
   logits = _logits(q, k, bias)
   largest = logits.max(axis=-1, keepdims=True)
   weights = jnp.exp(logits - largest)
@@ -36,15 +43,40 @@ def _forward(q, k, v, bias):
   out = jnp.einsum(
     '...qk,...kd->...qd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32
   )
-  out = (out / total).astype(v.dtype)
-  return out, (q, k, v, bias, out, largest + jnp.log(total))
+  return (out / total).astype(v.dtype), largest + jnp.log(total)
+
+
+def _forward_cpu(q, k, v, bias):
+  # While nothing but the output is used, XLA makes one kernel of it, which takes half the time.
+  out, log_total = _forward_default(q, k, v, bias)
+  return out, jnp.zeros_like(log_total)
 
 
 def _backward(residuals, g):
+  return jax.lax.platform_dependent(*residuals, g, cpu=_backward_cpu, default=_backward_default)
+
+
+def _backward_default(q, k, v, bias, out, log_total, g):
+  return _gradients(jnp.exp(_logits_of_keys(q, k, bias) - log_total.mT), q, k, v, bias, out, g)
+
+
+def _backward_cpu(q, k, v, bias, out, log_total, g):
+  del log_total  # `_forward_cpu` has not kept it
+  logits = _logits_of_keys(q, k, bias)
+  weights = jnp.exp(logits - logits.max(axis=-2, keepdims=True))
+  total = weights.sum(axis=-2, keepdims=True).mT
+  return _gradients(weights, q, k, v, bias, out, (g.astype(jnp.float32) / total).astype(g.dtype))
+
+
+def _logits_of_keys(q, k, bias):
+  """(..., heads, keys, queries)."""
+  return _logits(k, q, None if bias is None else bias.mT)
+
+
+def _gradients(weights, q, k, v, bias, out, g):
   # All (N, N) arrays are (keys, queries) here: then one product of five transposes an operand of
   # its own, else two would, which CPUs are slow at. That one transposes the smaller operand.
-  q, k, v, bias, out, log_total = residuals
-  weights = jnp.exp(_logits(k, q, None if bias is None else bias.mT) - log_total.mT)
+  # The weights of a query need not add up to 1 if its row of g is divided by their sum.
   dv = jnp.einsum('...kq,...qd->...kd', weights.astype(g.dtype), g)
   # Barriers: a product into which XLA fuses elementwise work is its slow one.
   dweights = cpu_barrier(jnp.einsum('...kd,...qd->...kq', v, g, preferred_element_type=jnp.float32))

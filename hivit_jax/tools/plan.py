@@ -29,7 +29,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.tools import costs, hlo, roofline
 from hivit_jax.tools.collectives import collectives
 from hivit_jax.tools.flops import matmul_flops
-from hivit_jax.train import build, settings, sharding, step
+from hivit_jax.train import build, settings, sharding
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config of the step to plan.')
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Devices: v5e:4x4, v4:2x2x2, ..., or cpu:8.')
@@ -136,25 +136,8 @@ def plan(
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
   config.model.dtype = build.compute_dtype(config, devices[0].platform)
-  task = build.task(config)
-  graphdef, optimizer, abstract = step.abstract_state(
-    build.model_creator(config),
-    build.optimizer(config),
-    mesh,
-    ema=config.ema_decay is not None,
-  )
-  train_step = step.make_train_step(
-    graphdef,
-    task,
-    optimizer,
-    build.schedule(config),
-    epochs_per_step=1e-3,
-    seed=config.seed,
-    abstract=abstract,
-    accumulate_steps=config.accumulate_steps,
-    ema_decay=config.ema_decay,
-    compiler_options=sharding.compiler_options(mesh),
-  )
+  training = build.training(config, mesh)
+  abstract, train_step = training.abstract, training.train_step
   batch = _abstract_batch(config, mesh)
   report = {
     'model': config.model.name,

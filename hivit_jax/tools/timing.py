@@ -33,33 +33,24 @@ class TrainingStep:
       config: see configs/base.py.
       batch_size: images on each device.
     """
-    task = build.task(config)  # first: it has something to say about the model
+    build.task(config)  # first: it has something to say about the model
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     config = config.copy_and_resolve_references()
     config.batch_size = batch_size * mesh.size
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
     self.config, self.mesh, self.dtype = config, mesh, build.compute_dtype(config)
-    create = build.model_creator(config)
-    graphdef, optimizer, abstract = step.abstract_state(create, build.optimizer(config), mesh)
-    self._step = step.make_train_step(
-      graphdef,
-      task,
-      optimizer,
-      build.schedule(config),
-      epochs_per_step=1e-3,
-      seed=config.seed,
-      abstract=abstract,
-      accumulate_steps=config.accumulate_steps,
-      compiler_options=sharding.compiler_options(mesh),
-    )
+    training = build.training(config, mesh)
+    self._step = training.train_step
     self._batch = _synthetic_batch(config, mesh)
-    self._state = step.init_state(create, optimizer, abstract)
+    self._state = step.init_state(
+      build.model_creator(config), training.optimizer, training.abstract
+    )
     start = time.perf_counter()
     lowered = self._step.lower(self._state, self._batch)
     traced = time.perf_counter()
     self._compiled = lowered.compile()
     self.trace_seconds, self.compile_seconds = traced - start, time.perf_counter() - traced
-    self.flops = matmul_flops(self._step, abstract, self._batch)
+    self.flops = matmul_flops(self._step, training.abstract, self._batch)
     memory = self._compiled.memory_analysis()
     self.memory = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     self._run(1)

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+from flax import nnx
+from jax.sharding import Mesh
 
 from hivit_jax import models
 from hivit_jax.errors import UserError
@@ -16,7 +18,7 @@ from hivit_jax.models.masking import MaskedDecoder
 from hivit_jax.models.simmim import SimMIM
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
-from hivit_jax.train import optim, schedules, weights
+from hivit_jax.train import optim, schedules, sharding, step, weights
 
 _DTYPES = ('auto', 'float32', 'bfloat16')
 _LARGE_WIDTH = 256  # channels of the main stage
@@ -183,6 +185,51 @@ def schedule(config: ml_collections.ConfigDict) -> Callable:
     warmup_epochs=o.warmup_epochs,
     epochs=config.epochs,
   )
+
+
+class Training(NamedTuple):
+  """What a config's training consists of.
+
+  Attributes:
+    task: see `task`.
+    graphdef, optimizer, abstract: see `step.abstract_state`.
+    train_step: see `step.make_train_step`.
+  """
+
+  task: MAETask | ClassifyTask
+  graphdef: nnx.GraphDef
+  optimizer: optim.Optimizer
+  abstract: step.State
+  train_step: Callable
+
+
+def training(
+  config: ml_collections.ConfigDict, mesh: Mesh, *, epochs_per_step: float = 1e-3
+) -> Training:
+  """The training step and its state; nothing is compiled or computed yet.
+
+  Args:
+    config: see configs/base.py.
+    mesh: the devices.
+    epochs_per_step: batch size / examples in an epoch, for the learning rate.
+  """
+  chosen = task(config)  # first: it has something to say about the model
+  graphdef, tx, abstract = step.abstract_state(
+    model_creator(config), optimizer(config), mesh, ema=config.ema_decay is not None
+  )
+  train_step = step.make_train_step(
+    graphdef,
+    chosen,
+    tx,
+    schedule(config),
+    epochs_per_step=epochs_per_step,
+    seed=config.seed,
+    abstract=abstract,
+    accumulate_steps=config.accumulate_steps,
+    ema_decay=config.ema_decay,
+    compiler_options=sharding.compiler_options(mesh),
+  )
+  return Training(chosen, graphdef, tx, abstract, train_step)
 
 
 @dataclasses.dataclass(frozen=True)

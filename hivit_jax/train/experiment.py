@@ -140,12 +140,10 @@ def _set_up(
   if not build.is_pretraining(config):
     inputs.check_classes(train_source.class_names, config.data.train_split, eval_source)
     inputs.check_labels(train_source)
-  task = build.task(config)
-  ema = config.ema_decay is not None
-  graphdef, optimizer, abstract = step.abstract_state(
-    build.model_creator(config), build.optimizer(config), mesh, ema=ema
-  )
   steps = build.Steps(len(train_source), config.batch_size)
+  task, graphdef, optimizer, abstract, train_step = build.training(
+    config, mesh, epochs_per_step=steps.epochs_per_step
+  )
   total = config.max_steps or steps.of(config.epochs)
 
   distributed.on_primary(lambda: stack.enter_context(lock.hold(directory)))
@@ -182,18 +180,6 @@ def _set_up(
     len(train_source), train_source.name, len(eval_source), build.compute_dtype(config),
     mesh.size, mesh.devices.flat[0].device_kind,
   )  # fmt: skip
-  train_step = step.make_train_step(
-    graphdef,
-    task,
-    optimizer,
-    build.schedule(config),
-    epochs_per_step=steps.epochs_per_step,
-    seed=config.seed,
-    abstract=abstract,
-    accumulate_steps=config.accumulate_steps,
-    ema_decay=config.ema_decay,
-    compiler_options=sharding.compiler_options(mesh),
-  )
   writer = stack.enter_context(MetricWriter(directory, start_step=start, primary=primary))
   return {
     'state': state,

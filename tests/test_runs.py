@@ -281,10 +281,10 @@ def test_a_second_signal_ends_a_run_at_once_even_while_compiling(runs, finished,
 
 def test_a_signal_before_training_begins_ends_a_run_with_one_line(runs, tmp_path):
   workdir = tmp_path / 'run'
-  # Without programs that are compiled already it takes seconds to make the parameters.
-  slow = {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
-  with runs.start(runs.command(workdir), slow) as process:
-    process.wait_until(lambda: (workdir / 'lock').exists(), 'lock')  # then they are made
+  workdir.mkdir()
+  os.mkfifo(workdir / 'config.json')  # what it waits for when the signal comes
+  with runs.start(runs.command(workdir)) as process:
+    process.wait_until(lambda: (workdir / 'lock').exists(), 'lock')  # taken just before
     process.send(signal.SIGTERM)
     assert process.wait() == 143
     last = process.output().splitlines()[-1]

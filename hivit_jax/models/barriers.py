@@ -9,3 +9,9 @@ def cpu_barrier(x: jax.Array) -> jax.Array:
   It takes effect where the program is compiled with `train.sharding.compiler_options`.
   """
   return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+def cpu_after(x: jax.Array, other: jax.Array) -> jax.Array:
+  """`x` for what is to be computed after `other`; as `cpu_barrier`."""
+  first = lambda x, other: jax.lax.optimization_barrier((x, other))[0]  # noqa: E731
+  return jax.lax.platform_dependent(x, other, cpu=first, default=lambda x, other: x)

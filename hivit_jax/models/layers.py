@@ -11,7 +11,7 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.models import attention, positions, resize
-from hivit_jax.models.barriers import cpu_barrier
+from hivit_jax.models.barriers import cpu_after, cpu_barrier
 
 LAYER_NORM_EPS = 1e-6
 BATCH_NORM_EPS = 1e-6
@@ -25,8 +25,10 @@ def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _product_backward(residuals, g):
   x, kernel = residuals
-  # CPUs: the transpose by itself and a plain product are faster than a product that transposes.
-  return g @ kernel.T, cpu_barrier(x.T) @ g
+  dx = g @ kernel.T
+  # CPUs: the transpose by itself and a plain product are faster than a product that transposes. The
+  # input's gradient first: elementwise work that waits for it then runs beside this product.
+  return dx, cpu_barrier(x.T) @ cpu_after(g, dx)
 
 
 _product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.flatten_util import ravel_pytree
 
 from hivit_jax.train.rules import Rules, apply_rules, path_name
 
@@ -128,7 +129,7 @@ def adamw(
   trained, decayed = _labels(rules, params)
   parts = [
     _clip(clip_norm),
-    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+    _vectors_as_one(optax.scale_by_adam(b1=b1, b2=b2, eps=eps)),
     optax.add_decayed_weights(weight_decay, mask=decayed),
   ]
   if layer_decay is not None:
@@ -169,6 +170,30 @@ def _labels(rules: Rules, params: Any) -> tuple[Any, Any]:
 def _clip(norm: float | None) -> optax.GradientTransformation:
   # Neither has a state, and one is there in any case: a run may go on with another clip_norm.
   return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
+
+
+def _vectors_as_one(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`tx`, which must work element by element, on biases and scales as if they were one parameter.
+
+  Else their moments are half of the leaves of a training state, and the host takes its time to
+  start a step for each leaf. The state has, for parameters, `matrices`: those of two and more axes,
+  and `vectors`: the others one after the other, in the order of the tree.
+  """
+
+  def pack(tree):
+    vectors, unravel = ravel_pytree([x for x in jax.tree.leaves(tree) if x.ndim < 2])
+    matrices = jax.tree.map(lambda x: x if x.ndim > 1 else None, tree)
+    return {'matrices': matrices, 'vectors': vectors}, unravel
+
+  def update(updates, state, params=None):
+    del params
+    packed, unravel = pack(updates)
+    packed, state = tx.update(packed, state)
+    vectors = iter(unravel(packed['vectors']))
+    unpack = lambda _, x: next(vectors) if x is None else x  # noqa: E731
+    return jax.tree.map(unpack, updates, packed['matrices']), state
+
+  return optax.GradientTransformation(lambda params: tx.init(pack(params)[0]), update)
 
 
 def _scale_each(scales: Any) -> optax.GradientTransformation:

@@ -132,8 +132,9 @@ class Watch:
         if not said or said == _DONE:
           selector.unregister(connection)
           self._open.discard(connection)
-        if said != _DONE:
-          # In a thread of its own: this one goes on to see the others end.
+        if said != _DONE and not self._leaving.is_set():
+          # In a thread of its own: this one goes on to see the others end. None when this process
+          # ends by itself: Python 3.12 starts no thread while it shuts down.
           arguments = self._connections[connection], said
           threading.Thread(target=self._end, args=arguments, daemon=True).start()
 

@@ -116,6 +116,25 @@ def test_frozen_parameters_get_no_update_and_have_no_state():
   assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 2 * trained + 1  # and a counter
 
 
+def test_moments_of_all_vectors_are_one_array():
+  params = _trained(_params())
+  ours, theirs = _adamw(params).tx, optax.scale_by_adam(b1=ADAM['b1'], b2=ADAM['b2'])
+  state, expected = ours.init(params), theirs.init(params)
+  for number in range(3):
+    scale = lambda x, number=number: (number - 0.5) * jnp.sin(7 * x)  # noqa: E731
+    gradients = jax.tree.map(scale, params)
+    updates, state = ours.update(gradients, state, params)
+    plain, expected = theirs.update(gradients, expected)
+    jax.tree.map(np.testing.assert_array_equal, updates, plain)
+
+  moments = _first_moment(state)
+  assert torch_names.flatten(moments['matrices']).keys() == torch_names.flatten(params).keys()
+  order = (('head', 'bias'), ('norm', 'bias'), ('norm', 'scale'))
+  vectors = torch_names.flatten(expected.mu)
+  vector = np.concatenate([vectors[path] for path in order])
+  np.testing.assert_array_equal(moments['vectors'], vector)
+
+
 def _first_moment(state):
   is_adam = lambda node: isinstance(node, optax.ScaleByAdamState)  # noqa: E731
   (adam,) = (node for node in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(node))

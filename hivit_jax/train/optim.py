@@ -187,6 +187,7 @@ def _vectors_as_one(tx: optax.GradientTransformation) -> optax.GradientTransform
 
   def update(updates, state, params=None):
     del params
+    packed: Any
     packed, unravel = pack(updates)
     packed, state = tx.update(packed, state)
     vectors = iter(unravel(packed['vectors']))

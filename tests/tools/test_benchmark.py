@@ -18,7 +18,7 @@ def test_every_kind_of_step_is_measured(runs, config):
   report = json.loads(done.stdout.splitlines()[-1])
   for key in ('compile_seconds', 'step_ms', 'gflop_per_image', 'matmul_gflops', 'step_memory_mb'):
     assert report[key] > 0, key
-  assert 0 < report['host_ms_per_step'] < 1000
+  assert 0 < report['host_ms_fastest'] <= report['host_ms_per_step'] < 1000
   assert 0 < report['matmul_share'] < 1
   assert report['batch_size'] == 2
 

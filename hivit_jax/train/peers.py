@@ -60,8 +60,8 @@ class Watch:
   def __exit__(self, kind, error, traceback) -> None:
     if jax.process_count() == 1:
       return
-    if isinstance(error, jax.errors.JaxRuntimeError):
-      # A lost process is one of its reasons, and then the thread ends this one with that message.
+    if isinstance(error, Exception) and not isinstance(error, UserError | Stopped):
+      # A lost process may be its reason, and then the thread ends this one with that message.
       time.sleep(_GRACE_SECONDS)
     self._leaving.set()
     if error is None:

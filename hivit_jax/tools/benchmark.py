@@ -119,6 +119,7 @@ def measure_step(
   shares = sorted(step.flops / s / rate for s, rate in pairs)
   images = step.config.batch_size
   device = jax.devices()[0]
+  peak = _peak_memory(device)  # before there is another program
   starts = _host_seconds(config)
   return {
     'model': config.model.name,
@@ -138,7 +139,7 @@ def measure_step(
     'matmul_share': statistics.median(shares),
     'matmul_share_range': [shares[0], shares[-1]],
     'step_memory_mb': step.memory / 1e6,
-    'peak_memory_mb': _peak_memory(device) / 1e6,
+    'peak_memory_mb': peak / 1e6,
     'host_ms_per_step': 1e3 * statistics.median(starts),
     'host_ms_fastest': 1e3 * min(starts),
   }

@@ -131,7 +131,7 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     # Of windows that shift there are enough in 64 pixels.
     config.image_size = (64, 64)
     stages = 3 if config.model.name.startswith('swin_base_') else 4  # those between Swin and HiViT
-    config.model.update(embed_dim=24, depths=(2, 1, 1, 1)[:stages], window_size=4)
+    config.model.update(embed_dim=24, depths=(2, 1, 1, 1)[:stages], window_size=2)
   elif 'hivit' in config.model.name:
     config.model.update(embed_dim=32, depths=(1, 1, 2), num_heads=2)
   else:

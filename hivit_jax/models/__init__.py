@@ -37,7 +37,7 @@ _SWIN = {
 # two MLP blocks of ratio 3 for each of ratio 4, heads of 64 channels instead of 32, a position
 # embedding, and the last LayerNorm after the mean.
 _THREE_STAGES = {'embed_dim': 128, 'depths': (2, 2, 20), 'num_heads': (4, 8, 16)}
-_GLOBAL = {**_THREE_STAGES, 'window_size': (7, 7, None)}
+_GLOBAL = {**_THREE_STAGES, 'global_stages': 1}
 _LADDER = {
   'three_stages': _THREE_STAGES,
   'global': _GLOBAL,

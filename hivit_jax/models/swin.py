@@ -183,10 +183,10 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
     embed_dim: channels of the first stage; every merge doubles them.
     depths: blocks of each stage.
     num_heads: heads of each stage.
-    window_size: patches along a window's side; one number, or one for each stage, None for a
-      window as large as the (square) map.
+    window_size: patches along a window's side; one number, or one for each stage.
     mlp_ratio: hidden width of the MLPs, as a multiple of their channels.
     mlp_stages: so many stages, from the first, have blocks without attention.
+    global_stages: so many stages, the last ones, have one window, which is the (square) map.
     drop_path_rate: maximum; rates rise linearly from 0 over all blocks.
     remat: recompute activations in the backward pass.
     scan: not possible, the blocks of a stage differ.
@@ -203,7 +203,7 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
     embed_dim: int,
     depths: Sequence[int],
     num_heads: Sequence[int],
-    window_size: int | Sequence[int | None],
+    window_size: int | Sequence[int],
     mlp_ratio: float,
     drop_path_rate: float,
     remat: bool,
@@ -211,6 +211,7 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
     dtype: Any,
     rngs: nnx.Rngs,
     mlp_stages: int = 0,
+    global_stages: int = 0,
     masked: bool = False,
   ):
     if scan:
@@ -233,6 +234,11 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
     if masked:
       self.mask_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, embed_dim)))
     height, width = (side // PATCH for side in image_size)
+    if global_stages and height != width:
+      raise UserError(
+        f'stages with global attention take square images, not {image_size[0]}x{image_size[1]}'
+      )
+    local_stages = len(depths) - global_stages
     windows = (window_size,) * len(depths) if isinstance(window_size, int) else window_size
     self.layers = nnx.List(
       SwinStage(
@@ -240,7 +246,7 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
         depth,
         heads,
         grid=(height >> i, width >> i),
-        window_size=window or max(height, width) >> i,
+        window_size=window if i < local_stages else height >> i,
         mlp_ratio=mlp_ratio,
         attention=i >= mlp_stages,
         merge=i < len(depths) - 1,
@@ -319,9 +325,10 @@ class Swin(SwinEncoder, Classifier):
     embed_dim: int,
     depths: Sequence[int],
     num_heads: Sequence[int],
-    window_size: int | Sequence[int | None] = 7,
+    window_size: int | Sequence[int] = 7,
     mlp_ratio: float = 4.0,
     mlp_stages: int = 0,
+    global_stages: int = 0,
     drop_path_rate: float = 0.0,
     remat: bool = False,
     scan: bool = False,
@@ -339,6 +346,7 @@ class Swin(SwinEncoder, Classifier):
       window_size=window_size,
       mlp_ratio=mlp_ratio,
       mlp_stages=mlp_stages,
+      global_stages=global_stages,
       drop_path_rate=drop_path_rate,
       remat=remat,
       scan=scan,

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from hivit_jax.models.barriers import cpu_barrier
 from hivit_jax.train import optim, sharding
 
 # step: () int32; params, opt_state: pytrees; with an average of the parameters, ema: as params.
@@ -162,8 +163,9 @@ def _shardings(abstract: State) -> Any:
 
 
 def _norm(tree: Any) -> jax.Array:
-  # Rows first: XLA's CPU backend sums to one number in a single thread.
-  rows = [jnp.square(jnp.atleast_1d(x)).sum(axis=-1) for x in jax.tree.leaves(tree)]
+  # CPUs: rows first, because XLA sums to one number in a single thread. The barrier, because it
+  # would write the squares to memory where others want them, too, as Adam does of a gradient.
+  rows = [jnp.square(cpu_barrier(jnp.atleast_1d(x))).sum(axis=-1) for x in jax.tree.leaves(tree)]
   return jnp.sqrt(sum(row.sum() for row in rows))
 
 

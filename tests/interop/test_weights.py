@@ -83,7 +83,7 @@ def _heads(name):
 
 @pytest.mark.parametrize('step', ['three_stages', 'global', 'mlp_stem'])
 def test_the_steps_from_swin_to_hivit_are_told_from_their_weights(step):
-  own = {'image_size': 128, 'embed_dim': 16, 'depths': (2, 1, 1), 'window_size': (4, 4, None)}
+  own = {'image_size': 128, 'embed_dim': 16, 'depths': (2, 1, 1), 'window_size': 4}
   model = hivit_jax.create_model(f'swin_base_{step}', **own, num_classes=5)
   state = StateDict(exporter.state_dict(model), 'x', {'image_size': (128, 128)})
   described = infer.describe(state.arrays, state.source, **infer.hints(state.metadata))

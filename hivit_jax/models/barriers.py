@@ -1,14 +1,18 @@
 """Order of computation where a compiler needs help."""
 
+from typing import Any
+
 import jax
 
 
-def cpu_barrier(x: jax.Array) -> jax.Array:
+def cpu_barrier(x: Any) -> Any:
   """`x`, computed before anything that reads it; for XLA's CPU backend only.
 
-  It takes effect where the program is compiled with `train.sharding.compiler_options`.
+  Of a tree of arrays, each by itself. It takes effect where the program is compiled with
+  `train.sharding.compiler_options`.
   """
-  return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+  each = lambda x: jax.tree.map(jax.lax.optimization_barrier, x)  # noqa: E731
+  return jax.lax.platform_dependent(x, cpu=each, default=lambda x: x)
 
 
 def cpu_after(x: jax.Array, other: jax.Array) -> jax.Array:

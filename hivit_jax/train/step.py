@@ -165,7 +165,8 @@ def _shardings(abstract: State) -> Any:
 def _norm(tree: Any) -> jax.Array:
   # CPUs: rows first, because XLA sums to one number in a single thread. The barrier, because it
   # would write the squares to memory where others want them, too, as Adam does of a gradient.
-  rows = [jnp.square(cpu_barrier(jnp.atleast_1d(x))).sum(axis=-1) for x in jax.tree.leaves(tree)]
+  leaves = cpu_barrier([jnp.atleast_1d(x) for x in jax.tree.leaves(tree)])
+  rows = [jnp.square(x).sum(axis=-1) for x in leaves]
   return jnp.sqrt(sum(row.sum() for row in rows))
 
 

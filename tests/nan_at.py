@@ -18,7 +18,7 @@ def inject(at: int) -> None:
 
     def faulty(state, batch):
       if state['step'] == at - 1:
-        state = state | {'params': jax.tree.map(lambda x: x * jnp.nan, state['params'])}
+        state = jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, state)
       return sound(state, batch)
 
     return faulty

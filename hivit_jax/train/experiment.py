@@ -155,7 +155,7 @@ def _set_up(
     )
   )
   distributed.check_shared(directory)
-  restored = _restore(checkpoints, abstract, config_changes(directory, config.to_dict()))
+  restored = _restore(checkpoints, dict(abstract), config_changes(directory, config.to_dict()))
   start = restored.step if restored else 0
   evaluated = restored is not None and restored.metadata['evaluated']
   if restored:
@@ -168,7 +168,7 @@ def _set_up(
     )  # fmt: skip
     return None
   if restored:
-    state = restored.state
+    state = step.State(restored.state)
   else:
     state = step.init_state(build.initial_model(config), optimizer, abstract)
     _log_overview(state['params'])

@@ -5,9 +5,11 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 
+from hivit_jax.train.packing import elementwise, pack, unpack
 from hivit_jax.train.rules import Rules, apply_rules, path_name
 
 # 'decay': weight decay applies; 'no_decay': it does not; 'frozen': the optimizer never changes it.
@@ -176,26 +178,23 @@ def _vectors_as_one(tx: optax.GradientTransformation) -> optax.GradientTransform
   """`tx`, which must work element by element, on biases and scales as if they were one parameter.
 
   Else their moments are half of the leaves of a training state, and the host takes its time to
-  start a step for each leaf. The state has, for parameters, `matrices`: those of two and more axes,
-  and `vectors`: the others one after the other, in the order of the tree.
+  start a step for each leaf. The state is over what `pack` makes of the parameters.
   """
-
-  def pack(tree):
-    vectors, unravel = ravel_pytree([x for x in jax.tree.leaves(tree) if x.ndim < 2])
-    matrices = jax.tree.map(lambda x: x if x.ndim > 1 else None, tree)
-    return {'matrices': matrices, 'vectors': vectors}, unravel
 
   def update(updates, state, params=None):
     del params
-    packed: Any
-    packed, unravel = pack(updates)
+    packed, layout = pack(updates)
     packed, state = tx.update(packed, state)
-    vectors = iter(unravel(packed['vectors']))
-    unpack = lambda _, x: next(vectors) if x is None else x  # noqa: E731
-    return jax.tree.map(unpack, updates, packed['matrices']), state
+    return unpack(packed, layout), state
 
   return optax.GradientTransformation(lambda params: tx.init(pack(params)[0]), update)
 
 
 def _scale_each(scales: Any) -> optax.GradientTransformation:
-  return optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: u * s, updates, scales))
+  def scale(updates, _):
+    def full(update, scale):  # of a vector an array, to be joined as it is
+      return np.full(update.shape if update.ndim == 1 else (), scale, np.float32)
+
+    return elementwise(jnp.multiply, updates, jax.tree.map(full, updates, scales))
+
+  return optax.stateless(scale)

@@ -11,9 +11,7 @@ from jax.sharding import Mesh
 
 from hivit_jax.models.barriers import cpu_barrier
 from hivit_jax.train import optim, sharding
-
-# step: () int32; params, opt_state: pytrees; with an average of the parameters, ema: as params.
-State = dict[str, Any]
+from hivit_jax.train.packing import State, elementwise, pack
 
 
 def abstract_state(
@@ -44,7 +42,7 @@ def abstract_state(
     state['ema'] = params
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
   abstract = jax.tree.map(place, state, sharding.state_shardings(state, mesh))
-  return graphdef, optimizer, abstract
+  return graphdef, optimizer, State(abstract)
 
 
 def init_state(
@@ -58,7 +56,7 @@ def init_state(
     create: builds the model.
     optimizer, abstract: from `abstract_state`.
   """
-  shardings = _shardings(abstract)
+  shardings = _shardings(dict(abstract))
   params = sharding.put(nnx.to_pure_dict(nnx.state(create())), shardings['params'])
   trained, _ = optim.split(params, optimizer.trained)
   state = {
@@ -68,7 +66,7 @@ def init_state(
   }
   if 'ema' in abstract:
     state['ema'] = jax.tree.map(jnp.copy, params)
-  return state
+  return State(state)
 
 
 def make_train_step(
@@ -104,10 +102,10 @@ def make_train_step(
     parameters) and the task's, () float32.
   """
 
-  shardings = None if abstract is None else _shardings(abstract)
+  places = None if abstract is None else _shardings(abstract['params'])
 
   def loss(trained, others, batch):
-    params = sharding.use_whole(optim.join(trained, others), shardings and shardings['params'])
+    params = sharding.use_whole(optim.join(trained, others), places)
     model = nnx.merge(graphdef, params)
     value, metrics = task.loss(model, batch)
     statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))  # as the batch has changed them
@@ -132,40 +130,44 @@ def make_train_step(
     return jax.lax.scan(add, zeros, parts)[0]
 
   def step(state: State, batch: dict) -> tuple[State, dict]:
-    rng = jax.random.fold_in(jax.random.key(seed), state['step'])
-    batch = task.prepare(nnx.merge(graphdef, state['params']), batch, rng)
-    trained, others = optim.split(state['params'], optimizer.trained)
+    old = dict(state)
+    rng = jax.random.fold_in(jax.random.key(seed), old['step'])
+    batch = task.prepare(nnx.merge(graphdef, old['params']), batch, rng)
+    trained, others = optim.split(old['params'], optimizer.trained)
     grads, (metrics, statistics) = mean_gradients(trained, others, batch)
-    updates, opt_state = optimizer.tx.update(grads, state['opt_state'], trained)
-    lr = schedule(state['step'] * epochs_per_step)
-    trained = jax.tree.map(lambda p, u: p - lr * u, trained, updates)
+    updates, opt_state = optimizer.tx.update(grads, old['opt_state'], trained)
+    lr = schedule(old['step'] * epochs_per_step)
+    trained = elementwise(lambda p, u: p - lr * u, trained, updates)
     params = _overlay(optim.join(trained, others), statistics)
     metrics |= {
       'learning_rate': lr,
       'grad_norm': _norm(grads),
       'param_norm': _norm(params),  # tells whether the new state is sound
     }
-    new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
+    new = {'step': old['step'] + 1, 'params': params, 'opt_state': opt_state}
     if ema_decay is not None:
-      new['ema'] = jax.tree.map(lambda e, p: p + ema_decay * (e - p), state['ema'], params)
-    return new, metrics
+      new['ema'] = elementwise(lambda e, p: p + ema_decay * (e - p), old['ema'], params)
+    return State(new), metrics
 
+  shardings = None
+  if abstract is not None:
+    shardings = _shardings(abstract), sharding.replicated(abstract['step'].sharding.mesh)
   return jax.jit(
     step,
     donate_argnums=0,
-    out_shardings=shardings and (shardings, sharding.replicated(shardings['step'].mesh)),
+    out_shardings=shardings,
     compiler_options=dict(compiler_options or {}),
   )
 
 
-def _shardings(abstract: State) -> Any:
+def _shardings(abstract: Any) -> Any:
   return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def _norm(tree: Any) -> jax.Array:
   # CPUs: rows first, because XLA sums to one number in a single thread. The barrier, because it
   # would write the squares to memory where others want them, too, as Adam does of a gradient.
-  leaves = cpu_barrier([jnp.atleast_1d(x) for x in jax.tree.leaves(tree)])
+  leaves = cpu_barrier([jnp.atleast_1d(x) for x in jax.tree.leaves(pack(tree)[0])])
   rows = [jnp.square(x).sum(axis=-1) for x in leaves]
   return jnp.sqrt(sum(row.sum() for row in rows))
 

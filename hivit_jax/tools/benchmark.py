@@ -113,13 +113,13 @@ def measure_step(
     Numbers by name, units in the names; what each means is in docs/benchmarks.md.
   """
   step = TrainingStep(config, batch_size=batch_size)
+  device = jax.devices()[0]
+  peak = _peak_memory(device)  # before there is another program
   matmul = Matmul(step.dtype, step.mesh)
   pairs = [(step.seconds(), matmul.flops_per_second()) for _ in range(repeats)]
   seconds = statistics.median(s for s, _ in pairs)
   shares = sorted(step.flops / s / rate for s, rate in pairs)
   images = step.config.batch_size
-  device = jax.devices()[0]
-  peak = _peak_memory(device)  # before there is another program
   starts = _host_seconds(config)
   return {
     'model': config.model.name,

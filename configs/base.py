@@ -39,6 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.norm_pix_loss = config_dict.placeholder(bool)  # predict pixels normalised per unit
   config.model.hifeat = config_dict.placeholder(bool)  # decode from all three stages
   config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
+  config.model.attention = 'xla'  # cudnn: NVIDIA GPUs compute it without its logits in memory
   config.model.remat = False  # recompute activations: less memory, about a third more time
   config.model.scan = False  # compile the main block once, not once a layer: slower on CPUs
 

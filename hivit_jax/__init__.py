@@ -20,6 +20,7 @@ def create_model(
   name: str | None = None,
   *,
   seed: int = 0,
+  attention: str = 'xla',
   weights: Any = None,
   partial: bool = False,
   ema: bool = False,
@@ -30,6 +31,7 @@ def create_model(
   Args:
     name: one of `list_models()`; None: the model that `weights` are for.
     seed: of the initialisation.
+    attention: 'xla', or 'cudnn' for NVIDIA GPUs, see `models.attention.attend`.
     weights: path to load from, see `load_weights`.
     partial: see `load_weights`.
     ema: see `load_weights`.
@@ -48,7 +50,7 @@ def create_model(
   if weights is None:
     if name is None:
       raise UserError('give the name of a model, or weights=')
-    return models.create_model(name, seed=seed, **overrides)
+    return models.create_model(name, seed=seed, attention=attention, **overrides)
   from flax import nnx
 
   from hivit_jax.interop import importer, infer
@@ -60,7 +62,7 @@ def create_model(
     name, overrides = infer.describe(state.arrays, state.source, **known)
 
   def create():
-    return models.create_model(name, seed=seed, **overrides)
+    return models.create_model(name, seed=seed, attention=attention, **overrides)
 
   # Whatever is loaded need not be initialised before.
   model = create() if partial else nnx.eval_shape(create)

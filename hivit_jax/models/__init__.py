@@ -6,8 +6,10 @@ from typing import Any
 from flax import nnx
 
 from hivit_jax.errors import UserError, suggest
+from hivit_jax.models.attention import IMPLEMENTATIONS
 from hivit_jax.models.backbone import HiViTBackbone
 from hivit_jax.models.hivit import HiViT
+from hivit_jax.models.layers import Attention
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.simmim import SimMIM
 from hivit_jax.models.swin import Swin
@@ -62,12 +64,13 @@ def list_models() -> list[str]:
   return sorted(MODELS)
 
 
-def create_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
+def create_model(name: str, *, seed: int = 0, attention: str = 'xla', **overrides: Any) -> Any:
   """Builds a model with freshly initialised parameters.
 
   Args:
     name: one of `list_models()`.
     seed: of the initialisation.
+    attention: 'xla', or 'cudnn' for NVIDIA GPUs; see `attention.attend`.
     **overrides: arguments of the model's class, instead of the variant's: `image_size` (one side
       or (height, width) in pixels), `num_classes`, `drop_path_rate`, `dtype`, ...
 
@@ -83,16 +86,20 @@ def create_model(name: str, *, seed: int = 0, **overrides: Any) -> Any:
       f'unknown model "{name}"{suggest(name, MODELS)}; known: {", ".join(list_models())}'
     )
   cls, arguments = MODELS[name]
+  if attention not in IMPLEMENTATIONS:
+    raise UserError(f'attention="{attention}" is not one of {", ".join(IMPLEMENTATIONS)}')
   accepted = set(inspect.signature(cls.__init__).parameters) - {'self', 'rngs'}
   for key in overrides:
     if key not in accepted:
       raise UserError(
         f'{name} has no argument "{key}"{suggest(key, accepted)}; it takes: '
-        + ', '.join(sorted(accepted))
+        + ', '.join(sorted(accepted | {'attention'}))
       )
   arguments = {**arguments, **overrides}
   for key in ('image_size', 'bias_image_size'):
     if isinstance(arguments.get(key), int):
       arguments[key] = (arguments[key],) * 2
   build: Any = cls
-  return build(**arguments, rngs=nnx.Rngs(seed))
+  model = build(**arguments, rngs=nnx.Rngs(seed))
+  model.set_attributes(Attention, implementation=attention)
+  return model

@@ -7,24 +7,69 @@ import jax.numpy as jnp
 
 from hivit_jax.models.barriers import cpu_barrier
 
+IMPLEMENTATIONS = ('xla', 'cudnn')
+
 
 def _logits(q, k, bias):
   logits = jnp.einsum('...qd,...kd->...qk', q, k, preferred_element_type=jnp.float32)
   return logits if bias is None else logits + bias
 
 
-@jax.custom_vjp
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  bias: jax.Array | None = None,
+  *,
+  implementation: str = 'xla',
+) -> jax.Array:
   """softmax(q k^T + bias) v.
 
   Args:
     q: (..., heads, N, D), scaled already.
     k, v: (..., heads, N, D).
     bias: added to the logits: (heads, N, N), with any of the leading axes of q before it.
+    implementation: 'xla'; or 'cudnn': a kernel that writes no logits to memory, for NVIDIA GPUs of
+      compute capability 8.0 and more. Used where it fits: in bfloat16, without a bias or with one
+      that all examples and windows share and N even, up to 128 channels a head in multiples of 8.
 
   Returns:
-    (..., heads, N, D). Logits and softmax are float32 whatever the inputs are.
+    (..., heads, N, D). Logits and softmax are float32 whatever the inputs are; cuDNN gets the bias
+    in their dtype.
   """
+  if implementation == 'cudnn' and _fits_cudnn(q, bias):
+    return _attend_by_cudnn(q, k, v, bias)
+  return _attend(q, k, v, bias)
+
+
+def _fits_cudnn(q, bias):
+  *_, heads, n, d = q.shape
+  shared = bias is None or (bias.shape == (heads, n, n) and n % 2 == 0)
+  return q.dtype == jnp.bfloat16 and d % 8 == 0 and d <= 128 and shared
+
+
+def _attend_by_cudnn(q, k, v, bias):
+  n = q.shape[-2]
+  # JAX accepts even lengths only, when it has to differentiate: one masked unit more.
+  lengths = jnp.full(math.prod(q.shape[:-3]), n, jnp.int32) if n % 2 else None
+
+  def rows_first(x):  # -> (batch, N, heads, D)
+    x = x.reshape(-1, *x.shape[-3:]).swapaxes(1, 2)
+    return jnp.pad(x, ((0, 0), (0, n % 2), (0, 0), (0, 0)))
+
+  out = jax.nn.dot_product_attention(
+    *map(rows_first, (q, k, v)),
+    bias=None if bias is None else bias[None].astype(q.dtype),
+    scale=1.0,
+    query_seq_lengths=lengths,
+    key_value_seq_lengths=lengths,
+    implementation='cudnn',
+  )
+  return out[:, :n].swapaxes(1, 2).reshape(q.shape)
+
+
+@jax.custom_vjp
+def _attend(q, k, v, bias):
   return _forward(q, k, v, bias)[0]
 
 
@@ -104,4 +149,4 @@ def _sum_leading(x: jax.Array, ndim: int) -> jax.Array:
   return jax.lax.platform_dependent(x, cpu=product, default=lambda x: x.sum(axis=axes))
 
 
-attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)

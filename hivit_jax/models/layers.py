@@ -11,7 +11,7 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.models import attention, positions, resize
-from hivit_jax.models.barriers import cpu_after, cpu_barrier
+from hivit_jax.models.barriers import cpu_after, cpu_barrier, cuda_barrier
 
 LAYER_NORM_EPS = 1e-6
 BATCH_NORM_EPS = 1e-6
@@ -86,12 +86,18 @@ def _normalise_forward(x, scale, bias, epsilon):
 
 def _normalise_backward(residuals, g):
   x, mean, rsqrt, scale = residuals
+  product, normal, g32 = _product_with_normal(x, mean, rsqrt, g)
+  along = (product * scale).mean(axis=-1, keepdims=True)
+  dx = rsqrt * (g32 * scale - (g32 * scale).mean(axis=-1, keepdims=True) - normal * along)
+  # GPUs: without a barrier XLA writes the product to memory, in float32, for this sum.
+  product, _, g32 = _product_with_normal(*cuda_barrier(x, mean, rsqrt, g))
+  return dx.astype(x.dtype), product.sum(axis=0), g32.sum(axis=0), None
+
+
+def _product_with_normal(x, mean, rsqrt, g):
   g = g.astype(jnp.float32)
   normal = (x.astype(jnp.float32) - mean) * rsqrt
-  product = g * normal
-  along = (product * scale).mean(axis=-1, keepdims=True)
-  dx = rsqrt * (g * scale - (g * scale).mean(axis=-1, keepdims=True) - normal * along)
-  return dx.astype(x.dtype), product.sum(axis=0), g.sum(axis=0), None
+  return g * normal, normal, g
 
 
 _normalise.defvjp(_normalise_forward, _normalise_backward)
@@ -251,7 +257,12 @@ class Attention(nnx.Module):
     features: channels C, a multiple of `heads`.
     heads: number of heads.
     grid: (rows, columns) of the unit grid when a relative position bias is wanted, else None.
+
+  Attributes:
+    implementation: see `attention.attend`; `create_model` sets it.
   """
+
+  implementation: str = 'xla'
 
   def __init__(
     self,
@@ -302,7 +313,8 @@ class Attention(nnx.Module):
       bias = positions.relative_position_bias(table, grid, ids)
       if mask is not None:
         bias = bias + mask[:, None]
-    out = attention.attend(q * (c // self.heads) ** -0.5, k, v, bias)
+    q *= (c // self.heads) ** -0.5
+    out = attention.attend(q, k, v, bias, implementation=self.implementation)
     return self.proj(out.swapaxes(-3, -2).reshape(x.shape))
 
 

@@ -1,6 +1,8 @@
 """What the instructions of a compiled program cost."""
 
+import math
 import re
+from collections.abc import Iterator
 
 from hivit_jax.tools import hlo
 
@@ -9,6 +11,7 @@ _FREE = {
   'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call',
   'partition-id', 'replica-id', 'after-all', 'opt-barrier', 'async-start', 'async-done',
 }  # fmt: skip
+_COMMUNICATION = ('all-', 'reduce-scatter', 'collective-')
 
 
 def memory_traffic(program: hlo.Program) -> int:
@@ -19,14 +22,54 @@ def memory_traffic(program: hlo.Program) -> int:
   `jax.stages.Compiled.cost_analysis`, which knows neither of that memory nor of loops. Loops of
   unknown length count once.
   """
-  total = 0
+  return sum(moved * count for _, moved, count in _instructions(program))
+
+
+def kernel_seconds(program: hlo.Program, flops: float, bandwidth: float) -> float:
+  """How long a GPU takes for a program if each kernel is as fast as the chip allows.
+
+  Kernels run one after another, and each either computes or moves its operands and results,
+  whatever takes longer. What they do besides matrix products, starting them, and communication
+  take no time.
+
+  Args:
+    program: compiled for GPUs.
+    flops: operations in matrix products a second.
+    bandwidth: bytes a second.
+  """
+  return sum(
+    count * max(moved / bandwidth, _products(program, i) / flops)
+    for i, moved, count in _instructions(program)
+    if not i.op.startswith(_COMMUNICATION)
+  )
+
+
+def _instructions(program: hlo.Program) -> Iterator[tuple[hlo.Instruction, int, int]]:
+  """What runs by itself, the bytes that it moves, and how often."""
   for call in program.calls():
     if call.parts:
       continue
     for i in call.computation.values():
       if i.op not in _FREE and not i.op.endswith('-done'):
-        total += _moved(program, call.computation, i) * (call.count or 1)
+        yield i, _moved(program, call.computation, i), call.count or 1
+
+
+def _products(program: hlo.Program, i: hlo.Instruction) -> int:
+  """Operations in the matrix products of an instruction that is a fusion of some."""
+  total = 0
+  for name in i.called():
+    inside = program.computations[name]
+    for part in inside.values():
+      if part.op == 'dot':
+        lhs = _sides(inside[part.operands[0]].shape)
+        contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', part.rest)
+        axes = hlo.numbers(contracted[1]) if contracted else []
+        total += 2 * math.prod(_sides(part.shape)) * math.prod(lhs[axis] for axis in axes)
   return total
+
+
+def _sides(shape: str) -> list[int]:
+  return hlo.numbers(shape[shape.index('[') : shape.index(']')])
 
 
 def core_cycles(program: hlo.Program) -> int:

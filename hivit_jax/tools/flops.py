@@ -7,6 +7,10 @@ from typing import Any
 import jax
 from jax.extend import core
 
+# Products in the primitives that JAX has for cuDNN's attention. The backward pass of
+# `models.attention`, which computes the logits again, has as many.
+_ATTENTION = {'dot_product_attention_fwd_wrapper': 2, 'dot_product_attention_bwd_wrapper': 5}
+
 
 def matmul_flops(function: Callable, *args: Any) -> int:
   """Operations in the matrix products of one call, 2 per multiply-add.
@@ -28,6 +32,9 @@ def matmul_outputs(function: Callable, *args: Any) -> int:
 
 
 def _flops(eqn: Any) -> int:
+  if products := _ATTENTION.get(eqn.primitive.name):
+    (batch, n, heads, d), keys = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
+    return products * 2 * batch * heads * n * keys * d
   ((contract, _), _) = eqn.params['dimension_numbers']
   lhs = eqn.invars[0].aval.shape
   return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
@@ -44,7 +51,7 @@ def _count(jaxpr: core.Jaxpr, measure: Callable[[Any], int]) -> int:
   total = 0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
-    if name == 'dot_general':
+    if name == 'dot_general' or name in _ATTENTION:
       total += measure(eqn)
     elif name == 'conv_general_dilated':
       raise NotImplementedError('convolutions are not counted: no model here uses one')

@@ -1,10 +1,12 @@
-"""What a config's training step will need on TPUs, asked of the compiler alone.
+"""What a config's training step will need on TPUs or GPUs, asked of the compiler alone.
 
   python -m hivit_jax.tools.plan --config=configs/mae_hivit_b.py --topology=v5e:4x4
+  python -m hivit_jax.tools.plan --config=configs/mae_hivit_b.py --topology=h200:1 --batch_size=256
   python -m hivit_jax.tools.plan --config=configs/mae_hivit_b.py --topology=cpu:8 --batch_size=4
 
 Compiles the step as training would, for devices that need not be there, and allocates nothing. For
-TPUs that takes libtpu, for simulated CPUs nothing. What the numbers mean is in docs/scaling.md.
+TPUs that takes libtpu, for GPUs JAX's CUDA plugin, for simulated CPUs nothing. What the numbers
+mean is in docs/scaling.md.
 """
 
 import importlib.util
@@ -32,7 +34,7 @@ from hivit_jax.tools.flops import matmul_flops
 from hivit_jax.train import build, settings, sharding
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config of the step to plan.')
-_TOPOLOGY = flags.DEFINE_string('topology', None, 'Devices: v5e:4x4, v4:2x2x2, ..., or cpu:8.')
+_TOPOLOGY = flags.DEFINE_string('topology', None, 'Devices: v5e:4x4, h200:8, ..., or cpu:8.')
 _BATCH_SIZE = flags.DEFINE_integer(
   'batch_size', None, 'Images a step on each device; default: config.batch_size over all.',
   lower_bound=1,
@@ -63,11 +65,12 @@ def find_devices(topology: str) -> Sequence[Any]:
   """The devices of a topology; they need not exist.
 
   Args:
-    topology: a kind in `roofline.CHIPS` and the shape of a slice, such as v5e:4x4, or cpu and a
-      number. The latter works before JAX has looked for devices, and only then.
+    topology: a kind in `roofline.CHIPS` and the shape of a slice or number of GPUs, such as v5e:4x4
+      or h200:8, or cpu and a number. The latter works before JAX has looked for devices, and only
+      then.
 
   Raises:
-    UserError: there is no such topology, or no libtpu.
+    UserError: there is no such topology, or no compiler for it.
   """
   kind, _, shape = topology.partition(':')
   if kind == 'cpu' and re.fullmatch('[1-9][0-9]*', shape):
@@ -78,9 +81,11 @@ def find_devices(topology: str) -> Sequence[Any]:
   if kind not in roofline.CHIPS or not sides or 'x'.join(map(str, sides)) != shape:
     known = ', '.join(roofline.CHIPS)
     raise UserError(
-      f'--topology={topology}: expected a kind ({known}) and a shape, such as v5e:4x4 or '
-      'v4:2x2x2, or cpu:8'
+      f'--topology={topology}: expected a kind ({known}) and a shape, such as v5e:4x4, v4:2x2x2 '
+      'or h200:8, or cpu:8'
     )
+  if gpu := roofline.CHIPS[kind].gpu:
+    return _find_gpus(topology, roofline.CHIPS[kind], gpu, sides)
   pod = roofline.CHIPS[kind].pod
   if math.prod(sides) > pod:
     raise UserError(
@@ -114,6 +119,47 @@ def find_devices(topology: str) -> Sequence[Any]:
     ) from error
 
 
+def _find_gpus(
+  topology: str, chip: roofline.Chip, gpu: roofline.Gpu, sides: list[int]
+) -> Sequence[Any]:
+  if len(sides) > 1 or sides[0] > chip.pod:
+    raise UserError(
+      f'--topology={topology}: a number of GPUs in one machine, 1 to {chip.pod}; more are several '
+      'machines in a slower network, which this does not know'
+    )
+  if not any(importlib.util.find_spec(f'jax_cuda{version}_plugin') for version in (12, 13)):
+    raise UserError(
+      f'--topology={topology} takes the CUDA compiler: pip install "jax[cuda12]"; or, for '
+      'counts without times, --topology=cpu:8'
+    )
+  jax.config.update('jax_platforms', 'cpu')  # a GPU in this machine is left alone
+  shared, for_block = gpu.shared_memory
+  # stream_executor.GpuTargetConfigProto of XLA; what is the same for all of these chips first.
+  description = f"""
+    gpu_device_info {{
+      threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+      thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      shared_memory_per_block: 49152
+      driver_version: "12.8.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
+      dnn_version: "9.10.0"
+      cuda_compute_capability {{ major: {gpu.capability} }}
+      core_count: {gpu.cores} clock_rate_ghz: {gpu.clock} fpus_per_core: {gpu.float32_units}
+      l2_cache_size: {gpu.l2}
+      shared_memory_per_core: {shared} shared_memory_per_block_optin: {for_block}
+      memory_bandwidth: {chip.hbm_bandwidth:.0f} device_memory_size: {chip.hbm:.0f}
+      name: "{gpu.name}"
+    }}
+    platform_name: "CUDA"
+    dnn_version_info {{ major: 9 minor: 10 }}
+    runtime_version {{ major: 12 minor: 8 }}
+    device_description_str: "{gpu.name}"
+  """
+  shape = f'1x1x{sides[0]}'
+  return topologies.get_topology_desc('', 'cuda', target_config=description, topology=shape).devices
+
+
 def plan(
   config: ml_collections.ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None = None
 ) -> dict[str, Any]:
@@ -144,6 +190,7 @@ def plan(
     'task': config.task,
     'image_size': list(build.image_size(config)),
     'dtype': config.model.dtype,
+    'attention': build.attention(config, devices[0]),
     'batch_size': config.batch_size,
     'devices': mesh.size,
     'device_kind': devices[0].device_kind,
@@ -167,6 +214,8 @@ def plan(
     return report | {'fits': False, 'refusal': str(error).splitlines()[0]}
   report |= {'fits': True, 'compile_seconds': time.perf_counter() - start}
   report['memory'] |= _program_memory(compiled, sum(report['memory'].values()))
+  if chip and report['memory']['total'] > chip.hbm:  # XLA for GPUs refuses nothing
+    return report | {'fits': False, 'refusal': _share(report)}
   program = hlo.Program(compiled.as_text())
   report |= {
     'compiled_flops': (compiled.cost_analysis() or {}).get('flops', 0.0),
@@ -180,9 +229,17 @@ def plan(
       flops=report['matmul_flops'],
       traffic=report['memory_traffic'],
       sent=sum(row['sent'] for row in report['collectives']),
-      cycles=report['core_cycles'],
+      schedule=_schedule(program, chip),
     )
   return report
+
+
+def _schedule(program: hlo.Program, chip: roofline.Chip) -> float | None:
+  """Seconds: what the compiler expects, or the sum of what a GPU's kernels need at least."""
+  if chip.gpu:
+    return costs.kernel_seconds(program, chip.flops, chip.hbm_bandwidth)
+  cycles = costs.core_cycles(program)
+  return cycles / chip.clock if cycles and chip.clock else None
 
 
 def _abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
@@ -238,7 +295,9 @@ def format_report(report: dict[str, Any]) -> str:
   r, mesh = report, ' '.join(f'{axis}={size}' for axis, size in report['mesh'].items())
   lines = [
     f'{r["model"]} {r["image_size"][0]}x{r["image_size"][1]}, {r["task"]}, batch {r["batch_size"]} '
-    f'({r["batch_size"] // r["devices"]} a device), {r["dtype"]}',
+    f'({r["batch_size"] // r["devices"]} a device), {r["dtype"]}'
+    + ', cuDNN attention'
+    * (r['attention'] == 'cudnn'),
     f'{r["topology"]}: {r["devices"]} x {r["device_kind"]}, {mesh}, jax {r["jax"]}',
     'Compiled, not run; times are estimates. All numbers are of one step on one device.',
     '',
@@ -250,7 +309,11 @@ def format_report(report: dict[str, Any]) -> str:
     helps = '--config.accumulate_steps=2, --config.model.remat=True, a smaller batch or more chips'
     return '\n'.join([*lines, f'what helps         {helps}'])
   lines += [
-    f"  compiler's count {r['compiled_flops'] / 1e12:9.3f} TFLOP, loops once",
+    *(
+      [f"  compiler's count {r['compiled_flops'] / 1e12:9.3f} TFLOP, loops once"]
+      if r['compiled_flops']
+      else []  # none for GPUs
+    ),
     f'memory traffic     {r["memory_traffic"] / 1e9:9.3f} GB',
     f'compiled in        {r["compile_seconds"]:9.0f} s',
     '',
@@ -279,17 +342,21 @@ def _format_estimate(r: dict[str, Any], estimate: dict[str, Any]) -> list[str]:
     f'  serial           {rate(estimate["serial"])}: nothing overlaps',
   ]
   if estimate['schedule']:
-    lines.append(f"  schedule         {rate(estimate['schedule'])}: by the compiler's cycles")
+    by = "the compiler's cycles" if r['core_cycles'] else 'the limits of each kernel'
+    lines.append(f'  schedule         {rate(estimate["schedule"])}: by {by}')
   return lines
 
 
 def _verdict(r: dict[str, Any]) -> str:
   if not r['fits']:
     return f'NO: {r["refusal"]}'
-  total = f'{r["memory"]["total"] / _GIB:.2f}'
   if not r['hbm']:
-    return f'{total} GiB needed; how much there is depends on the machine'
-  return f'yes: {total} of {r["hbm"] / _GIB:.2f} GiB'
+    return f'{r["memory"]["total"] / _GIB:.2f} GiB needed; how much there is depends on the machine'
+  return f'yes: {_share(r)}'
+
+
+def _share(r: dict[str, Any]) -> str:
+  return f'{r["memory"]["total"] / _GIB:.2f} of {r["hbm"] / _GIB:.2f} GiB'
 
 
 if __name__ == '__main__':

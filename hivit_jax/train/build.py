@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from hivit_jax import models
 from hivit_jax.errors import UserError
 from hivit_jax.interop import files, infer
+from hivit_jax.models.attention import IMPLEMENTATIONS
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.hivit import UNIT
 from hivit_jax.models.masking import MaskedDecoder
@@ -82,13 +83,38 @@ def compute_dtype(config: ml_collections.ConfigDict, platform: str | None = None
   return dtype
 
 
-def model_creator(config: ml_collections.ConfigDict) -> Callable[[], Any]:
-  """Returns a function that builds the config's model."""
+def attention(config: ml_collections.ConfigDict, device: Any = None) -> str:
+  """The implementation of attention, see `models.attention`; 'xla' where there is no NVIDIA GPU.
+
+  Args:
+    config: see configs/base.py.
+    device: that it is for; None: the first of JAX's own.
+  """
+  chosen = config.model.get('attention', 'xla')  # older runs have none
+  if chosen not in IMPLEMENTATIONS:
+    raise UserError(f'config.model.attention="{chosen}" is not one of {", ".join(IMPLEMENTATIONS)}')
+  device = device or jax.local_devices()[0]
+  if chosen == 'xla' or device.platform != 'gpu':
+    return 'xla'
+  if compute_dtype(config, device.platform) == 'float32':
+    raise UserError('config.model.attention=cudnn computes in bfloat16 only: config.model.dtype')
+  capability = getattr(device, 'compute_capability', '8.0')
+  if float(capability) < 8:
+    raise UserError(
+      f'config.model.attention=cudnn takes an NVIDIA GPU of compute capability 8.0 or more, not '
+      f'{capability} ({device.device_kind}); =xla works everywhere'
+    )
+  return chosen
+
+
+def model_creator(config: ml_collections.ConfigDict, device: Any = None) -> Callable[[], Any]:
+  """Returns a function that builds the config's model, for a device or JAX's own."""
   arguments = {k: v for k, v in config.model.items() if v is not None and k != 'name'}
   arguments |= {
     'image_size': image_size(config),
     'channels': config.channels,
-    'dtype': compute_dtype(config),
+    'dtype': compute_dtype(config, device and device.platform),
+    'attention': attention(config, device),
   }
 
   def create():
@@ -215,7 +241,10 @@ def training(
   """
   chosen = task(config)  # first: it has something to say about the model
   graphdef, tx, abstract = step.abstract_state(
-    model_creator(config), optimizer(config), mesh, ema=config.ema_decay is not None
+    model_creator(config, mesh.devices.flat[0]),
+    optimizer(config),
+    mesh,
+    ema=config.ema_decay is not None,
   )
   train_step = step.make_train_step(
     graphdef,

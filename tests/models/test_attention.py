@@ -100,3 +100,68 @@ def test_softmax_is_float32_for_bfloat16_inputs():
   weights = np.exp([0.0, 0.25, 0.5, 0.75])
   out = attend(q, k, v)[0, 0, 0].astype(np.float32)
   np.testing.assert_allclose(out, weights / weights.sum(), rtol=0.01)
+
+
+# --- cuDNN, which has no CPU version: JAX's own computation of the same call stands in
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch) -> list:
+  """Shape of q and lengths of the examples in the calls of cuDNN."""
+  calls = []
+  original = jax.nn.dot_product_attention
+
+  def replaced(q, k, v, *, implementation, **options):
+    assert implementation == 'cudnn'
+    lengths = options['key_value_seq_lengths']
+    calls.append((q.shape, None if lengths is None else lengths.tolist()))
+    return original(q, k, v, implementation='xla', **options)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', replaced)
+  return calls
+
+
+@pytest.mark.parametrize(
+  ('shape', 'biased', 'called'),
+  [
+    ((5, 2, 6, 8), False, ((5, 6, 2, 8), None)),
+    ((5, 2, 6, 8), True, ((5, 6, 2, 8), None)),
+    ((5, 2, 7, 8), False, ((5, 8, 2, 8), [7] * 5)),
+    ((3, 4, 2, 6, 8), True, ((12, 6, 2, 8), None)),  # windows
+    ((3, 4, 2, 7, 8), False, ((12, 8, 2, 8), [7] * 12)),
+  ],
+)
+def test_what_cudnn_is_asked_for(kernel_calls, shape, biased, called):
+  rng = np.random.default_rng(0)
+  *inputs, weights = (rng.standard_normal(shape, np.float32) for _ in range(4))
+  inputs.append(rng.standard_normal((2, *shape[-2:-1] * 2), np.float32) if biased else None)
+  value, pullback = jax.vjp(attention._attend_by_cudnn, *inputs)
+  gradients = pullback(weights)
+  expected, expected_gradients = _value_and_gradients(attend, inputs, weights)
+  assert_close(value, expected)
+  for name, actual, wanted in zip(
+    'qkvb'[: 3 + biased], gradients, expected_gradients, strict=False
+  ):
+    assert_close(actual, wanted, name=name)
+  assert kernel_calls == [called]
+
+
+@pytest.mark.parametrize(
+  ('shape', 'dtype', 'bias', 'used'),
+  [
+    ((5, 2, 7, 8), jnp.bfloat16, None, True),
+    ((5, 2, 6, 8), jnp.bfloat16, (2, 6, 6), True),
+    ((5, 2, 7, 8), jnp.bfloat16, (2, 7, 7), False),
+    ((5, 2, 6, 8), jnp.bfloat16, (5, 2, 6, 6), False),
+    ((5, 2, 6, 8), jnp.float32, None, False),
+    ((5, 2, 6, 12), jnp.bfloat16, None, False),
+    ((1, 2, 6, 136), jnp.bfloat16, None, False),
+  ],
+)
+def test_cudnn_is_used_where_it_fits(kernel_calls, shape, dtype, bias, used):
+  x = jnp.ones(shape, dtype)
+  bias = bias and jnp.ones(bias)
+  out = attend(x, x, x, bias, implementation='cudnn')
+  assert (out.shape, out.dtype, len(kernel_calls)) == (shape, dtype, used)
+  attend(x, x, x, bias)
+  assert len(kernel_calls) == used

@@ -29,3 +29,13 @@ def test_the_gradient_of_a_weight_waits_for_that_of_the_input():
   text = compiled(jax.grad(loss, argnums=(0, 1)), jnp.ones((64, 32)), jnp.ones((32, 48)))
   # Its other operand comes out of a barrier together with the input's gradient.
   assert re.search(r'= \(f32\[64,48\]\S*, f32\[64,32\]\S*\) opt-barrier\(', text)
+
+
+def test_the_sums_of_layer_norm_wait_on_gpus_only():
+  def loss(x, scale, bias):
+    return layers._normalise(x, scale, bias, 1e-6).sum()
+
+  traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(jnp.ones((4, 8)), *jnp.ones((2, 8)))
+  for platform, barriers in (('cuda', 1), ('cpu', 0), ('tpu', 0)):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count('optimization_barrier') == barriers, platform

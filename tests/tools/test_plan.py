@@ -1,5 +1,6 @@
 """Plans: what a compiled step is said to need is what it needs."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -279,6 +280,46 @@ def test_memory_traffic_of_a_program():
   assert costs.core_cycles(program(text, slicing)) == 42
 
 
+def test_kernels_take_what_they_compute_or_move():
+  product = """%product (a: bf16[64,32], b: bf16[3,32,48]) -> bf16[3,64,48] {
+  %a = bf16[3,64,32]{2,1,0} parameter(0)
+  %b = bf16[3,32,48]{2,1,0} parameter(1)
+  ROOT %d = bf16[3,64,48]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}
+}
+
+%add (m: bf16[], n: bf16[]) -> bf16[] {
+  %m = bf16[] parameter(0)
+  %n = bf16[] parameter(1)
+  ROOT %o = bf16[] add(%m, %n)
+}"""  # noqa: E501
+  text = """
+  %p = bf16[3,64,32]{2,1,0} parameter(0)
+  %q = bf16[3,32,48]{2,1,0} parameter(1)
+  %x = bf16[3,64,48]{2,1,0} fusion(%p, %q), kind=kCustom, calls=%product
+  %s = bf16[3,64,48]{2,1,0} all-reduce(%x), channel_id=1, replica_groups={}, to_apply=%add
+  ROOT %y = bf16[3,64,48]{2,1,0} negate(%s)"""
+  flops = 2 * 3 * 64 * 48 * 32
+  result = 2 * 3 * 64 * 48
+  moved = result + 2 * 3 * 32 * (64 + 48)
+  compiled = program(text, product)
+  assert costs.kernel_seconds(compiled, flops=1.0, bandwidth=1e9) == pytest.approx(flops, rel=1e-3)
+  slow = costs.kernel_seconds(compiled, flops=1e18, bandwidth=1.0)
+  assert slow == pytest.approx(moved + 2 * result)
+
+
+def test_what_a_gpu_has_no_memory_for():
+  config = mae_hivit_t.get_config('debug')
+  config.model.update(embed_dim=16, depths=(1, 1, 1))
+  chip = dataclasses.replace(roofline.CHIPS['h200'], hbm=2**16)
+  report = plan.plan(config, jax.devices()[:1], chip)
+  assert not report['fits']
+  total = report['memory']['total']
+  assert total > chip.hbm
+  text = plan.format_report(report | {'topology': 'h200:1'})
+  assert f'fits               NO: {total / 2**30:.2f} of 0.00 GiB' in text
+  assert 'what helps         --config.accumulate_steps=2' in text
+
+
 # --- arithmetic
 
 
@@ -301,7 +342,7 @@ def test_estimates_by_hand():
   chip = roofline.Chip(
     flops=100.0, hbm=0.0, hbm_bandwidth=10.0, ici_bandwidth=5.0, pod=1, clock=2.0
   )
-  estimate = roofline.estimate(chip, flops=300.0, traffic=50.0, sent=5.0, cycles=22)
+  estimate = roofline.estimate(chip, flops=300.0, traffic=50.0, sent=5.0, schedule=11.0)
   assert estimate == {
     'products': 3.0, 'memory': 5.0, 'network': 1.0, 'limiter': 'memory',
     'overlapped': 5.0, 'serial': 9.0, 'schedule': 11.0,
@@ -314,10 +355,12 @@ def test_estimates_by_hand():
 @pytest.mark.parametrize(
   ('topology', 'message'),
   [
-    ('v9:2x2', r'expected a kind \(v4, v5e, v5p, v6e\) and a shape, such as v5e:4x4'),
+    ('v9:2x2', r'expected a kind \(v4, .*, h200\) and a shape, such as v5e:4x4'),
     ('v5e', 'expected a kind'),
     ('v5e:4x', 'expected a kind'),
     ('cpu:0', 'expected a kind'),
+    ('h200:2x2', 'a number of GPUs in one machine, 1 to 8; more are several machines'),
+    ('h200:9', 'a number of GPUs in one machine, 1 to 8'),
     ('v5e:32x32', 'the largest slice of v5e has 256 chips; more are several slices'),
   ],
 )
@@ -326,8 +369,10 @@ def test_topologies_that_there_are_not(topology, message):
     plan.find_devices(topology)
 
 
-def test_without_libtpu(monkeypatch):
+def test_without_a_compiler(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match=r'takes the CUDA compiler: pip install "jax\[cuda12\]"; or'):
+    plan.find_devices('h200:8')
   with pytest.raises(UserError, match=r'takes the TPU compiler: pip install "jax\[tpu\]"; or'):
     plan.find_devices('v5e:4x4')
 
@@ -337,6 +382,35 @@ def test_a_batch_that_does_not_divide(runs):
   done = runs.finish([*command, '--topology=cpu:8', '--config.batch_size=12'])
   assert done.returncode == 2
   assert done.stderr == 'error: config.batch_size=12 is not divisible by 8 devices; try 8 or 16\n'
+
+
+# --- GPUs
+
+
+@pytest.mark.skipif(
+  not importlib.util.find_spec('jax_cuda12_plugin'), reason='needs the CUDA compiler of JAX'
+)
+def test_plans_for_gpus(runs):
+  command = [sys.executable, '-m', 'hivit_jax.tools.plan', '--config=configs/mae_hivit_t.py:debug']
+
+  def finish(*arguments):
+    done = runs.finish([*command, *arguments])
+    assert (done.returncode, done.stderr) == (0, '')
+    return json.loads(done.stdout)
+
+  reports = {
+    name: finish('--topology=h200:2', '--json', f'--config.model.attention={name}')
+    for name in ('xla', 'cudnn')
+  }
+  for name, report in reports.items():
+    assert report['fits']
+    assert (report['attention'], report['dtype']) == (name, 'bfloat16')
+    assert [row['kind'] for row in report['collectives']] == ['all-reduce']
+    assert report['estimate']['schedule'] > report['estimate']['products']
+  xla, cudnn = (report['memory_traffic'] for report in reports.values())
+  assert 0 < cudnn < xla
+  xla, cudnn = (report['matmul_flops'] for report in reports.values())
+  assert cudnn == pytest.approx(xla, rel=0.05)  # odd lengths are made even
 
 
 # --- TPUs

@@ -1,9 +1,12 @@
-"""What a config's epochs are in steps."""
+"""What a config's settings come to."""
+
+import types
 
 import pytest
 
 from configs import base
-from hivit_jax.train.build import Steps, image_size
+from hivit_jax.errors import UserError
+from hivit_jax.train.build import Steps, attention, image_size
 
 IMAGENET = Steps(1_281_167, 4096)  # an epoch is 312.8 steps
 
@@ -39,3 +42,23 @@ def test_an_image_size_may_be_one_side():
   assert image_size(config) == (96, 96)
   config.image_size = (96, 64)
   assert image_size(config) == (96, 64)
+
+
+def test_cudnn_is_for_nvidia_gpus_only():
+  config = base.get_config()
+  gpu = types.SimpleNamespace(platform='gpu', compute_capability='9.0', device_kind='NVIDIA H200')
+  assert attention(config, gpu) == 'xla'
+  config.model.attention = 'cudnn'
+  assert attention(config, gpu) == 'cudnn'
+  assert attention(config) == 'xla'  # here
+  with pytest.raises(UserError, match=r'compute capability 8\.0 or more, not 7\.5 \(Tesla T4\)'):
+    attention(
+      config,
+      types.SimpleNamespace(**vars(gpu) | {'compute_capability': '7.5', 'device_kind': 'Tesla T4'}),
+    )
+  config.model.dtype = 'float32'
+  with pytest.raises(UserError, match='attention=cudnn computes in bfloat16 only'):
+    attention(config, gpu)
+  config.model.attention = 'flash'
+  with pytest.raises(UserError, match='attention="flash" is not one of xla, cudnn'):
+    attention(config)

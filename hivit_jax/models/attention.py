@@ -75,20 +75,40 @@ def _attend(q, k, v, bias):
 
 def _forward(q, k, v, bias):
   out, log_total = jax.lax.platform_dependent(
-    q, k, v, bias, cpu=_forward_cpu, default=_forward_default
+    q, k, v, bias, cpu=_forward_cpu, tpu=_forward_tpu, default=_forward_default
   )
   return out, (q, k, v, bias, out, log_total)
 
 
 def _forward_default(q, k, v, bias):
+  weights, largest = _weights(q, k, bias)
+  total = weights.sum(axis=-1, keepdims=True)
+  return _normalise(_weighted(weights.astype(v.dtype), v), largest, total, v.dtype)
+
+
+def _weights(q, k, bias):
+  """What softmax divides by its sum, and the largest logit of each query."""
   logits = _logits(q, k, bias)
   largest = logits.max(axis=-1, keepdims=True)
-  weights = jnp.exp(logits - largest)
-  total = weights.sum(axis=-1, keepdims=True)
-  out = jnp.einsum(
-    '...qk,...kd->...qd', weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-  )
-  return (out / total).astype(v.dtype), largest + jnp.log(total)
+  return jnp.exp(logits - largest), largest
+
+
+def _weighted(weights, v):
+  return jnp.einsum('...qk,...kd->...qd', weights, v, preferred_element_type=jnp.float32)
+
+
+def _normalise(out, largest, total, dtype):
+  return (out / total).astype(dtype), largest + jnp.log(total)
+
+
+def _forward_tpu(q, k, v, bias):
+  # The product takes the sums, too, with a column of ones where a tile of 128 is filled up anyway.
+  if v.shape[-1] % 128 == 0:
+    return _forward_default(q, k, v, bias)
+  weights, largest = _weights(q, k, bias)
+  values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+  out = _weighted(weights.astype(v.dtype), values)
+  return _normalise(out[..., :-1], largest, out[..., -1:], v.dtype)
 
 
 def _forward_cpu(q, k, v, bias):

@@ -11,6 +11,7 @@ _FREE = {
   'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call',
   'partition-id', 'replica-id', 'after-all', 'opt-barrier', 'async-start', 'async-done',
 }  # fmt: skip
+_UNKNOWN_CYCLES = 2**63 - 1
 _COMMUNICATION = ('all-', 'reduce-scatter', 'collective-')
 
 
@@ -72,15 +73,22 @@ def _sides(shape: str) -> list[int]:
   return hlo.numbers(shape[shape.index('[') : shape.index(']')])
 
 
-def core_cycles(program: hlo.Program) -> int:
-  """Clock cycles that the TPU compiler expects a core to take, network aside; 0: it says none."""
-  total = 0
+def core_cycles(program: hlo.Program) -> tuple[int, int]:
+  """Clock cycles that the TPU compiler expects a core to take, network aside; 0: it says none.
+
+  Also how many of the instructions that run it gives no number for, but one that means unknown.
+  """
+  total = unknown = 0
   for call in program.calls():
     if not call.parts:
       for i in call.computation.values():
         if estimated := re.search(r'"estimated_cycles":"(\d+)"', i.rest):
-          total += int(estimated[1]) * (call.count or 1)
-  return total
+          cycles = int(estimated[1])
+          if cycles < _UNKNOWN_CYCLES:
+            total += cycles * (call.count or 1)
+          else:
+            unknown += call.count or 1
+  return total, unknown
 
 
 def _moved(program: hlo.Program, computation: hlo.Computation, i: hlo.Instruction) -> int:

@@ -217,10 +217,12 @@ def plan(
   if chip and report['memory']['total'] > chip.hbm:  # XLA for GPUs refuses nothing
     return report | {'fits': False, 'refusal': _share(report)}
   program = hlo.Program(compiled.as_text())
+  cycles, uncounted = costs.core_cycles(program)
   report |= {
     'compiled_flops': (compiled.cost_analysis() or {}).get('flops', 0.0),
     'memory_traffic': costs.memory_traffic(program),
-    'core_cycles': costs.core_cycles(program),
+    'core_cycles': cycles,
+    'uncounted_instructions': uncounted,
     'collectives': _collectives(program, mesh),
   }
   if chip:
@@ -229,16 +231,15 @@ def plan(
       flops=report['matmul_flops'],
       traffic=report['memory_traffic'],
       sent=sum(row['sent'] for row in report['collectives']),
-      schedule=_schedule(program, chip),
+      schedule=_schedule(program, chip, cycles),
     )
   return report
 
 
-def _schedule(program: hlo.Program, chip: roofline.Chip) -> float | None:
+def _schedule(program: hlo.Program, chip: roofline.Chip, cycles: int) -> float | None:
   """Seconds: what the compiler expects, or the sum of what a GPU's kernels need at least."""
   if chip.gpu:
     return costs.kernel_seconds(program, chip.flops, chip.hbm_bandwidth)
-  cycles = costs.core_cycles(program)
   return cycles / chip.clock if cycles and chip.clock else None
 
 
@@ -343,6 +344,8 @@ def _format_estimate(r: dict[str, Any], estimate: dict[str, Any]) -> list[str]:
   ]
   if estimate['schedule']:
     by = "the compiler's cycles" if r['core_cycles'] else 'the limits of each kernel'
+    if uncounted := r['uncounted_instructions']:
+      by += f', {uncounted} unknown left out'
     lines.append(f'  schedule         {rate(estimate["schedule"])}: by {by}')
   return lines
 

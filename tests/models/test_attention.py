@@ -48,11 +48,14 @@ def test_equals_softmax_attention(shape, bias_rank):
     assert_close(actual, wanted, name=name)
 
 
-def test_what_accelerators_compute():
+@pytest.mark.parametrize('heads_of', [4, 128])
+@pytest.mark.parametrize('forward', [attention._forward_default, attention._forward_tpu])
+def test_what_accelerators_compute(forward, heads_of):
   """CPUs compute the sums of the softmax in the backward pass, others in the forward pass."""
-  inputs = _inputs(SMALL, 3)
-  g = np.random.default_rng(1).standard_normal(SMALL, np.float32)
-  value, log_total = attention._forward_default(*inputs)
+  shape = (*SMALL[:-1], heads_of)
+  inputs = _inputs(shape, 3)
+  g = np.random.default_rng(1).standard_normal(shape, np.float32)
+  value, log_total = forward(*inputs)
   gradients = attention._backward_default(*inputs, value, log_total, g)
   expected, expected_gradients = _value_and_gradients(_plain, inputs, g)
   assert_close(value, expected)

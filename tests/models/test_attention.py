@@ -63,6 +63,15 @@ def test_what_accelerators_compute(forward, heads_of):
     assert_close(actual, wanted, name=name)
 
 
+def test_sums_by_the_matrix_unit_in_bfloat16():
+  inputs = [x.astype(jnp.bfloat16) for x in _inputs(REAL, None)]
+  value, log_total = attention._forward_tpu(*inputs, None)
+  exact, exact_total = attention._forward_default(*(x.astype(np.float32) for x in inputs), None)
+  assert value.dtype == jnp.bfloat16
+  assert_close(value, exact, relative=0.01)
+  np.testing.assert_allclose(log_total, exact_total, atol=0.005)
+
+
 def test_no_array_of_all_pairs_is_kept_for_the_backward_pass():
   inputs = _inputs(SMALL, None)
   for function, pairs in ((attend, False), (_plain, True)):

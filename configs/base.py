@@ -270,7 +270,7 @@ def simmim(size: str, variant: str | None) -> ml_collections.ConfigDict:
   config.augment.crop_scale = (0.67, 1.0)
   config.batch_size = 2048
   config.optim.update(
-    base_lr=5e-5, warmup_start_lr=5e-7, warmup_epochs=10.0, b2=0.999, clip_norm=5.0
+    base_lr=5e-5, warmup_start_lr=2e-6, warmup_epochs=10.0, b2=0.999, clip_norm=5.0
   )
   if variant == 'debug':
     return debug(config)

@@ -3,10 +3,13 @@
   python -m hivit_jax.tools.summarize
   python -m hivit_jax.tools.summarize --models=hivit_base,swin_base --image_size=384
 
-Autoencoders are counted as they are pretrained: encoder on what it sees, decoder, loss.
+Autoencoders are counted as they are pretrained: encoder on what it sees, decoder, loss. Swin gets
+windows of a 32nd of --image_size, as published for 192, 224 and 384 pixels.
 """
 
 import json
+import math
+from typing import Any
 
 from absl import flags
 
@@ -22,16 +25,23 @@ _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a model instead 
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise UserError(f'unexpected argument "{argv[1]}"')
-  options = {}
+  size = None
   if _IMAGE_SIZE.value is not None:
     sides = [int(side) for side in _IMAGE_SIZE.value if side.isdecimal()]
     if not 0 < len(sides) == len(_IMAGE_SIZE.value) <= 2:
       raise UserError(
         f'--image_size={",".join(_IMAGE_SIZE.value)}: expected a side or HEIGHT,WIDTH'
       )
-    options['image_size'] = (sides[0], sides[-1])
-  rows = [summary(name, **options) for name in _MODELS.value or models.list_models()]
+    size = (sides[0], sides[-1])
+  rows = [summary(name, **_options(name, size)) for name in _MODELS.value or models.list_models()]
   print('\n'.join(map(json.dumps, rows)) if _JSON.value else format_table(rows))
+
+
+def _options(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
+  if size is None:
+    return {}
+  windows = {'window_size': max(1, math.gcd(*size) // 32)} if 'swin' in name else {}
+  return {'image_size': size, **windows}
 
 
 if __name__ == '__main__':

@@ -65,6 +65,14 @@ def test_as_a_table_and_as_json(forks):
   assert rows == [sizes.summary(name, image_size=(96, 192)) for name in ('hivit_tiny', 'vit_base')]
 
 
+@pytest.mark.parametrize('size', ['224', '384', '96,192'])
+def test_windows_follow_the_size(forks, size):
+  names = 'swin_tiny,simmim_swin_tiny'
+  done = forks('hivit_jax/tools/summarize.py', f'--image_size={size}', f'--models={names}')
+  assert done.status == 0, done.stderr
+  assert done.stdout.count('| swin_tiny |') == done.stdout.count('| simmim_swin_tiny |') == 1
+
+
 def test_mistakes(forks):
   tool = 'hivit_jax/tools/summarize.py'
   assert '--image_size=a: expected a side' in error_of(forks(tool, '--image_size=a'))

@@ -98,8 +98,8 @@ def attention(config: ml_collections.ConfigDict, device: Any = None) -> str:
     return 'xla'
   if compute_dtype(config, device.platform) == 'float32':
     raise UserError('config.model.attention=cudnn computes in bfloat16 only: config.model.dtype')
-  capability = getattr(device, 'compute_capability', '8.0')
-  if float(capability) < 8:
+  capability = str(getattr(device, 'compute_capability', '8.0'))
+  if not capability[:1].isdecimal() or float(capability) < 8:  # AMD's are names, such as gfx942
     raise UserError(
       f'config.model.attention=cudnn takes an NVIDIA GPU of compute capability 8.0 or more, not '
       f'{capability} ({device.device_kind}); =xla works everywhere'

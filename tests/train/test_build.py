@@ -51,11 +51,10 @@ def test_cudnn_is_for_nvidia_gpus_only():
   config.model.attention = 'cudnn'
   assert attention(config, gpu) == 'cudnn'
   assert attention(config) == 'xla'  # here
-  with pytest.raises(UserError, match=r'compute capability 8\.0 or more, not 7\.5 \(Tesla T4\)'):
-    attention(
-      config,
-      types.SimpleNamespace(**vars(gpu) | {'compute_capability': '7.5', 'device_kind': 'Tesla T4'}),
-    )
+  for capability in ('7.5', 'gfx942'):
+    other = types.SimpleNamespace(**vars(gpu) | {'compute_capability': capability})
+    with pytest.raises(UserError, match=rf'compute capability 8\.0 or more, not {capability} '):
+      attention(config, other)
   config.model.dtype = 'float32'
   with pytest.raises(UserError, match='attention=cudnn computes in bfloat16 only'):
     attention(config, gpu)

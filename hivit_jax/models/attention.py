@@ -6,12 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from hivit_jax.models.barriers import cpu_barrier
+from hivit_jax.models.precision import at_least_float32, widen
 
 IMPLEMENTATIONS = ('xla', 'cudnn')
 
 
+def _wide_einsum(equation, x, y):
+  return jnp.einsum(equation, x, y, preferred_element_type=at_least_float32(x.dtype))
+
+
 def _logits(q, k, bias):
-  logits = jnp.einsum('...qd,...kd->...qk', q, k, preferred_element_type=jnp.float32)
+  logits = _wide_einsum('...qd,...kd->...qk', q, k)
   return logits if bias is None else logits + bias
 
 
@@ -34,7 +39,7 @@ def attend(
       that all examples and windows share and N even, up to 128 channels a head in multiples of 8.
 
   Returns:
-    (..., heads, N, D). Logits and softmax are float32 whatever the inputs are; cuDNN gets the bias
+    (..., heads, N, D). Logits and softmax are at least float32; cuDNN gets the bias
     in their dtype.
   """
   if implementation == 'cudnn' and _fits_cudnn(q, bias):
@@ -94,7 +99,7 @@ def _weights(q, k, bias):
 
 
 def _weighted(weights, v):
-  return jnp.einsum('...qk,...kd->...qd', weights, v, preferred_element_type=jnp.float32)
+  return _wide_einsum('...qk,...kd->...qd', weights, v)
 
 
 def _normalise(out, largest, total, dtype):
@@ -130,7 +135,7 @@ def _backward_cpu(q, k, v, bias, out, log_total, g):
   logits = _logits_of_keys(q, k, bias)
   weights = jnp.exp(logits - logits.max(axis=-2, keepdims=True))
   total = weights.sum(axis=-2, keepdims=True).mT
-  return _gradients(weights, q, k, v, bias, out, (g.astype(jnp.float32) / total).astype(g.dtype))
+  return _gradients(weights, q, k, v, bias, out, (widen(g) / total).astype(g.dtype))
 
 
 def _logits_of_keys(q, k, bias):
@@ -144,9 +149,9 @@ def _gradients(weights, q, k, v, bias, out, g):
   # The weights of a query need not add up to 1 if its row of g is divided by their sum.
   dv = jnp.einsum('...kq,...qd->...kd', weights.astype(g.dtype), g)
   # Barriers: a product into which XLA fuses elementwise work is its slow one.
-  dweights = cpu_barrier(jnp.einsum('...kd,...qd->...kq', v, g, preferred_element_type=jnp.float32))
+  dweights = cpu_barrier(_wide_einsum('...kd,...qd->...kq', v, g))
   # sum_k weights * dweights, without the (N, N) product
-  mean = cpu_barrier((out.astype(jnp.float32) * g.astype(jnp.float32)).sum(axis=-1, keepdims=True))
+  mean = cpu_barrier((widen(out) * widen(g)).sum(axis=-1, keepdims=True))
   dlogits = weights * (dweights - mean.mT)
   dbias = None
   if bias is not None:

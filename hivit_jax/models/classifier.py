@@ -1,12 +1,13 @@
 """What makes an encoder a classifier."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.models import layers
+from hivit_jax.models.precision import at_least_float32
 
 
 class Classifier:
@@ -18,17 +19,25 @@ class Classifier:
     std: standard deviation of the Linear's initial weights.
     batch_norm: a BatchNorm without scale and bias before the Linear: that of MAE's linear probe
       (arXiv 2111.06377, appendix A).
+    dtype: of the encoder's computation; the head computes in at least float32.
   """
 
   pooled: Callable[..., jax.Array]
   fc_norm: nnx.Module | None = None
 
   def _add_head(
-    self, width: int, num_classes: int, *, std: float, batch_norm: bool, rngs: nnx.Rngs
+    self,
+    width: int,
+    num_classes: int,
+    *,
+    std: float,
+    batch_norm: bool,
+    rngs: nnx.Rngs,
+    dtype: Any,
   ) -> None:
     self.head_norm = layers.batch_norm(width, rngs=rngs) if batch_norm else None
     # Not in bfloat16, in which several logits would be the largest.
-    self.head = layers.linear(width, num_classes, std=std, rngs=rngs, dtype=jnp.float32)
+    self.head = layers.linear(width, num_classes, std=std, rngs=rngs, dtype=at_least_float32(dtype))
 
   def __call__(
     self, images: jax.Array, *, noise: jax.Array | None = None, train: bool = False

@@ -20,6 +20,7 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.models import classifier, layers, resize, windows
+from hivit_jax.models.gather import gather_shared, gather_units
 
 UNIT = 16  # pixels: side of a unit, the stride of the tokens
 PATCH = 4  # pixels: side of a sub-patch
@@ -56,11 +57,6 @@ def join_units(units: jax.Array, grid: tuple[int, int]) -> jax.Array:
   b, _, side, _, c = units.shape
   x = units.reshape(b, *grid, side, side, c).swapaxes(2, 3)
   return x.reshape(b, grid[0] * side, grid[1] * side, c)
-
-
-def gather_units(units: jax.Array, ids: jax.Array) -> jax.Array:
-  """Picks units: (B, N, ...) and (B, K) -> (B, K, ...)."""
-  return jnp.take_along_axis(units, ids.reshape(*ids.shape, *(1,) * (units.ndim - 2)), axis=1)
 
 
 def unit_patches(units: jax.Array) -> jax.Array:
@@ -260,7 +256,7 @@ class HiViTEncoder(layers.StochasticDepth, nnx.Module):
     position = self.absolute_pos_embed[...]
     if ids is not None:
       units = gather_units(units, ids)
-      position = position[0][ids]  # (B, K, C)
+      position = gather_shared(position[0], ids)  # (B, K, C)
     x = self.patch_embed(units)
 
     rates = self.drop_path_rates
@@ -280,7 +276,7 @@ class HiViTEncoder(layers.StochasticDepth, nnx.Module):
       stages.append(x)
       start += depth
       x = self.blocks[start + i](x)
-    x = x[:, :, 0] + position.astype(x.dtype)
+    x = layers.add_parameter(x[:, :, 0], position)
     x = layers.apply_blocks(
       self.blocks[start + 2 :],
       x,
@@ -366,7 +362,7 @@ class HiViTEncoder(layers.StochasticDepth, nnx.Module):
     position = resize.position_embedding(
       self.absolute_pos_embed[...], self.grid, grid, overhang=OVERHANG
     )
-    x = x[:, :, 0] + position.astype(x.dtype)
+    x = layers.add_parameter(x[:, :, 0], position)
     start = first + second
     local = [window_size is not None and i not in global_blocks for i in range(self.depths[2])]
     for is_local, run in itertools.groupby(range(self.depths[2]), key=local.__getitem__):
@@ -459,7 +455,9 @@ class HiViT(HiViTEncoder, classifier.Classifier):
       rngs=rngs,
     )
     self.fc_norm = layers.layer_norm(embed_dim, rngs=rngs, dtype=dtype)
-    self._add_head(embed_dim, num_classes, std=head_std, batch_norm=head_batch_norm, rngs=rngs)
+    self._add_head(
+      embed_dim, num_classes, std=head_std, batch_norm=head_batch_norm, rngs=rngs, dtype=dtype
+    )
 
   def pooled(self, images: jax.Array, *, noise: jax.Array | None = None) -> jax.Array:
     """(B, H, W, channels) normalised images -> (B, C) mean of the main stage's tokens."""

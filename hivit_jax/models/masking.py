@@ -11,7 +11,9 @@ from jax import core
 
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers, positions
-from hivit_jax.models.hivit import UNIT, gather_units, split_units
+from hivit_jax.models.gather import gather_units
+from hivit_jax.models.hivit import UNIT, split_units
+from hivit_jax.models.precision import widen
 
 
 @struct.dataclass
@@ -155,7 +157,8 @@ class MaskedDecoder:
     others, x = x[:, : self.class_tokens], x[:, self.class_tokens :]
     b, k, c = x.shape
     n = ids_restore.shape[1]
-    token = jnp.broadcast_to(self.mask_token[...].astype(x.dtype), (b, n - k, c))
+    # Repeated before it is rounded, so that its gradient is summed in float32.
+    token = jnp.broadcast_to(self.mask_token[...], (b, n - k, c)).astype(x.dtype)
     x = gather_units(jnp.concatenate([x, token], axis=1), ids_restore)
     if self.class_tokens:
       x = jnp.concatenate([others, x], axis=1)
@@ -169,7 +172,7 @@ class MaskedDecoder:
       scan=self.scan,
     )
     x = self.decoder_norm(x)[:, self.class_tokens :]
-    return self.decoder_pred(x).astype(jnp.float32)
+    return widen(self.decoder_pred(x))
 
   def masking_noise(self, rng: jax.Array, batch: int) -> jax.Array:
     """Uniform numbers that decide which units of a batch are kept: (batch, N)."""
@@ -177,7 +180,7 @@ class MaskedDecoder:
 
   def target(self, images: jax.Array) -> jax.Array:
     """(B, H, W, channels) normalised images -> (B, N, 16 * 16 * channels) what `pred` should be."""
-    units = split_units(images.astype(jnp.float32))
+    units = split_units(widen(images))
     target = units.reshape(*units.shape[:2], -1)
     if self.norm_pix_loss:
       mean, variance = unit_moments(target)

@@ -1,8 +1,12 @@
 """Position information: fixed sin-cos embeddings and relative position bias indices."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from hivit_jax.models import resize
+from hivit_jax.models.gather import gather_pairs
 
 
 def sincos_2d(dim: int, grid: tuple[int, int], class_tokens: int = 0) -> np.ndarray:
@@ -62,9 +66,17 @@ def relative_position_bias(table: jax.Array, grid: tuple[int, int], ids: jax.Arr
   Returns:
     (heads, N, N) without ids, (B, heads, K, K) with.
   """
-  if ids is None:
-    # The index is a constant of the program, not of the model.
-    index = relative_position_index(np.arange(grid[0] * grid[1]), grid)
-  else:
-    index = relative_position_index(ids, grid)
-  return jnp.moveaxis(table[index], -1, -3)
+  rows, columns = grid
+  # Not table[index]: the derivative would add up all pairs of one offset by a scatter. Products
+  # with two small matrices of zeros and ones pick and add in a fixed order.
+  bias = resize.apply_separable(_pairs_of_offset(rows), _pairs_of_offset(columns), table[None])
+  bias = bias.reshape(rows, rows, columns, columns, -1).transpose(4, 0, 2, 1, 3)
+  bias = bias.reshape(-1, rows * columns, rows * columns)
+  return bias if ids is None else gather_pairs(bias, ids)
+
+
+@functools.cache
+def _pairs_of_offset(count: int) -> np.ndarray:
+  """(count * count, 2 * count - 1): 1 where query i and key j of a row are i - j cells apart."""
+  offset = np.arange(count)[:, None] - np.arange(count) + count - 1
+  return np.eye(2 * count - 1)[offset.reshape(-1)]

@@ -33,7 +33,7 @@ def position_embedding(
   if source == target:
     return embedding
   rows, columns = (_bicubic_matrix(*sides, overhang) for sides in zip(source, target, strict=True))
-  return _apply(rows, columns, embedding)
+  return apply_separable(rows, columns, embedding)
 
 
 def bias_table(table: Any, source: tuple[int, int], target: tuple[int, int]) -> Any:
@@ -52,11 +52,17 @@ def bias_table(table: Any, source: tuple[int, int], target: tuple[int, int]) -> 
   if source == target:
     return table
   rows, columns = (_offset_matrix(*sides) for sides in zip(source, target, strict=True))
-  return _apply(rows, columns, table[None])[0]
+  return apply_separable(rows, columns, table[None])[0]
 
 
-def _apply(rows: np.ndarray, columns: np.ndarray, values: Any) -> Any:
-  """(b, h * w, c) -> (b, H * W, c) with `rows` (H, h) and `columns` (W, w)."""
+def apply_separable(rows: np.ndarray, columns: np.ndarray, values: Any) -> Any:
+  """Multiplies rows and columns of a grid: (b, h * w, c) -> (b, H * W, c).
+
+  Args:
+    rows: (H, h) constant.
+    columns: (W, w) constant.
+    values: (b, h * w, c) numpy or JAX array.
+  """
   b, _, c = values.shape
   on_host = isinstance(values, np.ndarray)
   product = np.matmul if on_host else functools.partial(jnp.matmul, precision='highest')

@@ -11,6 +11,7 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers
 from hivit_jax.models.masking import MAEOutput, random_masking
+from hivit_jax.models.precision import widen
 from hivit_jax.models.swin import PATCH, SwinEncoder
 
 _LOSS_EPS = 1e-5
@@ -130,8 +131,8 @@ class SimMIM(nnx.Module):
     x = layers.convolve_patches(self.decoder[0], x.reshape(b, h * w, c), x.dtype)
     side, channels = self.unit, self.channels
     # The channels of a pixel shuffle are (channel, row, column).
-    pred = jnp.moveaxis(x.astype(jnp.float32).reshape(b, h * w, channels, side, side), 2, -1)
-    target = images.astype(jnp.float32).reshape(b, h, side, w, side, channels).swapaxes(2, 3)
+    pred = jnp.moveaxis(widen(x).reshape(b, h * w, channels, side, side), 2, -1)
+    target = widen(images).reshape(b, h, side, w, side, channels).swapaxes(2, 3)
     cells = side // PATCH
     hidden = (
       mask.reshape(b, h, cells, w, cells).swapaxes(2, 3).reshape(b, h * w, cells, 1, cells, 1)

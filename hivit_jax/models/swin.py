@@ -16,6 +16,7 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers
 from hivit_jax.models.classifier import Classifier
+from hivit_jax.models.precision import widen
 
 PATCH = 4  # pixels
 LAYER_NORM_EPS = 1e-5
@@ -285,8 +286,8 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
       )
     x = self.patch_embed(images)
     if mask is not None:
-      hidden = mask[..., None].astype(x.dtype)
-      x = x * (1 - hidden) + self.mask_token[...].astype(x.dtype) * hidden
+      # The token rounded last, so that its gradient is summed in float32.
+      x = jnp.where(mask[..., None] > 0, self.mask_token[...], widen(x)).astype(x.dtype)
     rates = self.drop_path_rates
     noise = None if noise is None else jnp.moveaxis(noise, 1, 0)  # (blocks, B, 2)
     maps = []
@@ -353,7 +354,9 @@ class Swin(SwinEncoder, Classifier):
       dtype=dtype,
       rngs=rngs,
     )
-    self._add_head(self.features, num_classes, std=head_std, batch_norm=head_batch_norm, rngs=rngs)
+    self._add_head(
+      self.features, num_classes, std=head_std, batch_norm=head_batch_norm, rngs=rngs, dtype=dtype
+    )
 
   def pooled(self, images: jax.Array, *, noise: jax.Array | None = None) -> jax.Array:
     """(B, H, W, channels) normalised images -> (B, C) mean of the last map."""

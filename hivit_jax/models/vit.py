@@ -14,7 +14,8 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers, positions
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.models.hivit import UNIT, gather_units, split_units, unit_grid
+from hivit_jax.models.gather import gather_shared, gather_units
+from hivit_jax.models.hivit import UNIT, split_units, unit_grid
 from hivit_jax.models.masking import MaskedDecoder
 
 
@@ -126,11 +127,11 @@ class ViTEncoder(layers.StochasticDepth, nnx.Module):
     of_class, of_patches = position[:, :1], position[:, 1:]
     if ids is not None:
       units = gather_units(units, ids)
-      of_patches = of_patches[0][ids]  # (B, K, C)
+      of_patches = gather_shared(of_patches[0], ids)  # (B, K, C)
     x = self.patch_embed(units)
-    x = x + of_patches.astype(x.dtype)
-    first = (self.cls_token[...] + of_class).astype(x.dtype)
-    x = jnp.concatenate([jnp.broadcast_to(first, (len(x), *first.shape[1:])), x], axis=1)
+    x = layers.add_parameter(x, of_patches)
+    first = jnp.broadcast_to(self.cls_token[...] + of_class, (len(x), 1, self.embed_dim))
+    x = jnp.concatenate([first.astype(x.dtype), x], axis=1)
     return layers.apply_blocks(
       self.blocks,
       x,
@@ -185,7 +186,9 @@ class ViT(ViTEncoder, Classifier):
       rngs=rngs,
     )
     self.fc_norm = layers.layer_norm(embed_dim, rngs=rngs, dtype=dtype)
-    self._add_head(embed_dim, num_classes, std=head_std, batch_norm=head_batch_norm, rngs=rngs)
+    self._add_head(
+      embed_dim, num_classes, std=head_std, batch_norm=head_batch_norm, rngs=rngs, dtype=dtype
+    )
 
   def pooled(self, images: jax.Array, *, noise: jax.Array | None = None) -> jax.Array:
     """(B, H, W, channels) normalised images -> (B, C) mean of the patches' tokens."""

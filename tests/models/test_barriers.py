@@ -24,7 +24,7 @@ def test_xla_keeps_barriers_of_training_steps():
 
 def test_the_gradient_of_a_weight_waits_for_that_of_the_input():
   def loss(x, kernel):
-    return jnp.square(layers._product(x, kernel)).sum()
+    return jnp.square(layers._affine(x, kernel, None)).sum()
 
   text = compiled(jax.grad(loss, argnums=(0, 1)), jnp.ones((64, 32)), jnp.ones((32, 48)))
   # Its other operand comes out of a barrier together with the input's gradient.

@@ -20,9 +20,13 @@ from tests.helpers import (
 )
 
 
-@pytest.mark.parametrize('scan', [False, True])
+# As in test_golden: the same on every processor in float64, and near it in float32.
+@pytest.mark.parametrize(
+  ('dtype', 'scan', 'tolerance'),
+  [('float64', False, 1e-5), ('float64', True, 1e-5), ('float32', False, 5e-5)],
+)
 @pytest.mark.parametrize('task', ['detection', 'segmentation'])
-def test_features_are_those_of_the_official_code(task, scan):
+def test_features_are_those_of_the_official_code(task, dtype, scan, tolerance):
   config, arrays = load_golden(f'{task}_backbone.npz')
   keys = ('embed_dim', 'depths', 'num_heads', 'stem_mlp_ratio', 'mlp_ratio', 'rpe')
   graphdef, abstract = abstract_model(
@@ -33,14 +37,19 @@ def test_features_are_those_of_the_official_code(task, scan):
     global_blocks=config.get('global_indices', ()),
     level_norms=task == 'detection',
     scan=scan,
+    dtype=dtype,
     **{key: config[key] for key in keys},
   )
   unused = {'relative_position_index'} if config['rpe'] else set()
   params = golden_params(abstract, arrays, unused)
-  images = arrays['image_nchw'].transpose(0, 2, 3, 1)
-  maps = jax.jit(lambda params: nnx.merge(graphdef, params)(images))(params)
+  images = arrays['image_nchw'].transpose(0, 2, 3, 1).astype(dtype)
+  with jax.enable_x64(dtype == 'float64'):
+    params = jax.tree.map(lambda x: np.asarray(x, dtype), params)
+    maps = jax.jit(lambda params: nnx.merge(graphdef, params)(images))(params)
   for i, feature in enumerate(maps):
-    assert_close(feature, arrays[f'feature_{i}'].transpose(0, 2, 3, 1), name=f'feature_{i}')
+    assert feature.dtype == dtype
+    expected = arrays[f'feature_{i}'].transpose(0, 2, 3, 1)
+    assert_close(feature, expected, name=f'feature_{i}', relative=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,13 @@
-"""Agreement with the official PyTorch code, to 1e-5 of each array's largest magnitude."""
+"""Agreement with the official PyTorch code, as a share of each array's largest magnitude.
+
+In float64 to 1e-5, which leaves nothing but the rounding of the golden files, made in float32: the
+same on every processor. In float32, as models are used, to 5e-5: processors round differently.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -20,78 +26,98 @@ from tests.helpers import (
 
 # The other forms' outputs and gradients are compared with the plain one's in test_hivit, test_mae.
 SCAN_REMAT = {'scan': True, 'remat': True}
+TOLERANCE = {'float64': 1e-5, 'float32': 5e-5}
 
 
-def _check_gradients(grads, arrays, unused=frozenset()):
-  grads = torch_gradients(grads)
-  expected = {k.removeprefix('grad/'): v for k, v in arrays.items() if k.startswith('grad/')}
-  assert set(grads) - set(expected) == unused
-  for name, value in expected.items():
-    assert_close(grads[name], value, name=name)
-  for name in unused:
-    assert not grads[name].any(), name
+def cases(*names_and_options: tuple[str, Mapping[str, Any]]) -> pytest.MarkDecorator:
+  """Each case in float64, the plain ones in float32 too."""
+  found = []
+  for name, options in names_and_options:
+    for dtype in ['float64', 'float32'][: 1 if options else 2]:
+      label = '-'.join([name, '+'.join(options) or 'plain', dtype])
+      found.append(pytest.param(name, options, dtype, id=label))
+  return pytest.mark.parametrize(('name', 'options', 'dtype'), found)
 
 
-@pytest.mark.parametrize(
-  ('name', 'options'),
-  [('hivit_rpe', {}), ('hivit_norpe', {}), ('hivit_rpe', SCAN_REMAT)],
-  ids=lambda value: value if isinstance(value, str) else '+'.join(value) or 'plain',
-)
-def test_classifier(name, options):
+class Golden:
+  """One of our models with the parameters of a golden file, and the arrays of the file."""
+
+  def __init__(self, model: str, config: dict, arrays: dict, dtype: str, unused=frozenset()):
+    self.arrays, self.dtype = arrays, dtype
+    size = config.pop('img_size')
+    self._graphdef, abstract = abstract_model(model, image_size=size, dtype=dtype, **config)
+    self._params = golden_params(abstract, arrays, set(unused))
+
+  @property
+  def images(self) -> np.ndarray:
+    return self.arrays['image_nchw'].transpose(0, 2, 3, 1).astype(self.dtype)
+
+  def gradients(self, loss) -> tuple[dict, Any]:
+    """Of `loss(model) -> (value, results)`, with the results; float64 from beginning to end."""
+    with jax.enable_x64(self.dtype == 'float64'):
+      params = jax.tree.map(lambda x: np.asarray(x, self.dtype), self._params)
+      derived = jax.grad(lambda params: loss(nnx.merge(self._graphdef, params)), has_aux=True)
+      grads, results = jax.device_get(jax.jit(derived)(params))
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {np.dtype(self.dtype)}
+    return grads, results
+
+  def check(self, name: str, value: Any) -> None:
+    assert_close(value, self.arrays[name], name=name, relative=TOLERANCE[self.dtype])
+
+  def check_gradients(self, grads: dict, unused=frozenset()) -> None:
+    grads = {f'grad/{name}': value for name, value in torch_gradients(grads).items()}
+    unused = {f'grad/{name}' for name in unused}
+    assert set(grads) - unused == {name for name in self.arrays if name.startswith('grad/')}
+    for name, value in grads.items():
+      if name in unused:
+        assert not value.any(), name
+      else:
+        self.check(name, value)
+
+
+@cases(('hivit_rpe', {}), ('hivit_norpe', {}), ('hivit_rpe', SCAN_REMAT))
+def test_classifier(name, options, dtype):
   config, arrays = load_golden(f'{name}.npz')
   config.pop('ape')
-  graphdef, abstract = abstract_model(
-    'hivit_tiny', image_size=config.pop('img_size'), **config, **options
-  )
   unused = {'relative_position_index'} if config['rpe'] else set()
-  params = golden_params(abstract, arrays, unused)
-  images = arrays['image_nchw'].transpose(0, 2, 3, 1)
+  golden = Golden('hivit_tiny', config | options, arrays, dtype, unused)
 
-  def loss(params):
-    model = nnx.merge(graphdef, params)
-    logits = model(images)
-    return (logits * arrays['logit_weights']).sum(), (logits, model.encode(images))
+  def loss(model):
+    logits = model(golden.images)
+    return (logits * arrays['logit_weights']).sum(), (logits, model.encode(golden.images))
 
-  grads, (logits, stages) = jax.jit(jax.grad(loss, has_aux=True))(params)
-  assert_close(to_rows_and_columns(stages[0]), arrays['stage1'], name='stage1')
-  assert_close(to_rows_and_columns(stages[1]), arrays['stage2'], name='stage2')
-  assert_close(stages[2], arrays['tokens'], name='tokens')
-  assert_close(logits, arrays['logits'], name='logits')
-  _check_gradients(grads, arrays)
+  grads, (logits, stages) = golden.gradients(loss)
+  golden.check('stage1', to_rows_and_columns(stages[0]))
+  golden.check('stage2', to_rows_and_columns(stages[1]))
+  golden.check('tokens', stages[2])
+  golden.check('logits', logits)
+  golden.check_gradients(grads)
 
 
-@pytest.mark.parametrize(
-  ('name', 'options'),
-  [
-    ('mae_hifeat_normpix', {}),
-    ('mae_hifeat_rawpix_r60', {}),
-    ('mae_rpe_nohifeat', {}),
-    ('mae_rpe_nohifeat', SCAN_REMAT),
-  ],
-  ids=lambda value: value if isinstance(value, str) else '+'.join(value) or 'plain',
+@cases(
+  ('mae_hifeat_normpix', {}),
+  ('mae_hifeat_rawpix_r60', {}),
+  ('mae_rpe_nohifeat', {}),
+  ('mae_rpe_nohifeat', SCAN_REMAT),
 )
-def test_mae(name, options):
+def test_mae(name, options, dtype):
   config, arrays = load_golden(f'{name}.npz')
-  graphdef, abstract = abstract_model(
-    'mae_hivit_tiny', image_size=config.pop('img_size'), **config, **options
-  )
   unused = {'relative_position_index'} if config['rpe'] else set()
   if not config['hifeat']:  # in the file, but the official code never applies it
     unused |= {'norm.weight', 'norm.bias'}
-  params = golden_params(abstract, arrays, unused)
-  images = arrays['image_nchw'].transpose(0, 2, 3, 1)
+  golden = Golden('mae_hivit_tiny', config | options, arrays, dtype, unused)
 
-  def loss(params):
-    out = nnx.merge(graphdef, params)(images, noise=arrays['noise'])
+  def loss(model):
+    out = model(golden.images, noise=arrays['noise'])
     return out.loss, out
 
-  grads, out = jax.jit(jax.grad(loss, has_aux=True))(params)
+  grads, out = golden.gradients(loss)
   np.testing.assert_array_equal(out.ids_keep, arrays['ids_keep'])
   np.testing.assert_array_equal(out.ids_restore, arrays['ids_restore'])
   np.testing.assert_array_equal(out.mask, arrays['mask'])
-  assert_close(out.pred, arrays['pred'], name='pred')
-  assert_close(out.loss, arrays['loss'], name='loss')
-  _check_gradients(grads, arrays, unused={'decoder_pos_embed'})
+  golden.check('pred', out.pred)
+  golden.check('loss', out.loss)
+  golden.check_gradients(grads, unused={'decoder_pos_embed'})
 
 
 def _buffers(arrays):
@@ -112,67 +138,54 @@ def _use_masks_of(arrays, config, monkeypatch):
   monkeypatch.setattr(swin, 'shift_mask', lambda grid, *_: masks[grid])
 
 
-@pytest.mark.parametrize('options', [{}, SCAN_REMAT], ids=['plain', 'scan+remat'])
-def test_mae_of_vit(options):
-  config, arrays = load_golden('vit_mae.npz')
+@cases(('vit_mae', {}), ('vit_mae', SCAN_REMAT))
+def test_mae_of_vit(name, options, dtype):
+  config, arrays = load_golden(f'{name}.npz')
   config.pop('patch_size')
-  graphdef, abstract = abstract_model(
-    'mae_vit_base', image_size=config.pop('img_size'), **config, **options
-  )
-  params = golden_params(abstract, arrays, set())
+  golden = Golden('mae_vit_base', config | options, arrays, dtype)
 
-  def loss(params):
-    out = nnx.merge(graphdef, params)(
-      arrays['image_nchw'].transpose(0, 2, 3, 1), noise=arrays['noise']
-    )
+  def loss(model):
+    out = model(golden.images, noise=arrays['noise'])
     return out.loss, out
 
-  grads, out = jax.jit(jax.grad(loss, has_aux=True))(params)
+  grads, out = golden.gradients(loss)
   np.testing.assert_array_equal(out.mask, arrays['mask'])
-  assert_close(out.pred, arrays['pred'], name='pred')
-  assert_close(out.loss, arrays['loss'], name='loss')
-  _check_gradients(grads, arrays, unused={'decoder_pos_embed', 'pos_embed'})
+  golden.check('pred', out.pred)
+  golden.check('loss', out.loss)
+  golden.check_gradients(grads, unused={'decoder_pos_embed', 'pos_embed'})
 
 
-@pytest.mark.parametrize('options', [{}, {'remat': True}], ids=['plain', 'remat'])
-def test_swin(options, monkeypatch):
-  config, arrays = load_golden('swin.npz')
+@cases(('swin', {}), ('swin', {'remat': True}))
+def test_swin(name, options, dtype, monkeypatch):
+  config, arrays = load_golden(f'{name}.npz')
   _use_masks_of(arrays, config, monkeypatch)
   config.pop('patch_size')
-  graphdef, abstract = abstract_model(
-    'swin_tiny', image_size=config.pop('img_size'), **config, **options
-  )
-  params = golden_params(abstract, arrays, _buffers(arrays))
+  golden = Golden('swin_tiny', config | options, arrays, dtype, _buffers(arrays))
 
-  def loss(params):
-    logits = nnx.merge(graphdef, params)(arrays['image_nchw'].transpose(0, 2, 3, 1))
+  def loss(model):
+    logits = model(golden.images)
     return (logits * arrays['logit_weights']).sum(), logits
 
-  grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
-  assert_close(logits, arrays['logits'], name='logits')
-  _check_gradients(grads, arrays)
+  grads, logits = golden.gradients(loss)
+  golden.check('logits', logits)
+  golden.check_gradients(grads)
 
 
-def test_simmim(monkeypatch):
-  """In float64: of 1e-5, rounding takes 9e-6 in the file and would take 7e-6 here in float32."""
-  config, arrays = load_golden('simmim_swin.npz')
+@cases(('simmim_swin', {}))
+def test_simmim(name, options, dtype, monkeypatch):
+  config, arrays = load_golden(f'{name}.npz')
   _use_masks_of(arrays, config, monkeypatch)
-  for name in ('patch_size', 'num_classes', 'encoder_stride'):
-    config.pop(name)
-  graphdef, abstract = abstract_model(
-    'simmim_swin_tiny', image_size=config.pop('img_size'), dtype=jnp.float64, **config
-  )
-  params = golden_params(abstract, arrays, _buffers(arrays))
-  images = arrays['image_nchw'].transpose(0, 2, 3, 1)
+  for key in ('patch_size', 'num_classes', 'encoder_stride'):
+    config.pop(key)
+  golden = Golden('simmim_swin_tiny', config | options, arrays, dtype, _buffers(arrays))
 
-  def loss(params):
-    return nnx.merge(graphdef, params).reconstruct(images, arrays['mask'])[1]
+  def loss(model):
+    value = model.reconstruct(golden.images, arrays['mask'])[1]
+    return value, value
 
-  with jax.enable_x64(True):
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
-    value, grads = jax.jit(jax.value_and_grad(loss))(params)
-  assert_close(value, arrays['loss'], name='loss')
-  _check_gradients(grads, arrays)
+  grads, value = golden.gradients(loss)
+  golden.check('loss', value)
+  golden.check_gradients(grads)
 
 
 def test_sincos():

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from PIL import Image
 
 from hivit_jax.interop import torch_names
 from hivit_jax.train.checkpoint import load_params
+from tests import patience
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 40
@@ -33,7 +33,7 @@ SETTINGS = {
   'optim.lr': 1e-3,
   'optim.warmup_epochs': 1.0,
 }
-_PATIENCE = 600  # seconds, for machines that are busy with other things
+_PATIENCE = 300  # seconds on an idle machine
 # No two runs agree in them.
 TIMING = (
   *('train/images_per_second', 'train/data_wait_fraction'),
@@ -190,18 +190,28 @@ class Process:
 
   def wait_until(self, condition: Callable[[], bool], name: str) -> None:
     """Returns when the condition holds; fails if the process ends before."""
-    deadline = time.monotonic() + _PATIENCE
-    while not condition():
-      assert self._process.poll() is None, f'ended before "{name}":\n{self.output()}'
-      assert time.monotonic() < deadline, f'no "{name}" in time:\n{self.output()}'
-      time.sleep(0.002)
+
+    def decided() -> bool:
+      # The state first: what a process has done before it ended counts.
+      ended = self._process.poll() is not None
+      return condition() or ended
+
+    in_time = patience.wait_until(decided, _PATIENCE, interval=0.002)
+    assert in_time, f'no "{name}" in time:\n{self.output()}'
+    assert condition(), f'ended before "{name}":\n{self.output()}'
 
   def send(self, number: signal.Signals) -> None:
     self._process.send_signal(number)
 
   def wait(self, seconds: float = _PATIENCE) -> int:
-    """Exit status; minus the signal's number if a signal ended it."""
-    return self._process.wait(timeout=seconds)
+    """Exit status; minus the signal's number if a signal ended it.
+
+    Args:
+      seconds: that it may take on an idle machine.
+    """
+    ended = patience.wait_until(lambda: self._process.poll() is not None, seconds)
+    assert ended, f'still running:\n{self.output()}'
+    return self._process.wait()
 
 
 class Ended(NamedTuple):
@@ -231,7 +241,11 @@ class Forks:
 
   def __call__(self, *program: str, **environment: str) -> Ended:
     """Runs a Python file, named from the root of the repository, or `-m` a module, to its end."""
-    job = {'program': program, 'environment': environment, 'seconds': _PATIENCE} | self._files
+    job = {
+      'program': program,
+      'environment': environment,
+      'seconds': int(patience.limit(_PATIENCE)),
+    } | self._files
     self._server.stdin.write(json.dumps(job) + '\n')
     self._server.stdin.flush()
     status = int(self._server.stdout.readline())

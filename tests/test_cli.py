@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests import patience
 from tests.runs import ROOT, Ended, content, error_of
 
 DEBUG = '--config=configs/demo.py:debug'
@@ -157,7 +158,7 @@ def test_the_default_workdir_is_named_after_config_and_variant(main, tmp_path):
     env=os.environ | {'PYTHONPATH': str(ROOT)},
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=patience.limit(120),
   )
   assert f'{tmp_path}/workdirs/demo_debug: Not a directory' in error_of(
     Ended(done.returncode, done.stderr)
@@ -244,7 +245,9 @@ def test_a_mistake_in_a_config_file_is_told_with_its_line(main, tmp_path, text, 
 def test_help_is_quick_and_names_the_flags():
   before = resource.getrusage(resource.RUSAGE_CHILDREN)
   command = [sys.executable, '-X', 'importtime', 'main.py', '--help']
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+  done = subprocess.run(
+    command, cwd=ROOT, capture_output=True, text=True, timeout=patience.limit(60)
+  )
   after = resource.getrusage(resource.RUSAGE_CHILDREN)
   assert '--config' in done.stdout
   assert '--workdir' in done.stdout
@@ -260,7 +263,7 @@ def test_a_process_of_its_own_ends_in_the_same_way(tmp_path):
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=patience.limit(60),
   )
   assert error_of(Ended(done.returncode, done.stderr)).startswith('--config.typo: config has no')
   assert done.stdout == ''

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests import patience
+
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'hivit_jax'
 OURS = sorted([*PACKAGE.rglob('*.py'), *(ROOT / 'configs').glob('*.py'), ROOT / 'main.py'])
@@ -161,7 +163,11 @@ def loaded(statement: str, modules: set[str]) -> list[str]:
   """Which of the modules a fresh interpreter has loaded after a statement."""
   script = f'{statement}; import sys; print(*({modules} & set(sys.modules)))'
   done = subprocess.run(
-    [sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, timeout=120
+    [sys.executable, '-c', script],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=patience.limit(120),
   )
   assert done.returncode == 0, done.stderr
   return done.stdout.split()

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import patience
 from tests.runs import (
   ROOT,
   STEPS,
@@ -327,7 +328,7 @@ def test_ctrl_c_in_a_terminal_stops_a_run_with_worker_processes(runs, finished, 
       if 'images/s' in shown and not asked:
         os.write(ours, b'\x03')
   os.close(ours)
-  assert process.wait(timeout=60) == 143, shown
+  assert process.wait(timeout=patience.limit(60)) == 143, shown
   assert re.search(r'\d+/1000000, loss [\d.]+, images/s \d+', shown)
   lines = shown.splitlines()
   assert stopped_at(lines[-1], 'SIGINT', workdir) > STEPS

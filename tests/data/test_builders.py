@@ -18,6 +18,7 @@ from hivit_jax.data.builders.packages import package_file
 from hivit_jax.data.builders.photo_tiles import PhotoTiles
 from hivit_jax.data.sources import open_source
 from hivit_jax.errors import UserError
+from tests import patience
 from tests.data.imagenet_tars import write_tars
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +134,7 @@ def test_processes_that_prepare_at_once_do_not_break_each_other(tmp_path):
     subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(4)
   ]
-  results = [(*racer.communicate(timeout=60), racer.returncode) for racer in racers]
+  results = [(*racer.communicate(timeout=patience.limit(60)), racer.returncode) for racer in racers]
   assert results == [results[0]] * 4
   assert results[0][0].startswith('1442 ')
   assert results[0][1:] == ('', 0)
@@ -205,7 +206,9 @@ except UserError as error:
   print(error)
 """
   command = [sys.executable, '-W', 'error', '-c', code, str(tmp_path)]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+  done = subprocess.run(
+    command, cwd=ROOT, capture_output=True, text=True, timeout=patience.limit(60)
+  )
   assert done.stderr == ''
   assert re.fullmatch(r'cannot write .*digits-train.*: .*File too large; mend.*\n', done.stdout)
   assert len(open_source('digits', 'train', str(tmp_path))) == 1442

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -21,6 +20,8 @@ from hivit_jax.data.builders.digits import Digits
 from hivit_jax.data.pipeline import eval_loader, train_loader
 from hivit_jax.data.sources import open_source
 from hivit_jax.errors import UserError
+from tests import patience
+from tests.patience import wait_until
 
 
 def encode(index: int) -> bytes:
@@ -376,19 +377,12 @@ def prefetch_threads() -> list[str]:
   return [t.name for t in threading.enumerate() if t.name.startswith('grain-prefetch')]
 
 
-def wait_until(condition, seconds: float = 20) -> bool:
-  end = time.monotonic() + seconds
-  while not condition() and time.monotonic() < end:
-    time.sleep(0.02)
-  return condition()
-
-
 def test_error_in_a_transform_surfaces_with_the_name_of_the_example():
   loader = train_loader(MemorySource(50), fail_on_30, batch_size=50, seed=0)
   with pytest.raises(RuntimeError, match=r'thing/30\.png: LookupError: .*no such colour') as caught:
     next(loader)
   assert isinstance(caught.value.__cause__, LookupError)
-  assert wait_until(lambda: not prefetch_threads())
+  assert wait_until(lambda: not prefetch_threads(), seconds=20)
 
 
 def test_close_ends_the_threads_and_the_iterator():
@@ -398,12 +392,12 @@ def test_close_ends_the_threads_and_the_iterator():
   loader.close()
   loader.close()
   assert next(loader, None) is None
-  assert wait_until(lambda: not prefetch_threads())
+  assert wait_until(lambda: not prefetch_threads(), seconds=20)
 
 
 def test_forgotten_loader_ends_its_threads():
   next(train_loader(MemorySource(50), stamp, batch_size=50, seed=0))
-  assert wait_until(lambda: not prefetch_threads())
+  assert wait_until(lambda: not prefetch_threads(), seconds=20)
 
 
 # Worker processes.
@@ -421,7 +415,7 @@ def test_worker_processes_change_nothing_and_report_what_is_broken(workers, capl
     assert_same(list(loader), expected)
   assert sorted(loader.broken) == [3, 7, 50]
   assert len(caplog.records) == 3
-  assert wait_until(lambda: not multiprocessing.active_children())
+  assert wait_until(lambda: not multiprocessing.active_children(), seconds=20)
 
 
 def test_error_in_a_worker_process_surfaces_with_its_message_and_traceback():
@@ -429,7 +423,7 @@ def test_error_in_a_worker_process_surfaces_with_its_message_and_traceback():
   with pytest.raises(RuntimeError, match=r'thing/30\.png: LookupError: .*no such colour') as caught:
     next(loader)
   assert 'in fail_on_30' in caught.value.__notes__[0]
-  assert wait_until(lambda: not multiprocessing.active_children())
+  assert wait_until(lambda: not multiprocessing.active_children(), seconds=20)
 
 
 def test_killed_worker_process_is_an_error_and_no_deadlock():
@@ -492,13 +486,14 @@ def script(tmp_path):
 def test_workers_outlive_signals_to_the_group_and_a_script_ends_without_a_sound(script):
   os.killpg(script.pid, signal.SIGINT)
   os.killpg(script.pid, signal.SIGTERM)
-  assert script.communicate(timeout=120) == ('done\n', '')
+  assert script.communicate(timeout=patience.limit(120)) == ('done\n', '')
   assert script.returncode == 0
 
 
 def test_workers_end_with_a_killed_parent(script):
   os.kill(script.pid, signal.SIGKILL)
-  script.communicate(timeout=60)  # The workers share its output: this waits for them.
+  # The workers share its output: this waits for them.
+  script.communicate(timeout=patience.limit(60))
 
 
 def test_data_path_imports_no_model_and_no_training_code():

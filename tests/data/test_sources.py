@@ -16,6 +16,7 @@ from PIL import Image
 
 from hivit_jax.data.sources import open_source
 from hivit_jax.errors import UserError
+from tests import patience
 from tests.data.imagenet_tars import write_tars
 
 BY_TFDS = Path(__file__).parent / 'imagenet2012_by_tfds.zip'
@@ -330,7 +331,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
     [sys.executable, '-W', 'error', '-c', code, *arguments],
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=patience.limit(60),
     cwd=Path(__file__).parents[2],
     env={k: v for k, v in os.environ.items() if not k.startswith('TFDS')},
   )

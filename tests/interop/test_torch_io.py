@@ -12,6 +12,7 @@ import pytest
 
 from hivit_jax.errors import UserError
 from hivit_jax.interop import files
+from tests import patience
 from tests.interop_files import cfg_node, forget_yacs, golden_state, official, save, tensors
 
 torch = pytest.importorskip('torch')
@@ -173,7 +174,7 @@ except UserError as error:
   print(error)
 """
   done = subprocess.run(
-    [sys.executable, '-c', script], capture_output=True, text=True, timeout=120,
+    [sys.executable, '-c', script], capture_output=True, text=True, timeout=patience.limit(120),
     cwd=pathlib.Path(__file__).parents[2],
   )  # fmt: skip
   assert done.returncode == 0, done.stderr

@@ -24,6 +24,7 @@ from hivit_jax.tools import convert
 from hivit_jax.train import experiment, inputs
 from hivit_jax.train.checkpoint import Checkpoints, load_params
 from hivit_jax.train.weights import read
+from tests import patience
 from tests.helpers import TINY_SWIN, TINY_VIT, quick_jit, random_model
 from tests.interop_files import golden_state, official, save
 
@@ -159,7 +160,7 @@ def test_as_a_process_a_hostile_file_is_one_line_and_status_2(tmp_path):
   (tmp_path / 'x.pth').write_bytes(b'\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.')
   done = subprocess.run(
     [sys.executable, '-m', 'hivit_jax.tools.convert', 'from-torch', tmp_path / 'x.pth', '--out=y'],
-    cwd=ROOT, capture_output=True, text=True, timeout=120,
+    cwd=ROOT, capture_output=True, text=True, timeout=patience.limit(120),
   )  # fmt: skip
   assert done.returncode == 2
   assert done.stderr.count('\n') == 1

@@ -20,6 +20,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.tools import costs, hlo, plan, roofline
 from hivit_jax.tools.collectives import Collective, collectives
 from hivit_jax.train import build, optim, sharding, step
+from tests import patience
 
 ROOT = pathlib.Path(__file__).parents[2]
 MESH = {'data': 2, 'fsdp': 4}
@@ -77,7 +78,7 @@ def eight():
   environment = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=0'}  # compiles faster
   done = subprocess.run(
     [sys.executable, '-c', code],
-    cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience.limit(300),
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout.splitlines()[-1])

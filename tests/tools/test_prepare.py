@@ -15,6 +15,7 @@ import pytest
 
 from hivit_jax.data.sources import open_source
 from hivit_jax.errors import UserError
+from tests import patience
 from tests.data.imagenet_tars import write_tars
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ COMMAND = [sys.executable, '-W', 'error', '-m', 'hivit_jax.tools.prepare']
 
 def prepare(*arguments: str) -> subprocess.CompletedProcess:
   return subprocess.run(
-    [*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    [*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=patience.limit(120)
   )
 
 
@@ -38,7 +39,7 @@ def run_in_terminal(command: list[str]) -> tuple[int, str]:
     while chunk := os.read(ours, 4096):
       shown += chunk
   os.close(ours)
-  return process.wait(timeout=60), shown.decode()
+  return process.wait(timeout=patience.limit(60)), shown.decode()
 
 
 def imagenet_arguments(tars, data_dir) -> list[str]:
@@ -107,7 +108,7 @@ def test_the_command_that_the_error_names_prepares_the_set(tmp_path):
     env=os.environ | {'PYTHONPATH': str(ROOT)},
     capture_output=True,
     text=True,
-    timeout=60,
+    timeout=patience.limit(60),
   )
   assert done.returncode == 0, done.stderr
   assert len(open_source('imagenet2012', 'validation', str(tmp_path / 'data'))) == 5

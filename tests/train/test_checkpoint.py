@@ -20,6 +20,7 @@ import pytest
 from hivit_jax.errors import UserError
 from hivit_jax.train import checkpoint
 from hivit_jax.train.checkpoint import Checkpoints, load_metadata, load_params
+from tests import patience
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -80,7 +81,7 @@ def run(script: str, *args, **env) -> subprocess.CompletedProcess:
     env={**os.environ, **env},
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=patience.limit(120),
   )
 
 

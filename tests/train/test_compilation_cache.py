@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from hivit_jax.train import compilation_cache
+from tests import patience
 from tests.runs import ROOT, assert_same_params, metrics
 
 # Prints a result and how many programs were found.
@@ -33,7 +34,8 @@ def compile_one(caches: os.PathLike, **settings: str) -> tuple[int, str]:
   """Compiles a small program; returns how many were found, and the log."""
   done = subprocess.run(
     [sys.executable, '-c', _COMPILE],
-    cwd=ROOT, env=environment(caches, **settings), capture_output=True, text=True, timeout=120,
+    cwd=ROOT, env=environment(caches, **settings), capture_output=True, text=True,
+    timeout=patience.limit(120),
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   result, found = done.stdout.split()
@@ -51,7 +53,7 @@ def test_a_run_finds_what_another_has_compiled_and_ends_with_the_same_bits(runs,
     done = subprocess.run(
       [*command, f'--workdir={tmp_path / name}'],
       cwd=ROOT, env=environment(tmp_path / 'caches', **data, **settings),
-      capture_output=True, text=True, timeout=240,
+      capture_output=True, text=True, timeout=patience.limit(240),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stderr

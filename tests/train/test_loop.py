@@ -1,11 +1,9 @@
 """The training loop with a model of one number, whose every step and delay the tests decide."""
 
-import contextlib
 import os
 import queue
 import signal
 import threading
-import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,15 +23,35 @@ def add_batch(state, batch):
   return {'params': state['params'] + number}, metrics
 
 
-def slowly(seconds, at=lambda step: True):
-  """`add_batch` that takes its time at some steps."""
+def before_step(action, at=lambda step: True):
+  """`add_batch` that does something first, at some steps."""
 
   def step(state, batch):
     if at(batch['image'][0, 0]):
-      time.sleep(seconds)
+      action()
     return add_batch(state, batch)
 
   return step
+
+
+class Clock:
+  """Takes the place of `time`: nothing but sleeping takes time, however busy the machine is."""
+
+  def __init__(self):
+    self._now = 0.0
+
+  def perf_counter(self) -> float:
+    return self._now
+
+  def sleep(self, seconds: float) -> None:
+    self._now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+  clock = Clock()
+  monkeypatch.setattr(loop, 'time', clock)
+  return clock
 
 
 class Batches:
@@ -69,12 +87,12 @@ class Progress:
 
 
 class Checkpoints:
-  def __init__(self, seconds: float):
+  def __init__(self, on_save):
     self.saved: dict[int, tuple[float, dict]] = {}
-    self._seconds = seconds
+    self._on_save = on_save
 
   def save(self, step, state, metadata, *, wait):
-    time.sleep(self._seconds)
+    self._on_save()
     self.saved[step] = float(state['params']), metadata
 
   def wait(self):
@@ -90,10 +108,10 @@ class Checkpoints:
 class Run:
   """`loop.run` and what it was given."""
 
-  def __init__(self, step=add_batch, *, wait=lambda step: None, saving_seconds=0.0, **options):
+  def __init__(self, step=add_batch, *, wait=lambda step: None, on_save=lambda: None, **options):
     start = options.get('start_step', 0)
     self.writer, self.progress = Writer(), Progress()
-    self.checkpoints = Checkpoints(saving_seconds)
+    self.checkpoints = Checkpoints(on_save)
     self.batches = Batches(start, wait)
     self._options = {
       'state': {'params': jnp.asarray(start * (start + 1) / 2)},
@@ -115,8 +133,16 @@ class Run:
     } | options
 
   def __call__(self):
-    with StopSignals() as signals:
-      return loop.run(**self._options, signals=signals)
+    before = _handlers()
+    try:
+      with StopSignals() as signals:
+        return loop.run(**self._options, signals=signals)
+    finally:
+      assert _handlers() == before
+
+
+def _handlers():
+  return signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
 
 # Steps and metrics
@@ -148,21 +174,19 @@ def test_metrics_are_fetched_one_interval_late_so_that_the_device_need_not_wait(
   assert list(run.writer.rows) == [3, 6, 9, 10]
 
 
-def test_images_per_second_leave_out_compiling_evaluating_and_saving():
-  compiling = slowly(0.5, at=lambda step: step == 1)
+def test_images_per_second_leave_out_compiling_evaluating_and_saving(clock):
+  compiling = before_step(lambda: clock.sleep(0.5), at=lambda step: step == 1)
   run = Run(
-    lambda state, batch: slowly(0.02)(compiling(state, batch)[0], batch),
-    hooks=[loop.Hook(4, lambda step, params: time.sleep(0.5))],
-    saving_seconds=0.5,
+    lambda state, batch: before_step(lambda: clock.sleep(0.02))(compiling(state, batch)[0], batch),
+    hooks=[loop.Hook(4, lambda step, params: clock.sleep(0.5))],
+    on_save=lambda: clock.sleep(0.5),
     total_steps=12,
     save_every=6,
     log_every=4,
   )
   run()
   rates = run.writer.column('train/images_per_second')
-  assert list(rates) == [4, 6, 8, 12]
-  # A step of 0.02 s makes 200 images a second; half a second among a row's steps, under 32.
-  assert all(40 < rate <= BATCH / 0.02 for rate in rates.values()), rates
+  assert rates == pytest.approx(dict.fromkeys((4, 6, 8, 12), BATCH / 0.02))
 
 
 def test_the_first_step_alone_which_compiles_has_no_rate():
@@ -172,13 +196,13 @@ def test_the_first_step_alone_which_compiles_has_no_rate():
   assert run.progress.shown == [(1, ['loss']), (2, ['loss', 'images/s'])]
 
 
-def test_the_share_of_the_time_that_data_is_waited_for():
-  starved = Run(wait=lambda step: time.sleep(0.03), save_every=None)
-  starved()
-  assert all(v > 0.7 for v in starved.writer.column('train/data_wait_fraction').values())
-  busy = Run(slowly(0.03), save_every=None)
-  busy()
-  assert all(v < 0.3 for v in busy.writer.column('train/data_wait_fraction').values())
+def test_the_share_of_the_time_that_data_is_waited_for(clock):
+  run = Run(
+    before_step(lambda: clock.sleep(0.03)), wait=lambda step: clock.sleep(0.01), save_every=None
+  )
+  run()
+  shares = run.writer.column('train/data_wait_fraction')
+  assert shares == pytest.approx(dict.fromkeys((3, 6, 9, 10), 0.25))
 
 
 def test_broken_images_are_a_metric_once_there_are_any():
@@ -255,48 +279,41 @@ def test_nothing_is_saved_or_evaluated_that_is_not_finite(metric, value, bad):
 # Signals
 
 
-@contextlib.contextmanager
-def signal_in(seconds: float, number: signal.Signals = signal.SIGTERM):
-  """Sends this process a signal after a while, as a scheduler would."""
-  before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-  timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
-  timer.start()
-  yield
-  timer.join()
-  assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+def stop(number: signal.Signals = signal.SIGTERM):
+  """Sends this process a signal, which it has received when this returns."""
+  os.kill(os.getpid(), number)
+
+
+def block():
+  """Waits for ever, as for data that do not come, and is sent a signal meanwhile."""
+  threading.Timer(0.2, stop).start()
+  queue.Queue().get()
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_a_step_stops_after_it_with_a_checkpoint(number):
-  run = Run(slowly(0.5, at=lambda step: step == 7))
-  with signal_in(0.2, number), pytest.raises(Stopped) as stop:
+  run = Run(before_step(lambda: stop(number), at=lambda step: step == 7))
+  with pytest.raises(Stopped) as stopped:
     run()
   assert run.checkpoints.saved[7] == (
     28,
     {'config': 'c', 'step': 7, 'epoch': 1.75, 'evaluated': True},
   )
-  assert str(stop.value) == (
+  assert str(stopped.value) == (
     f'{number.name}: stopped at step 7, saved checkpoints/7; the same command continues from there'
   )
   assert list(run.writer.rows) == [3, 5, 6, 7]
 
 
 def test_a_signal_during_the_first_step_stops_after_it():
-  run = Run(slowly(0.5))
-  with signal_in(0.2), pytest.raises(Stopped, match='stopped at step 1,'):
-    run()
+  with pytest.raises(Stopped, match='stopped at step 1,'):
+    Run(before_step(stop))()
 
 
 def test_a_signal_while_data_is_waited_for_is_honoured_at_once():
-  def wait(step):
-    if step == 8:
-      queue.Queue().get()  # for ever
-
-  run = Run(wait=wait)
-  start = time.perf_counter()
-  with signal_in(0.3), pytest.raises(Stopped, match='stopped at step 7,'):
+  run = Run(wait=lambda step: block() if step == 8 else None)
+  with pytest.raises(Stopped, match='stopped at step 7,'):
     run()
-  assert time.perf_counter() - start < 5
   total, metadata = run.checkpoints.saved[7]
   assert total == 28
   assert metadata['evaluated']
@@ -306,12 +323,12 @@ def test_a_signal_while_data_is_waited_for_is_honoured_at_once():
 def test_a_signal_interrupts_an_evaluation_which_the_continued_run_repeats(at):
   def hook(step, params):
     if step == at:
-      queue.Queue().get()
+      block()
     return {'eval/x': step}
 
   first = loop.Hook(4, lambda step, params: {'eval/first': step})
   run = Run(hooks=[first, loop.Hook(4, hook)])
-  with signal_in(0.3), pytest.raises(Stopped, match=f'stopped at step {at},'):
+  with pytest.raises(Stopped, match=f'stopped at step {at},'):
     run()
   total, metadata = run.checkpoints.saved[at]
   assert total == at * (at + 1) / 2
@@ -330,8 +347,9 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for_when_no_step_is_left(
 
 
 def test_a_signal_during_a_step_that_is_to_be_evaluated_leaves_that_to_the_continued_run():
-  run = Run(slowly(0.5, at=lambda step: step == 4), hooks=[loop.Hook(4, lambda step, params: {})])
-  with signal_in(0.2), pytest.raises(Stopped, match='stopped at step 4,'):
+  hook = loop.Hook(4, lambda step, params: {})
+  run = Run(before_step(stop, at=lambda step: step == 4), hooks=[hook])
+  with pytest.raises(Stopped, match='stopped at step 4,'):
     run()
   assert not run.checkpoints.saved[4][1]['evaluated']
 
@@ -339,17 +357,16 @@ def test_a_signal_during_a_step_that_is_to_be_evaluated_leaves_that_to_the_conti
 def test_a_signal_at_the_very_end_lets_the_run_finish():
   def hook(step, params):
     if step == 10:
-      time.sleep(0.5)
+      stop()
     return {'eval/x': step}
 
   run = Run(hooks=[loop.Hook(100, hook)])
-  with signal_in(0.2):
-    assert run()['params'] == 55
+  assert run()['params'] == 55
   assert run.writer.column('eval/x') == {0: 0, 10: 10}
   assert run.checkpoints.saved[10][1]['evaluated']
 
 
 def test_the_same_signal_passed_on_twice_still_saves():
-  run = Run(slowly(0.6, at=lambda step: step == 7))
-  with signal_in(0.2), signal_in(0.3), pytest.raises(Stopped, match='stopped at step 7,'):
+  run = Run(before_step(lambda: (stop(), stop()), at=lambda step: step == 7))
+  with pytest.raises(Stopped, match='stopped at step 7,'):
     run()

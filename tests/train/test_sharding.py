@@ -17,6 +17,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
 from hivit_jax.train import optim, sharding, step
+from tests import patience
 from tests.helpers import TINY, abstract_model, random_model
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -234,7 +235,7 @@ def test_the_number_of_devices_and_what_they_share_changes_nothing(classify):
   )
   child = subprocess.run(
     [sys.executable, '-c', code],
-    cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience.limit(300),
   )  # fmt: skip
   assert child.returncode == 0, child.stderr
   one = train(1, 1, 1, classify=classify)

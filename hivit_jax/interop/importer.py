@@ -15,6 +15,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import files, infer, torch_names
 from hivit_jax.interop.files import StateDict
 from hivit_jax.models import positions, resize
+from hivit_jax.models.classifier import Classifier
 
 _log = logging.getLogger(__name__)
 
@@ -213,9 +214,9 @@ class _Sizes:
     blocks = getattr(model, 'blocks', None)  # other than Swin's, whose windows tables tell
     if blocks and hasattr(blocks[-1], 'attn'):
       self._bias_grid = blocks[-1].attn.grid
-    # As Swin's code does to finetune its classifiers; HiViT and SimMIM do as BEiT.
-    is_swin = infer.architecture(state.arrays) == 'swin'
-    self._bicubic_tables = is_swin and infer.family(state.arrays) != 'simmim'
+    # As the official classifiers at another size. Dense models do as BEiT, and so does SimMIM.
+    classifier = isinstance(model, Classifier)
+    self._bicubic_tables = classifier and infer.family(state.arrays) != 'simmim'
     embedding = state.arrays.get('absolute_pos_embed')
     self._units = 0 if embedding is None else embedding.shape[1]
 

@@ -275,12 +275,33 @@ def test_another_image_size_resizes_positions_and_says_so(caplog, size):
   assert f'from 4x4 to {grid[0]}x{grid[1]} units' in caplog.text
   expected = resize.position_embedding(state['absolute_pos_embed'], (4, 4), grid)
   np.testing.assert_array_equal(model.absolute_pos_embed[...], expected)
-  table = state['blocks.6.attn.relative_position_bias_table']
-  np.testing.assert_array_equal(
-    model.blocks[6].attn.relative_position_bias_table[...],
-    resize.bias_table(table, (4, 4), grid),
-  )
   assert np.isfinite(model(random_images(1, *size, 3))).all()
+
+
+@pytest.mark.parametrize('sides', ['14to10', '14to16'])
+def test_position_parameters_at_another_size_are_those_of_the_official_code(sides):
+  """Classifiers resize bias tables as pictures, dense models over a geometric sequence (BEiT)."""
+  with np.load(GOLDEN / 'table_resize_bicubic.npz') as file:
+    golden = {key.split('/')[1]: file[key] for key in file if key.startswith(f'{sides}/')}
+  source, target = (int(side) for side in sides.split('to'))
+  options = {'embed_dim': 16, 'depths': (1, 1, 1), 'num_heads': 2, 'rpe': True}
+  trained = models.create_model('hivit_tiny', **options, image_size=16 * source)
+  table = 'blocks.6.attn.relative_position_bias_table'
+  state = exporter.state_dict(trained)
+  state |= {table: golden['table_in'], 'absolute_pos_embed': golden['pos_in']}
+
+  model = models.create_model('hivit_tiny', **options, image_size=16 * target)
+  report = _load(model, state)
+  assert report.resized[table] == f'from {source}x{source} to {target}x{target} units, bicubic'
+  ours = model.blocks[6].attn.relative_position_bias_table[...]
+  assert_close(ours, golden['table_out'], relative=2e-6)
+  assert_close(model.absolute_pos_embed[...], golden['pos_out'], relative=2e-6)
+
+  dense = models.create_model('backbone_hivit_tiny', **options, image_size=16 * target)
+  _load(dense, state, partial=True)
+  expected = resize.bias_table(golden['table_in'], (source,) * 2, (target,) * 2)
+  ours = dense.blocks[6].attn.relative_position_bias_table[...]
+  np.testing.assert_array_equal(ours, expected)
 
 
 def test_the_decoders_fixed_positions_are_computed_again():

@@ -24,7 +24,7 @@ def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Arra
   """(rows, in), (in, out), (out,) -> (rows, out), in the type of `x`.
 
   The gradients of kernel and bias are float32 sums also where `x` is bfloat16, and so is what
-  devices add up: eight significant bits would lose 0.3 % of it on 8 devices.
+  devices add up: with eight significant bits the sum would get worse with every device.
   """
   out = x @ kernel.astype(x.dtype)
   return out if bias is None else out + bias.astype(x.dtype)

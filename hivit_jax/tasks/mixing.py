@@ -43,7 +43,7 @@ def random_erase(images: jax.Array, rng: jax.Array, probability: float) -> jax.A
   top = _below(uniform[:, -3], h - height + 1)
   left = _below(uniform[:, -2], w - width + 1)
   erased = fits.any(axis=1) & (uniform[:, -1] < probability)
-  inside = _inside(h, w, top, left, top + height, left + width) & erased[:, None, None]
+  inside = _inside(h, w, top, top + height, left, left + width) & erased[:, None, None]
   return jnp.where(inside[..., None], jax.random.normal(noise, images.shape), images)
 
 
@@ -172,8 +172,8 @@ def _below(uniform: jax.Array, limit: jax.Array | int) -> jax.Array:
   return jnp.minimum(jnp.int32(uniform * limit), limit - 1)
 
 
-def _inside(h: int, w: int, top, left, bottom, right) -> jax.Array:
+def _inside(h: int, w: int, top, bottom, left, right) -> jax.Array:
   """(B,) box borders -> (B, H, W), True within the boxes."""
   rows, columns = jnp.arange(h)[:, None], jnp.arange(w)
-  top, left, bottom, right = (side[:, None, None] for side in (top, left, bottom, right))
+  top, bottom, left, right = (side[:, None, None] for side in (top, bottom, left, right))
   return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)

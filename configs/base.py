@@ -81,19 +81,17 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.optim = ml_collections.ConfigDict()
   config.optim.name = 'adamw'  # or lars
-  # Peak, end and start of the learning rate: each `base_*` is per 256 images of batch_size, so
-  # lr = base_lr * batch_size / 256; the ones without `base` are the rates themselves, and win.
-  config.optim.base_lr = 1e-4
-  config.optim.base_end_lr = 0.0
-  config.optim.base_warmup_start_lr = 0.0
-  config.optim.lr = config_dict.placeholder(float)  # peak
-  config.optim.end_lr = config_dict.placeholder(float)  # of the cosine
-  config.optim.warmup_start_lr = config_dict.placeholder(float)  # at the first step
+  config.optim.base_lr = 1e-4  # per 256 images of batch_size: lr = base_lr * batch_size / 256
+  config.optim.lr = config_dict.placeholder(float)  # peak; instead of base_lr
+  config.optim.base_end_lr = 0.0  # after the cosine, per 256 images as well
+  config.optim.end_lr = config_dict.placeholder(float)  # whatever the batch; instead of it
+  config.optim.base_warmup_start_lr = 0.0  # at the first step, per 256 images
+  config.optim.warmup_start_lr = config_dict.placeholder(float)  # instead of it
   config.optim.warmup_epochs = 40.0  # of linear rise, part of `epochs`
   config.optim.schedule = 'cosine'  # after the warmup; or multistep
-  # True: the cosine starts after the warmup. False, as Swin and SimMIM: it counts from epoch 0, the
-  # warmup hides its beginning, and the rate drops where the warmup ends.
-  config.optim.warmup_prefix = True
+  # Does the cosine start after the warmup? If not, it counts from epoch 0: the warmup hides its
+  # beginning, and the rate drops where the warmup ends.
+  config.optim.warmup_prefix = True  # False: as Swin, SimMIM and supervised HiViT
   config.optim.milestones = ()  # of multistep: epochs where the rate is multiplied by
   config.optim.milestone_factor = 0.1  # this
   config.optim.b1 = 0.9  # AdamW: decay of the mean of the gradients

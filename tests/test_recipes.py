@@ -362,3 +362,10 @@ def test_the_head_of_the_probe_is_that_of_mae():
 def test_300_epochs_are_the_default_of_mae():
   for name in ('mae_hivit_b', 'mae_vit_b'):
     assert load(name).to_dict() == load(f'{name}:300').to_dict()
+
+
+def test_rates_that_are_set_as_such_do_not_follow_the_batch():
+  own = {'optim.lr': 3e-3, 'optim.end_lr': 0.0, 'optim.warmup_start_lr': 2e-6}
+  for batch in (256, 4096):
+    schedule = build.schedule(load('supervised_hivit_b', {'batch_size': batch} | own))
+    assert (schedule.lr, schedule.end_lr, schedule.warmup_start_lr) == (3e-3, 0.0, 2e-6)

@@ -62,7 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment = ml_collections.ConfigDict()
   config.augment.crop_scale = (0.2, 1.0)  # RandomResizedCrop: share of the image's area
   config.augment.crop_ratio = (3 / 4, 4 / 3)  # and width / height
-  config.augment.crop_clamp = False  # cut a crop that does not fit to the image: no second draw
+  config.augment.crop_clamp = False  # cut a crop that does not fit: no second draw (probes)
   config.augment.interpolation = 'bicubic'  # of the crop, or bilinear; RandAugment is bicubic
   config.augment.flip = True  # mirror every second image
   config.augment.rand_augment = config_dict.placeholder(str)  # such as rand-m9-mstd0.5-inc1
@@ -72,7 +72,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.mixup = 0.0  # alpha; 0: off
   config.augment.cutmix = 0.0  # alpha; 0: off
   config.augment.switch_probability = 0.5  # of cutmix where mixup is on as well
-  # Consecutive images of a batch that share a draw of mixup or cutmix, and mix among themselves:
+  # Consecutive images of a batch that share one draw of mixup or cutmix and are mixed together.
   config.augment.mix_group = config_dict.placeholder(int)  # None or 0: the whole batch
   config.augment.label_smoothing = 0.0  # share of the target spread over all classes
 
@@ -83,23 +83,23 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.name = 'adamw'  # or lars
   config.optim.base_lr = 1e-4  # per 256 images of batch_size: lr = base_lr * batch_size / 256
   config.optim.lr = config_dict.placeholder(float)  # peak; instead of base_lr
-  config.optim.base_end_lr = 0.0  # after the cosine, per 256 images as well
-  config.optim.end_lr = config_dict.placeholder(float)  # whatever the batch; instead of it
+  config.optim.base_end_lr = 0.0  # after the cosine, per 256 images, too
+  config.optim.end_lr = config_dict.placeholder(float)  # for any batch; instead of base_end_lr
   config.optim.base_warmup_start_lr = 0.0  # at the first step, per 256 images
-  config.optim.warmup_start_lr = config_dict.placeholder(float)  # instead of it
+  config.optim.warmup_start_lr = config_dict.placeholder(float)  # for any batch, instead
   config.optim.warmup_epochs = 40.0  # of linear rise, part of `epochs`
   config.optim.schedule = 'cosine'  # after the warmup; or multistep
   # Does the cosine start after the warmup? If not, it counts from epoch 0: the warmup hides its
   # beginning, and the rate drops where the warmup ends.
   config.optim.warmup_prefix = True  # False: as Swin, SimMIM and supervised HiViT
-  config.optim.milestones = ()  # of multistep: epochs where the rate is multiplied by
-  config.optim.milestone_factor = 0.1  # this
+  config.optim.milestones = ()  # of multistep: epochs at which the rate is multiplied
+  config.optim.milestone_factor = 0.1  # by this
   config.optim.b1 = 0.9  # AdamW: decay of the mean of the gradients
   config.optim.b2 = 0.95  # and of the mean of their squares
   config.optim.eps = 1e-8  # of AdamW
   config.optim.momentum = 0.9  # of LARS
   config.optim.layer_decay = config_dict.placeholder(float)  # of the rate, block by block; None: 1
-  config.optim.layer_decay_of = 'rate'  # at every epoch; peak: start and end are equal for all
+  config.optim.layer_decay_of = 'rate'  # the whole curve; peak: all start and end alike
   config.optim.weight_decay = 0.05  # times the learning rate; not of biases and LayerNorms
   config.optim.clip_norm = config_dict.placeholder(float)  # of the global gradient; None: off
 
@@ -325,8 +325,9 @@ def finetune_simmim(size: str, variant: str | None) -> ml_collections.ConfigDict
   if variant == 'debug':
     return debug(config)
   if _epochs(variant, '800', '100') == 100:
-    config.init += '_100'
     config.optim.layer_decay = 0.9
+  if variant:  # that of the pretraining, whose workdir is named after it
+    config.init += f'_{variant}'
   return config
 
 

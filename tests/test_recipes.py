@@ -97,6 +97,7 @@ INITS = {
   'finetune_vit_l': 'mae_vit_l',
   'finetune_swin_b': 'simmim_swin_b',
   'finetune_swin_b:100': 'simmim_swin_b_100',
+  'finetune_swin_b:800': 'simmim_swin_b_800',
   'linear_hivit_b': 'mae_hivit_b',
 }
 

@@ -62,6 +62,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment = ml_collections.ConfigDict()
   config.augment.crop_scale = (0.2, 1.0)  # RandomResizedCrop: share of the image's area
   config.augment.crop_ratio = (3 / 4, 4 / 3)  # and width / height
+  config.augment.crop_clamp = False  # cut a crop that does not fit: no second draw (probes)
+  config.augment.interpolation = 'bicubic'  # of the crop, or bilinear; RandAugment is bicubic
   config.augment.flip = True  # mirror every second image
   config.augment.rand_augment = config_dict.placeholder(str)  # such as rand-m9-mstd0.5-inc1
   config.augment.color_jitter = 0.0  # of brightness, contrast, saturation; without RandAugment
@@ -70,6 +72,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.mixup = 0.0  # alpha; 0: off
   config.augment.cutmix = 0.0  # alpha; 0: off
   config.augment.switch_probability = 0.5  # of cutmix where mixup is on as well
+  # Consecutive images of a batch that share one draw of mixup or cutmix and are mixed together.
+  config.augment.mix_group = config_dict.placeholder(int)  # None or 0: the whole batch
   config.augment.label_smoothing = 0.0  # share of the target spread over all classes
 
   config.batch_size = 4096  # over all devices and hosts
@@ -79,14 +83,23 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.name = 'adamw'  # or lars
   config.optim.base_lr = 1e-4  # per 256 images of batch_size: lr = base_lr * batch_size / 256
   config.optim.lr = config_dict.placeholder(float)  # peak; instead of base_lr
-  config.optim.end_lr = 0.0  # after the cosine
-  config.optim.warmup_start_lr = 0.0  # at the first step
+  config.optim.base_end_lr = 0.0  # after the cosine, per 256 images, too
+  config.optim.end_lr = config_dict.placeholder(float)  # for any batch; instead of base_end_lr
+  config.optim.base_warmup_start_lr = 0.0  # at the first step, per 256 images
+  config.optim.warmup_start_lr = config_dict.placeholder(float)  # for any batch, instead
   config.optim.warmup_epochs = 40.0  # of linear rise, part of `epochs`
+  config.optim.schedule = 'cosine'  # after the warmup; or multistep
+  # Does the cosine start after the warmup? If not, it counts from epoch 0: the warmup hides its
+  # beginning, and the rate drops where the warmup ends.
+  config.optim.warmup_prefix = True  # False: as Swin, SimMIM and supervised HiViT
+  config.optim.milestones = ()  # of multistep: epochs at which the rate is multiplied
+  config.optim.milestone_factor = 0.1  # by this
   config.optim.b1 = 0.9  # AdamW: decay of the mean of the gradients
   config.optim.b2 = 0.95  # and of the mean of their squares
   config.optim.eps = 1e-8  # of AdamW
   config.optim.momentum = 0.9  # of LARS
   config.optim.layer_decay = config_dict.placeholder(float)  # of the rate, block by block; None: 1
+  config.optim.layer_decay_of = 'rate'  # the whole curve; peak: all start and end alike
   config.optim.weight_decay = 0.05  # times the learning rate; not of biases and LayerNorms
   config.optim.clip_norm = config_dict.placeholder(float)  # of the global gradient; None: off
 
@@ -143,9 +156,12 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   else:
     config.model.drop_path_rate = 0.1
     config.epochs = 2.0
-    config.optim.update(base_lr=1e-2, end_lr=0.0, warmup_start_lr=0.0, warmup_epochs=1.0)
+    config.optim.update(base_lr=1e-2, base_end_lr=0.0, base_warmup_start_lr=0.0, end_lr=None)
+    config.optim.update(warmup_epochs=1.0, warmup_prefix=True, schedule='cosine')
+    config.optim.layer_decay_of = 'rate'
     if config.optim.layer_decay:
       config.optim.layer_decay = 0.8
+    config.augment.mix_group = 8
   config.init = None
   config.data.update(name='digits', train_split='train[:64]', eval_split='test[:32]')
   config.log_every_steps = 1
@@ -173,9 +189,7 @@ def pretrain(
   config.optim.update(optim)
   if variant == 'debug':
     return debug(config)
-  if variant not in (None, '', '300', '800', '1600'):
-    raise UserError(f'unknown variant ":{variant}"; known: 300, 800, 1600 (epochs), debug')
-  config.epochs = float(variant or 300)
+  config.epochs = _epochs(variant, '300', '800', '1600')
   return config
 
 
@@ -207,8 +221,12 @@ def supervised(
   drop_path_rate: float,
   model: str = 'hivit',
   clip_norm: float | None = None,
+  mix_group: int = 128,
 ) -> ml_collections.ConfigDict:
-  """Training from scratch: Table 2 of arXiv 2205.14949, and that of Swin, whom it follows.
+  """Training from scratch: Table 2 of arXiv 2205.14949, and the recipe of Swin, which it follows.
+
+  Of Swin it is the code of the published weights: since October 2022 its cosine starts after the
+  warmup (`config.optim.warmup_prefix`).
 
   Args:
     size: tiny, small or base; of Swin also a step of the ladder, such as base_global.
@@ -216,12 +234,16 @@ def supervised(
     drop_path_rate: the largest, see `config.model`.
     model: hivit, vit or swin.
     clip_norm: see `config.optim`.
+    mix_group: see `config.augment`; the images of one GPU and accumulation step.
   """
   config = classify(size, model=model)
+  config.augment.mix_group = mix_group
   config.optim.clip_norm = clip_norm
   config.model.drop_path_rate = drop_path_rate
   config.epochs = 300.0
-  config.optim.update(base_lr=2.5e-4, end_lr=1e-5, warmup_start_lr=1e-6, warmup_epochs=20.0)
+  # 1e-3, 1e-5 and 1e-6 at a batch of 1024.
+  config.optim.update(base_lr=2.5e-4, base_end_lr=2.5e-6, base_warmup_start_lr=2.5e-7)
+  config.optim.update(warmup_epochs=20.0, warmup_prefix=False)
   return debug_or(config, variant)
 
 
@@ -232,24 +254,23 @@ def finetune(
   epochs: float = 100.0,
   drop_path_rate: float = 0.2,
   model: str = 'hivit',
+  mix_group: int = 64,
   **optim,
 ) -> ml_collections.ConfigDict:
-  """Finetuning of a pretrained model, by default of what `<mae or simmim>_<model>_<size>.py` left.
+  """Finetuning after MAE, by default of what `mae_<model>_<size>.py` left.
 
   Args:
     size: tiny, small, base or large.
     variant: 'debug' or None.
-    model: hivit, vit or swin.
-    epochs, drop_path_rate: see the settings of these names.
+    model: hivit or vit.
+    epochs, drop_path_rate, mix_group: see the settings of these names.
     **optim: what differs from the recipe of HiViT-B in `config.optim`.
   """
   config = classify(size, model=model)
-  config.init = f'workdirs/{"simmim" if model == "swin" else "mae"}_{model}_{size[0]}'
+  config.init = f'workdirs/mae_{model}_{size[0]}'
+  config.augment.mix_group = mix_group
   config.model.drop_path_rate = drop_path_rate
-  if model == 'swin':
-    config.batch_size = 2048
-  else:
-    config.model.head_std = 2e-5
+  config.model.head_std = 2e-5
   config.epochs = epochs
   config.optim.update(base_lr=5e-4, end_lr=1e-6, warmup_epochs=5.0, layer_decay=0.85)
   config.optim.update(optim)
@@ -262,22 +283,60 @@ def simmim(size: str, variant: str | None) -> ml_collections.ConfigDict:
   Args:
     size: tiny, small or base.
     variant: epochs ('100', '800'), 'debug', or None for 800 epochs.
+
+  The two lengths are two recipes: 800 epochs with one step of the rate, 100 with a cosine.
   """
   config = get_config()
   config.task = 'simmim'
   config.model.update(name=f'simmim_swin_{size}', mask_ratio=0.6, window_size=6)
   config.image_size = (192, 192)
-  config.augment.crop_scale = (0.67, 1.0)
+  config.augment.update(crop_scale=(0.67, 1.0), interpolation='bilinear')
   config.batch_size = 2048
-  config.optim.update(
-    base_lr=5e-5, warmup_start_lr=2e-6, warmup_epochs=10.0, b2=0.999, clip_norm=5.0
-  )
+  config.optim.update(warmup_epochs=10.0, b2=0.999, clip_norm=5.0)
   if variant == 'debug':
     return debug(config)
-  if variant not in (None, '', '100', '800'):
-    raise UserError(f'unknown variant ":{variant}"; known: 100, 800 (epochs), debug')
-  config.epochs = float(variant or 800)
+  config.epochs = _epochs(variant, '800', '100')
+  if variant == '100':  # 8e-4, 4e-5 and 4e-6
+    config.optim.update(base_lr=1e-4, base_end_lr=5e-6, base_warmup_start_lr=5e-7)
+    config.optim.warmup_prefix = False
+  else:  # 4e-4 and 2e-6
+    config.optim.update(base_lr=5e-5, base_warmup_start_lr=2.5e-7)
+    config.optim.update(schedule='multistep', milestones=(700.0,))
   return config
+
+
+def finetune_simmim(size: str, variant: str | None) -> ml_collections.ConfigDict:
+  """Finetuning of one Swin size at 224 pixels, by default of what `simmim_swin_<size>.py` left.
+
+  Args:
+    size: tiny, small or base.
+    variant: epochs of the pretraining ('100', '800'), 'debug', or None for 800 epochs.
+  """
+  config = classify(size, model='swin')
+  config.init = f'workdirs/simmim_swin_{size[0]}'
+  config.augment.mix_group = 128
+  config.model.drop_path_rate = 0.1
+  config.batch_size = 2048
+  config.epochs = 100.0
+  # 5e-3, 1e-6 and 1e-6: layers differ in their peak alone.
+  config.optim.update(base_lr=6.25e-4, base_end_lr=1.25e-7, base_warmup_start_lr=1.25e-7)
+  config.optim.update(warmup_epochs=20.0, warmup_prefix=False, clip_norm=5.0)
+  config.optim.update(layer_decay=0.8, layer_decay_of='peak')
+  if variant == 'debug':
+    return debug(config)
+  if _epochs(variant, '800', '100') == 100:
+    config.optim.layer_decay = 0.9
+  if variant:  # that of the pretraining, whose workdir is named after it
+    config.init += f'_{variant}'
+  return config
+
+
+def _epochs(variant: str | None, default: str, *others: str) -> float:
+  """Epochs that a variant of a pretraining stands for."""
+  if variant not in (None, '', default, *others):
+    known = ', '.join(sorted((default, *others), key=int))
+    raise UserError(f'unknown variant ":{variant}"; known: {known} (epochs), debug')
+  return float(variant or default)
 
 
 def debug_or(config: ml_collections.ConfigDict, variant: str | None) -> ml_collections.ConfigDict:

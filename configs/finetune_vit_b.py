@@ -4,4 +4,5 @@ from configs import base
 
 
 def get_config(variant: str | None = None):
-  return base.finetune('base', variant, model='vit', layer_decay=0.65, drop_path_rate=0.1)
+  recipe = {'layer_decay': 0.65, 'drop_path_rate': 0.1, 'mix_group': 32}
+  return base.finetune('base', variant, model='vit', **recipe)

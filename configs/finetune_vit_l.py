@@ -4,4 +4,5 @@ from configs import base
 
 
 def get_config(variant: str | None = None):
-  return base.finetune('large', variant, model='vit', epochs=50.0, base_lr=1e-3, layer_decay=0.75)
+  recipe = {'epochs': 50.0, 'base_lr': 1e-3, 'layer_decay': 0.75, 'mix_group': 32}
+  return base.finetune('large', variant, model='vit', **recipe)

@@ -4,4 +4,5 @@ from configs import base
 
 
 def get_config(variant: str | None = None):
-  return base.supervised('base_mlp_stem', variant, model='swin', drop_path_rate=0.5, clip_norm=5.0)
+  recipe = {'drop_path_rate': 0.5, 'clip_norm': 5.0, 'mix_group': 64}
+  return base.supervised('base_mlp_stem', variant, model='swin', **recipe)

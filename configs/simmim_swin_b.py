@@ -1,6 +1,7 @@
 """SimMIM pretraining of Swin-B on ImageNet (arXiv 2111.09886); variants :100 :800 :debug.
 
-The learning rate falls by a cosine; the official run of 800 epochs has one step, at epoch 700.
+Two recipes: 800 epochs, the default, with one step of the learning rate at epoch 700; 100 epochs
+with twice the rate and a cosine.
 """
 
 from configs import base

@@ -187,6 +187,17 @@ def _error(done) -> str:
       {'optim.warmup_epochs': 9.0, 'epochs': 9},
       'warmup_epochs=9.0 is not shorter than config.epoc',
     ),
+    ({'augment.mix_group': -1}, 'config.augment.mix_group=-1: expected 0 or more'),
+    (
+      {'optim.layer_decay_of': 'all'},
+      'config.optim.layer_decay_of=all: expected one of rate, peak',
+    ),
+    ({'augment.interpolation': 'box'}, 'interpolation=box: expected one of bicubic, bilinear'),
+    (
+      {'optim.milestones': '5,3'},
+      'config.optim.milestones=(5, 3): expected epochs in rising order, such as (700,)',
+    ),
+    ({'optim.schedule': 'multistep'}, 'config.optim.milestones=(): config.optim.schedule=multiste'),
     ({'optim.layer_decay': 0}, 'config.optim.layer_decay=0.0: expected more than 0, at most 1'),
   ],
 )

@@ -21,6 +21,11 @@ from hivit_jax.errors import UserError
 Size = int | Sequence[int]
 Step = Callable[[Image.Image, np.random.Generator], Image.Image]
 
+INTERPOLATIONS = {
+  'bicubic': Image.Resampling.BICUBIC,
+  'bilinear': Image.Resampling.BILINEAR,
+}
+
 
 def to_array(image: Image.Image) -> np.ndarray:
   """Returns the pixels of an 'RGB' or 'L' image as uint8 (H, W, 3) or (H, W, 1)."""
@@ -38,7 +43,7 @@ def as_size(size: Size) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop:
-  """A random part of the image, resized bicubically with antialiasing ("Inception crop").
+  """A random part of the image, resized with antialiasing ("Inception crop").
 
   The crop covers a uniformly drawn share of the area, its aspect ratio is drawn log-uniformly; ten
   draws that do not fit are followed by the largest central crop of an allowed ratio. This is the
@@ -49,11 +54,16 @@ class RandomResizedCrop:
     scale: Smallest and largest share of the image's area, in (0, 1].
     ratio: Narrowest and widest aspect ratio (width / height) relative to that of the output. For a
       non-square output this keeps the distortion within the same bounds as for a square one.
+    clamp: A crop that does not fit is cut to the image's sides instead of being drawn again, so
+      large crops are more frequent. MAE's linear probe crops in this way.
+    interpolation: Of the resizing: a key of `INTERPOLATIONS`.
   """
 
   size: tuple[int, int]
   scale: tuple[float, float] = (0.2, 1.0)
   ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  clamp: bool = False
+  interpolation: str = 'bicubic'
 
   def __post_init__(self):
     low, high = self.scale
@@ -62,6 +72,9 @@ class RandomResizedCrop:
     low, high = self.ratio
     if not 0 < low <= high:
       raise UserError(f'Crop ratio {self.ratio!r}: expected 0 < narrowest <= widest.')
+    if self.interpolation not in INTERPOLATIONS:
+      known = ', '.join(INTERPOLATIONS)
+      raise UserError(f'Interpolation {self.interpolation!r}: expected one of {known}.')
 
   def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """Draws a crop (left, top, right, bottom) of an image of this size, in pixels."""
@@ -72,6 +85,8 @@ class RandomResizedCrop:
       area = width * height * rng.uniform(*self.scale)
       ratio = math.exp(rng.uniform(log_low, log_high))
       w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+      if self.clamp:
+        w, h = min(max(w, 1), width), min(max(h, 1), height)
       if 0 < w <= width and 0 < h <= height:
         top = int(rng.integers(height - h + 1))
         left = int(rng.integers(width - w + 1))
@@ -85,7 +100,7 @@ class RandomResizedCrop:
     # Not `resize(box=...)`: that lets pixels from outside the crop bleed in at its border.
     cropped = image.crop(self.box(image.width, image.height, rng))
     height, width = self.size
-    return cropped.resize((width, height), Image.Resampling.BICUBIC)
+    return cropped.resize((width, height), INTERPOLATIONS[self.interpolation])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +154,8 @@ def train_transform(
   *,
   scale: tuple[float, float] = (0.2, 1.0),
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  clamp: bool = False,
+  interpolation: str = 'bicubic',
   flip: bool = True,
   rand_augment: str | None = None,
   color_jitter: float = 0.0,
@@ -151,18 +168,17 @@ def train_transform(
 
   Args:
     size: Side of the square output, or (height, width), in pixels.
-    scale: See `RandomResizedCrop`.
-    ratio: See `RandomResizedCrop`.
+    scale, ratio, clamp, interpolation: See `RandomResizedCrop`.
     flip: Mirror half of the images; off for data in which left and right matter, such as digits.
     rand_augment: Such as 'rand-m9-mstd0.5-inc1', see `randaugment.rand_augment`; None or '': off.
     color_jitter: See `ColorJitter`; 0: off. RandAugment, when given, takes its place.
     mean: Colour that RandAugment fills in, per channel, in [0, 1]: that of the data set.
 
   Raises:
-    UserError: The size, the scale, the ratio, RandAugment or the jitter makes no sense.
+    UserError: The size, the crop, RandAugment or the jitter makes no sense.
   """
   jitter = ColorJitter(color_jitter)
-  steps: list[Step] = [RandomResizedCrop(as_size(size), scale, ratio)]
+  steps: list[Step] = [RandomResizedCrop(as_size(size), scale, ratio, clamp, interpolation)]
   if flip:
     steps.append(RandomFlip())
   if rand_augment:

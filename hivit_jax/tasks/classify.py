@@ -24,6 +24,7 @@ class ClassifyTask:
     erase: probability of random erasing.
     mixup, cutmix: alpha of their Beta distributions; 0: off.
     switch_probability: of cutmix where mixup is on as well.
+    mix_group: consecutive examples that share one draw of mixup or cutmix, see `mixing.mix`.
   """
 
   mean: Sequence[float]
@@ -34,6 +35,7 @@ class ClassifyTask:
   mixup: float = 0.0
   cutmix: float = 0.0
   switch_probability: float = 0.5
+  mix_group: int | None = None
 
   def prepare(self, model: HiViT, batch: Batch, rng: jax.Array) -> Batch:
     """Augments a whole batch, which is then computed whole or in parts.
@@ -63,6 +65,7 @@ class ClassifyTask:
         mixup=self.mixup,
         cutmix=self.cutmix,
         switch_probability=self.switch_probability,
+        group=self.mix_group,
       )
     prepared = {'image': images, 'target': targets}
     if any(model.drop_path_rates):

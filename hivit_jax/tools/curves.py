@@ -1,4 +1,4 @@
-"""Curves of runs, from what `MetricWriter` leaves in `metrics.jsonl`."""
+"""Curves of runs, from what `MetricWriter` leaves in `metrics.jsonl`, and of configs."""
 
 import json
 import math
@@ -119,6 +119,27 @@ def draw(runs: Mapping[str, Rows]) -> Figure:
     figure.legend(handles=handles, loc='outside upper center', ncols=4, frameon=False)
   else:
     figure.suptitle(next(iter(runs)))
+  return figure
+
+
+def draw_rates(name: str, epochs: np.ndarray, rates: Mapping[str, np.ndarray]) -> Figure:
+  """Learning rates over the epochs, each in a panel of its own: a layer's may be a thousandth.
+
+  Args:
+    name: of the config.
+    epochs: (N,).
+    rates: (N,) each, from `rates.learning_rates`; the gid of a line is the key.
+  """
+  figure = Figure(figsize=(1 + 4.2 * len(rates), 4.2), layout='constrained')
+  axes = figure.subplots(1, len(rates), squeeze=False)[0]
+  layered = ('learning rate of the head', 'of the first layer')
+  titles = layered if len(rates) > 1 else ('learning rate',)
+  for axis, title, (key, values), color in zip(axes, titles, rates.items(), _COLORS, strict=False):
+    axis.plot(epochs, values, gid=key, color=color, linewidth=1.3)
+    _finish(axis, title, [title], several_runs=False)
+    axis.set_xlabel('epoch')
+    axis.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
+  figure.suptitle(name)
   return figure
 
 

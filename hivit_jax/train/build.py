@@ -185,31 +185,45 @@ def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:
     mixup=a.mixup,
     cutmix=a.cutmix,
     switch_probability=a.switch_probability,
+    mix_group=a.mix_group,
   )
 
 
 def optimizer(config: ml_collections.ConfigDict) -> Callable[[Any], optim.Optimizer]:
   """Returns a function from parameters to their optimizer."""
   o = config.optim
-  shared = {'rules': _TASKS[config.task][2], 'weight_decay': o.weight_decay}
-  shared['clip_norm'] = o.clip_norm
+  shared = {
+    'rules': _TASKS[config.task][2],
+    'weight_decay': o.weight_decay,
+    'clip_norm': o.clip_norm,
+    'layer_decay': o.layer_decay,
+  }
   if o.name == 'adamw':
-    own = {'b1': o.b1, 'b2': o.b2, 'eps': o.eps, 'layer_decay': o.layer_decay}
+    own = {'b1': o.b1, 'b2': o.b2, 'eps': o.eps}
     return lambda params: optim.adamw(params, **shared, **own)
   if o.name == 'lars':
     return lambda params: optim.lars(params, **shared, momentum=o.momentum)
   raise UserError(f'config.optim.name="{o.name}" is unknown; there are: adamw, lars')
 
 
-def schedule(config: ml_collections.ConfigDict) -> Callable:
+def schedule(config: ml_collections.ConfigDict) -> schedules.Schedule:
   """Fractional epoch -> learning rate."""
   o = config.optim
-  return schedules.warmup_cosine(
-    lr=o.base_lr * config.batch_size / 256 if o.lr is None else o.lr,
-    end_lr=o.end_lr,
-    warmup_start_lr=o.warmup_start_lr,
+
+  def rate(key: str) -> float:
+    return o[f'base_{key}'] * config.batch_size / 256 if o[key] is None else o[key]
+
+  return schedules.Schedule(
+    name=o.schedule,
+    lr=rate('lr'),
+    end_lr=rate('end_lr'),
+    warmup_start_lr=rate('warmup_start_lr'),
     warmup_epochs=o.warmup_epochs,
+    warmup_prefix=o.warmup_prefix,
     epochs=config.epochs,
+    milestones=tuple(o.milestones),
+    milestone_factor=o.milestone_factor,
+    scaled=o.layer_decay_of,
   )
 
 

@@ -60,21 +60,27 @@ def _loader_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
   }
 
 
-def train_batches(config: ml_collections.ConfigDict, source: Any, start: int, end: int) -> Any:
-  """This process's training batches of steps [start, end)."""
+def train_transform(config: ml_collections.ConfigDict) -> transforms.TrainTransform:
+  """The augmentation of single images; the rest happens on the device."""
   a = config.augment
-  transform = transforms.train_transform(
+  return transforms.train_transform(
     image_size(config),
     scale=tuple(a.crop_scale),
     ratio=tuple(a.crop_ratio),
+    clamp=a.crop_clamp,
+    interpolation=a.interpolation,
     flip=a.flip,
     rand_augment=a.rand_augment,
     color_jitter=a.color_jitter,
     mean=tuple(config.data.mean),
   )
+
+
+def train_batches(config: ml_collections.ConfigDict, source: Any, start: int, end: int) -> Any:
+  """This process's training batches of steps [start, end)."""
   return pipeline.train_loader(
     source,
-    transform,
+    train_transform(config),
     batch_size=config.batch_size,
     seed=config.seed,
     start_step=start,

@@ -5,12 +5,12 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from hivit_jax.train.packing import elementwise, pack, unpack
+from hivit_jax.train.packing import pack, unpack
 from hivit_jax.train.rules import Rules, apply_rules, path_name
+
+TRUST_COEFFICIENT = 1e-3  # of LARS
 
 # 'decay': weight decay applies; 'no_decay': it does not; 'frozen': the optimizer never changes it.
 
@@ -22,11 +22,10 @@ PRETRAIN_RULES: Rules = (
   (r'(.*/)?kernel', 'decay'),
   (r'absolute_pos_embed|cls_token|mask_token|.*/relative_position_bias_table', 'decay'),
 )
-# As SimMIM.
+# As the official SimMIM runs: they mean to spare the bias tables, but by a name that matches none.
 SIMMIM_RULES: Rules = (
-  (r'(.*/)?(bias|scale)', 'no_decay'),
-  (r'(.*/)?kernel', 'decay'),
-  (r'.*/(mask_token|relative_position_bias_table)', 'no_decay'),
+  (r'(.*/)?(bias|scale)|.*/mask_token', 'no_decay'),
+  (r'(.*/)?kernel|.*/relative_position_bias_table', 'decay'),
 )
 # As the official finetuning and supervised training: position parameters do not decay.
 CLASSIFY_RULES: Rules = (
@@ -46,10 +45,13 @@ class Optimizer(NamedTuple):
     tx: over the trained parameters, as `split` returns them; its updates are still to be scaled by
       minus the learning rate.
     trained: tree of bools, for `split`.
+    scales: factors of the learning rate, a tree over the trained parameters, see `layer_scales`;
+      None: 1 for all.
   """
 
   tx: optax.GradientTransformation
   trained: Any
+  scales: Any = None
 
 
 def split(params: Any, trained: Any) -> tuple[Any, Any]:
@@ -129,19 +131,22 @@ def adamw(
     layer_decay: see `layer_scales`; None: the same rate for all.
   """
   trained, decayed = _labels(rules, params)
-  parts = [
+  tx = optax.chain(
     _clip(clip_norm),
     _vectors_as_one(optax.scale_by_adam(b1=b1, b2=b2, eps=eps)),
     optax.add_decayed_weights(weight_decay, mask=decayed),
-  ]
-  if layer_decay is not None:
-    scales = split(layer_scales(params, layer_decay), trained)[0]
-    parts.append(_scale_each(scales))
-  return Optimizer(optax.chain(*parts), trained)
+  )
+  return Optimizer(tx, trained, _scales(params, trained, layer_decay))
 
 
 def lars(
-  params: Any, *, rules: Rules, momentum: float, weight_decay: float, clip_norm: float | None = None
+  params: Any,
+  *,
+  rules: Rules,
+  momentum: float,
+  weight_decay: float,
+  clip_norm: float | None = None,
+  layer_decay: float | None = None,
 ) -> Optimizer:
   """LARS (arXiv 1708.03888) as in MAE's linear probe: matrices alone decay and get a trust ratio.
 
@@ -151,15 +156,16 @@ def lars(
     momentum: of the updates before the learning rate.
     weight_decay: of the parameters labelled 'decay', part of the update that is scaled.
     clip_norm: global norm to clip the gradients to, or None.
+    layer_decay: see `layer_scales`; None: the same rate for all.
   """
   trained, decayed = _labels(rules, params)
-  parts = [
+  tx = optax.chain(
     _clip(clip_norm),
     optax.add_decayed_weights(weight_decay, mask=decayed),
-    optax.masked(optax.scale_by_trust_ratio(trust_coefficient=1e-3), decayed),
+    optax.masked(optax.scale_by_trust_ratio(trust_coefficient=TRUST_COEFFICIENT), decayed),
     optax.trace(momentum),
-  ]
-  return Optimizer(optax.chain(*parts), trained)
+  )
+  return Optimizer(tx, trained, _scales(params, trained, layer_decay))
 
 
 def _labels(rules: Rules, params: Any) -> tuple[Any, Any]:
@@ -167,6 +173,10 @@ def _labels(rules: Rules, params: Any) -> tuple[Any, Any]:
   labels = apply_rules(rules, params)
   trained = jax.tree.map(lambda label: label != 'frozen', labels)
   return trained, split(jax.tree.map(lambda label: label == 'decay', labels), trained)[0]
+
+
+def _scales(params: Any, trained: Any, decay: float | None) -> Any:
+  return None if decay is None else split(layer_scales(params, decay), trained)[0]
 
 
 def _clip(norm: float | None) -> optax.GradientTransformation:
@@ -188,13 +198,3 @@ def _vectors_as_one(tx: optax.GradientTransformation) -> optax.GradientTransform
     return unpack(packed, layout), state
 
   return optax.GradientTransformation(lambda params: tx.init(pack(params)[0]), update)
-
-
-def _scale_each(scales: Any) -> optax.GradientTransformation:
-  def scale(updates, _):
-    def full(update, scale):  # of a vector an array, to be joined as it is
-      return np.full(update.shape if update.ndim == 1 else (), scale, np.float32)
-
-    return elementwise(jnp.multiply, updates, jax.tree.map(full, updates, scales))
-
-  return optax.stateless(scale)

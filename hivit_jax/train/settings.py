@@ -3,15 +3,16 @@
 What depends on the model, the devices or the data is checked where it is built.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_collections
 
-from hivit_jax.data import randaugment
+from hivit_jax.data import randaugment, transforms
 from hivit_jax.errors import UserError
-from hivit_jax.train import build
+from hivit_jax.train import build, schedules
 
 _Test = Callable[[Any], bool]
 
@@ -28,8 +29,9 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
   (
     '0 or more',
     lambda x: x >= 0,
-    'data.num_threads data.num_workers optim.base_lr optim.lr optim.end_lr optim.warmup_start_lr '
-    'optim.warmup_epochs optim.weight_decay checkpoint.every_epochs checkpoint.keep_every_epochs '
+    'data.num_threads data.num_workers optim.base_lr optim.lr optim.base_end_lr optim.end_lr '
+    'optim.base_warmup_start_lr optim.warmup_start_lr optim.warmup_epochs optim.milestone_factor '
+    'augment.mix_group optim.weight_decay checkpoint.every_epochs checkpoint.keep_every_epochs '
     'evaluation.every_epochs knn.every_epochs knn.bank_size pictures.every_epochs augment.mixup '
     'augment.cutmix augment.color_jitter model.head_std model.mlp_stages',
   ),
@@ -58,6 +60,19 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
     'augment.crop_scale',
   ),
+  *(
+    (f'one of {", ".join(known)}', known.__contains__, key)
+    for key, known in (
+      ('optim.schedule', schedules.NAMES),
+      ('optim.layer_decay_of', schedules.SCALED),
+      ('augment.interpolation', tuple(transforms.INTERPOLATIONS)),
+    )
+  ),
+  (
+    'epochs in rising order, such as (700,)',
+    lambda x: all(0 < a < b for a, b in itertools.pairwise((*x, math.inf))),
+    'optim.milestones',
+  ),
   (
     'two ratios, 0 < narrowest <= widest',
     lambda x: len(x) == 2 and 0 < x[0] <= x[1] < math.inf,
@@ -81,8 +96,8 @@ _OPTIONAL = (
   'model.mlp_stages model.num_heads model.stem_blocks model.rpe model.num_classes model.head_std '
   'model.head_batch_norm model.decoder_embed_dim model.decoder_depth model.decoder_num_heads '
   'model.mask_ratio model.norm_pix_loss model.hifeat '
-  'init data.data_dir data.eval_crop augment.rand_augment optim.lr optim.layer_decay '
-  'optim.clip_norm ema_decay'
+  'init data.data_dir data.eval_crop augment.rand_augment augment.mix_group optim.lr optim.end_lr '
+  'optim.warmup_start_lr optim.layer_decay optim.clip_norm ema_decay'
 )
 OPTIONAL = frozenset(_OPTIONAL.split())
 
@@ -107,6 +122,13 @@ def check(config: ml_collections.ConfigDict) -> None:
       f'config.optim.warmup_epochs={config.optim.warmup_epochs} is not shorter than '
       f'config.epochs={config.epochs}: the learning rate would only rise; for a short run: '
       f'--config.optim.warmup_epochs={config.epochs / 20:g}'
+    )
+  o = config.optim
+  if o.schedule == 'multistep' and not (o.milestones and o.milestones[-1] < config.epochs):
+    raise UserError(
+      f'config.optim.milestones={tuple(o.milestones)}: config.optim.schedule=multistep takes '
+      f'epochs before the end, config.epochs={config.epochs}; for a short run: '
+      f'--config.optim.milestones={config.epochs * 7 / 8:g}, or --config.optim.schedule=cosine'
     )
   if config.augment.rand_augment:
     randaugment.rand_augment(config.augment.rand_augment, tuple(config.data.mean))

@@ -88,7 +88,8 @@ def make_train_step(
     graphdef: from `abstract_state`.
     task: has `prepare(model, batch, rng)` and `loss(model, batch)`, see `tasks.mae`.
     optimizer: from `abstract_state`.
-    schedule: fractional epoch -> learning rate.
+    schedule: fractional epoch -> learning rate; with `optimizer.scales`, `(epoch, scale)`, see
+      `schedules.Schedule`.
     epochs_per_step: batch size / examples in an epoch.
     seed: all randomness is a function of it and of the step.
     abstract: from `abstract_state`: the state stays where this says; None: on one device.
@@ -98,8 +99,8 @@ def make_train_step(
     compiler_options: see `sharding.compiler_options`.
 
   Returns:
-    The step; its metrics are `loss`, `learning_rate`, `grad_norm`, `param_norm` (of the new
-    parameters) and the task's, () float32.
+    The step; its metrics are `loss`, `learning_rate` (of layers whose factor is 1), `grad_norm`,
+    `param_norm` (of the new parameters) and the task's, () float32.
   """
 
   places = None if abstract is None else _shardings(abstract['params'])
@@ -136,8 +137,18 @@ def make_train_step(
     trained, others = optim.split(old['params'], optimizer.trained)
     grads, (metrics, statistics) = mean_gradients(trained, others, batch)
     updates, opt_state = optimizer.tx.update(grads, old['opt_state'], trained)
-    lr = schedule(old['step'] * epochs_per_step)
-    trained = elementwise(lambda p, u: p - lr * u, trained, updates)
+    epoch = old['step'] * epochs_per_step
+    lr = schedule(epoch)
+    if optimizer.scales is None:
+      trained = elementwise(lambda p, u: p - lr * u, trained, updates)
+    else:
+      lowest = schedule(epoch, 0.0)  # the rate is an affine function of the layer's factor
+      trained = elementwise(
+        lambda p, u, scale: p - (lowest + scale * (lr - lowest)) * u,
+        trained,
+        updates,
+        jax.tree.map(_like_vectors, trained, optimizer.scales),
+      )
     params = _overlay(optim.join(trained, others), statistics)
     metrics |= {
       'learning_rate': lr,
@@ -162,6 +173,11 @@ def make_train_step(
 
 def _shardings(abstract: Any) -> Any:
   return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _like_vectors(leaf: jax.Array, value: float) -> np.ndarray:
+  """`value` for each element of a vector, so that vectors of values are joined as vectors are."""
+  return np.full(leaf.shape if leaf.ndim == 1 else (), value, np.float32)
 
 
 def _norm(tree: Any) -> jax.Array:

@@ -1,7 +1,9 @@
 """Transforms: the sampling and the resizing of the published recipes, on PIL images."""
 
+import json
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image, ImageEnhance
 from hivit_jax.data import transforms
 from hivit_jax.data.randaugment import RandAugment
 from hivit_jax.errors import UserError
+from tests.helpers import GOLDEN
 
 
 def generator(seed: int = 0) -> np.random.Generator:
@@ -80,6 +83,66 @@ def test_crop_equals_crop_then_bicubic_resize_and_nothing_bleeds_in():
   assert np.unique(np.asarray(crop(image, generator(3))).reshape(-1, 3), axis=0).tolist() == [
     [10, 200, 30]
   ]
+
+
+class _Draws:
+  """Stands for a random generator; gives what an official run has drawn."""
+
+  def __init__(self, uniform: list[float], integers: list[tuple[int, int]]):
+    self._uniform, self._integers = iter(uniform), iter(integers)
+
+  def uniform(self, low: float, high: float) -> float:
+    value = next(self._uniform)
+    assert low - 1e-6 < value < high + 1e-6  # drawn in float32
+    return value
+
+  def integers(self, below: int) -> int:
+    value, limit = next(self._integers)
+    assert below == limit
+    return value
+
+
+def test_a_clamped_crop_is_that_of_the_official_linear_probe():
+  golden = json.loads((GOLDEN / 'linprobe_crop.json').read_text())
+  crop = transforms.RandomResizedCrop((224, 224), scale=(0.08, 1.0), clamp=True)
+  clamped = 0
+  for row in golden['rows']:
+    width, height, share, log_ratio, top, left, h, w, top_below, left_below, _ = row
+    rng = _Draws([share, log_ratio], [(top, top_below), (left, left_below)])
+    assert crop.box(width, height, rng) == (left, top, left + w, top + h), row
+    clamped += w == width or h == height
+  assert clamped >= 100
+  assert len(golden['rows']) == 270
+
+
+def test_a_clamped_crop_takes_more_of_an_image():
+  """Half of a photograph on average; without, large crops are the ones that are drawn again."""
+  for clamp, expected in ((True, 0.52), (False, 0.43)):  # of the official code
+    crop = transforms.RandomResizedCrop((224, 224), scale=(0.08, 1.0), clamp=clamp)
+    rng = generator()
+    boxes = np.array([crop.box(500, 375, rng) for _ in range(4000)])
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    assert abs(areas.mean() / (500 * 375) - expected) < 0.015
+  assert transforms.RandomResizedCrop((8, 8), clamp=True).box(1, 1, generator()) == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+  ('interpolation', 'key'), [('bilinear', 'resized'), ('bicubic', 'bicubic')]
+)
+def test_crops_are_resized_as_officially(monkeypatch, interpolation, key):
+  """SimMIM's are bilinear, MAE's are bicubic; pixel by pixel."""
+  crop = transforms.RandomResizedCrop((32, 32), interpolation=interpolation)
+  with np.load(GOLDEN / 'simmim_crop.npz') as file:
+    golden = {name: file[name] for name in file.files}
+  names = [name for name in golden if re.fullmatch(rf'\d/{key}\d', name)]
+  assert len(names) >= 6
+  for name in names:
+    case, number = name.split('/')[0], name[-1]
+    top, left, height, width = golden[f'{case}/box{number}_top_left_height_width'].tolist()
+    box = (left, top, left + width, top + height)
+    monkeypatch.setattr(transforms.RandomResizedCrop, 'box', lambda *_, box=box: box)
+    result = np.asarray(crop(Image.fromarray(golden[f'{case}/image_rgb']), generator()))
+    np.testing.assert_array_equal(result, golden[name], err_msg=name)
 
 
 def test_resizing_is_antialiased():

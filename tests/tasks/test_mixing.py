@@ -1,11 +1,14 @@
 """Random erasing, mixup and cutmix: what they do, how often, and how evenly."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hivit_jax.tasks import mixing
+from tests.helpers import GOLDEN, assert_close
 
 H, W = 24, 32
 
@@ -81,6 +84,78 @@ def test_a_batch_is_mixed_in_one_way_and_both_ways_are_as_likely_as_asked():
       count[probability] += bool(pasted)
   assert 35 <= count[0.5] <= 65
   assert 80 <= count[0.9] <= 98
+
+
+@functools.cache
+def _golden() -> dict[str, np.ndarray]:
+  with np.load(GOLDEN / 'mixup_groups.npz') as file:
+    return {key: file[key] for key in file.files}
+
+
+@pytest.mark.parametrize('group', [4, 8, 24])
+def test_groups_are_mixed_as_by_timm(group):
+  """Each as the batch of one GPU and accumulation step, from the same draws."""
+  golden = _golden()
+  own = {
+    key.removeprefix(f'groups_of_{group}/'): value
+    for key, value in golden.items()
+    if key.startswith(f'groups_of_{group}/')
+  }
+  images = golden['image_nchw'].transpose(0, 2, 3, 1)
+  targets = 0.9 * np.eye(7, dtype=np.float32)[golden['label']] + 0.1 / 7
+  assert 0 < own['use_cutmix'].sum() < max(2, len(own['use_cutmix']))
+  mixes = mixing.Mix(
+    np.float32(own['lam_used']), own['use_cutmix'], own['box_top_bottom_left_right']
+  )
+  mixed, mixed_targets = mixing.apply_mix(images, targets, mixes, group)
+  assert_close(mixed.transpose(0, 3, 1, 2), own['mixed_nchw'], relative=1e-6)
+  assert_close(mixed_targets, own['targets'], relative=1e-6)
+
+
+def test_the_box_of_cutmix_is_that_of_timm():
+  heights, widths, share, y, x, *box, left = _golden()['boxes'].T
+  assert len(share) == 60
+  for h, w in {(16, 20), *zip(heights, widths, strict=True)}:
+    chosen = (heights == h) & (widths == w)
+    pick = lambda v, kind=np.int32: v[chosen].astype(kind)  # noqa: B023, E731
+    ours, rest = mixing.cutmix_box(pick(share, np.float32), pick(y), pick(x), int(h), int(w))
+    np.testing.assert_array_equal(ours, np.stack([pick(side) for side in box], axis=-1))
+    np.testing.assert_allclose(rest, pick(left, np.float32), atol=1e-6)
+
+
+def test_the_last_group_may_be_smaller_and_mixes_within_itself():
+  images, targets = _batch(11)
+  mixes = mixing.Mix(
+    np.float32([0.5, 0.25, 0.75]), np.bool_([False, True, False]),
+    np.int32([[0, 0, 0, 0], [0, H // 2, 0, W], [0, 0, 0, 0]]),
+  )  # fmt: skip
+  mixed, mixed_targets = mixing.apply_mix(images, targets, mixes, 4)
+  partners = [3, 2, 1, 0, 7, 6, 5, 4, 10, 9, 8]
+  share = np.repeat(mixes.share, 4)[:11, None]
+  expected = targets * share + targets[partners] * (1 - share)
+  np.testing.assert_allclose(mixed_targets, expected, rtol=1e-6)
+  expected = images * share[..., None, None] + images[partners] * (1 - share[..., None, None])
+  expected[4:8, : H // 2] = images[[7, 6, 5, 4], : H // 2]
+  expected[4:8, H // 2 :] = images[4:8, H // 2 :]
+  np.testing.assert_allclose(mixed, expected, rtol=1e-5)
+
+
+def test_groups_are_drawn_one_by_one():
+  images, targets = _batch(22)
+  options = {'mixup': 0.8, 'cutmix': 1.0, 'switch_probability': 0.5}
+  mixed, mixed_targets = map(
+    np.asarray, mixing.mix(images, targets, jax.random.key(0), **options, group=2)
+  )
+  shares = mixed_targets[np.arange(22), np.arange(22)]
+  np.testing.assert_array_equal(shares[::2], shares[1::2])  # partners share a draw
+  assert len(set(shares[::2].round(6))) >= 10
+  partners = np.arange(22) ^ 1
+  cut = ((mixed == images) | (mixed == images[partners])).all(axis=(1, 2, 3))
+  assert 4 <= cut.sum() <= 18
+  for whole in (None, 0, 22, 100):
+    again = mixing.mix(images, targets, jax.random.key(0), **options, group=whole)
+    one = mixing.mix(images, targets, jax.random.key(0), **options, group=22)
+    jax.tree.map(np.testing.assert_array_equal, again, one)
 
 
 @pytest.mark.parametrize('erased', [0.25, 1.0])

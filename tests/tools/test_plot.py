@@ -1,6 +1,7 @@
 """Curves of runs: what is drawn is what the metrics say."""
 
 import functools
+import importlib
 import json
 
 import numpy as np
@@ -8,8 +9,11 @@ import pytest
 from PIL import Image
 
 from hivit_jax.errors import UserError
-from hivit_jax.tools import curves
+from hivit_jax.tools import curves, rates
+from tests.helpers import GOLDEN
 from tests.runs import STEPS, error_of
+
+CONFIG = '--config=configs/simmim_swin_b.py'
 
 
 def lines(figure) -> dict[str, dict[str, tuple[list, list]]]:
@@ -159,10 +163,78 @@ def test_the_picture_of_two_runs(plot, finished, tmp_path):
     assert len(np.unique(np.asarray(picture).reshape(-1, 4), axis=0)) > 50
 
 
+@pytest.mark.parametrize('name', ['simmim_finetune_swin_base_after_100', 'mae_hivit_base_finetune'])
+def test_the_rate_of_a_config_at_given_epochs(plot, name):
+  golden = json.loads((GOLDEN / 'recipes.json').read_text())['recipes'][name]
+  file = 'finetune_swin_b.py:100' if 'swin' in name else 'finetune_hivit_b.py'
+  epochs = ','.join(map(repr, golden['epoch']))
+  status, stderr, stdout = plot(f'--config=configs/{file}', f'--epochs={epochs}', '--json')
+  assert (status, stderr) == (0, '')
+  result = json.loads(stdout.splitlines()[-1])
+  assert result.keys() == {'epoch', 'learning_rate', 'first_layer'}
+  assert result['epoch'] == golden['epoch']
+  np.testing.assert_allclose(result['learning_rate'], golden['lr']['head'], rtol=1e-9)
+  np.testing.assert_allclose(result['first_layer'], golden['lr']['first'], rtol=1e-9)
+
+
+def test_settings_change_the_rate_and_epochs_are_not_rounded(plot):
+  epochs = '--epochs=699.999999999,700,700.5'
+  milestones = '--config.optim.milestones=600,700'
+  ended = plot(CONFIG, epochs, milestones, '--config.batch_size=1024', '--json')
+  result = json.loads(ended.stdout.splitlines()[-1])
+  assert result['epoch'] == [699.999999999, 700, 700.5]
+  np.testing.assert_allclose(result['learning_rate'], [2e-5, 2e-6, 2e-6], rtol=1e-12)
+  assert 'first_layer' not in result
+  table = plot(CONFIG, epochs).stdout.splitlines()
+  assert table[0].split() == ['epoch', 'learning_rate']
+  assert [line.split() for line in table[1:]] == [
+    ['699.999999999', '0.0004'], ['700', '4e-05'], ['700.5', '4e-05'],
+  ]  # fmt: skip
+
+
+def test_the_picture_of_a_config(plot, tmp_path):
+  out = tmp_path / 'rate.png'
+  assert plot(CONFIG, f'--out={out}') == (0, '', f'wrote {out}\n')
+  with Image.open(out) as picture:
+    assert len(np.unique(np.asarray(picture).reshape(-1, 4), axis=0)) > 20
+
+
+def test_what_is_drawn_of_a_config():
+  config = importlib.import_module('configs.finetune_swin_b').get_config()
+  epochs = rates.grid(config)
+  assert {0.0, 20.0, np.nextafter(20.0, 0.0), 100.0} <= set(epochs)
+  values = rates.learning_rates(config, epochs)
+  figure = curves.draw_rates('it', epochs, values)
+  drawn = {line.get_gid(): line.get_xydata().T for a in figure.axes for line in a.lines}
+  assert drawn.keys() == {'learning_rate', 'first_layer'}
+  for key, (x, y) in drawn.items():
+    np.testing.assert_array_equal(x, epochs)
+    np.testing.assert_array_equal(y, values[key])
+  assert [axis.get_title() for axis in figure.axes] == [
+    'learning rate of the head', 'of the first layer',
+  ]  # fmt: skip
+  assert figure.get_suptitle() == 'it'
+
+
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ([], 'whose curves? python -m hivit_jax.tools.plot WORKDIR...'),
+    ([], 'whose curves? python -m hivit_jax.tools.plot WORKDIR..., or --config=FILE'),
+    (['--epochs=1'], '--epochs of what? --config=configs/mae_hivit_b.py'),
+    (['--json'], '--json of what? --config=configs/mae_hivit_b.py'),
+    (['{tmp}/run', CONFIG], '"{tmp}/run" and --config: either runs are drawn, or a config'),
+    ([CONFIG, '--json'], '--json: at which epochs? --epochs=0,1.5,20'),
+    ([CONFIG, '--epochs=1,x'], '--epochs: "x" is no epoch; expected numbers from 0 on: 0,1.5,20'),
+    ([CONFIG, '--epochs=-1'], '--epochs: "-1" is no epoch'),
+    ([CONFIG, '--epochs=nan'], '--epochs: "nan" is no epoch'),
+    ([CONFIG, '--epochs='], '--epochs is empty'),
+    ([CONFIG, '--config.optim.schedule=poly'], 'config.optim.schedule=poly: expected one of cos'),
+    (
+      [CONFIG, '--config.epochs=100', '--epochs=1'],
+      'config.optim.milestones=(700.0,): config.optim.schedule=multistep takes epochs before the '
+      'end, config.epochs=100.0; for a short run: --config.optim.milestones=87.5, or',
+    ),
+    ([CONFIG, '--out={tmp}/no/x.png'], 'cannot write --out={tmp}/no/x.png: No such file or'),
     (['{tmp}/run', '{tmp}'], 'cannot read {tmp}/metrics.jsonl: No such file or directory; give'),
     (['{tmp}/empty'], '{tmp}/empty/metrics.jsonl has no metrics yet'),
     (['{tmp}/run', '--out={tmp}/no/x.png'], '--out={tmp}/no/x.png: No such file or directory'),

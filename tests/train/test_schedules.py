@@ -1,47 +1,60 @@
-"""The learning rate over a run."""
+"""The learning rate over a run; `tests/test_recipes.py` has that of each published recipe."""
 
-import json
-
-import jax
 import numpy as np
 import pytest
 
-from hivit_jax.train.schedules import warmup_cosine
-from tests.helpers import GOLDEN
+from hivit_jax.train.schedules import Schedule
 
 BASE = {'lr': 1.0, 'end_lr': 0.1, 'warmup_start_lr': 0.2, 'warmup_epochs': 2.0, 'epochs': 10.0}
 
 
-@pytest.mark.parametrize('recipe', ['pretrain', 'finetune'])
-def test_equals_the_official_schedule(recipe):
-  golden = json.loads((GOLDEN / 'lr_schedule.json').read_text())[recipe]
-  schedule = warmup_cosine(
-    lr=golden['lr'],
-    end_lr=golden['min_lr'],
-    warmup_start_lr=0.0,
-    warmup_epochs=golden['warmup_epochs'],
-    epochs=golden['epochs'],
-  )
-  epochs, expected = np.array(golden['points']).T
-  assert len(epochs) == 8
-  # As in a step: in float32, the epoch an operand of the program.
-  actual = jax.jit(jax.vmap(schedule))(epochs.astype(np.float32))
-  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7 * golden['lr'])
-  np.testing.assert_allclose([schedule(e) for e in epochs], actual, rtol=1e-6, atol=1e-10)
-
-
 def test_warmup_is_linear_then_half_a_cosine():
-  schedule = warmup_cosine(**BASE)
+  schedule = Schedule(**BASE)
   actual = [schedule(e) for e in (0, 0.5, 1, 2, 4, 6, 8, 10)]
   cosine = [0.1 + 0.9 * (1 + np.cos(np.pi * t)) / 2 for t in (0.25, 0.5, 0.75)]
-  np.testing.assert_allclose(actual, [0.2, 0.4, 0.6, 1.0, *cosine, 0.1], rtol=1e-5)
+  np.testing.assert_allclose(actual, [0.2, 0.4, 0.6, 1.0, *cosine, 0.1], rtol=1e-12)
+
+
+def test_without_the_prefix_the_warmup_hides_the_cosines_beginning():
+  schedule = Schedule(**BASE, warmup_prefix=False)
+  warmup, cosine = Schedule(**BASE), Schedule(**BASE | {'warmup_epochs': 0.0})
+  assert schedule(2.0) == cosine(2.0) < warmup(2.0) == 1.0
+  before = np.nextafter(2.0, 0.0)  # the rate drops between two neighbouring numbers
+  np.testing.assert_allclose(schedule(before), 1.0, rtol=1e-12)
+  for epoch in (0.0, 1.0, before):
+    assert schedule(epoch) == warmup(epoch)
+  for epoch in (2.0, 2.5, 9.0, 10.0, 11.0):
+    assert schedule(epoch) == cosine(epoch)
+
+
+def test_steps():
+  schedule = Schedule(**BASE, name='multistep', milestones=(4.0, 7.0), milestone_factor=0.5)
+  epochs = [0.0, 1.0, 2.0, np.nextafter(4.0, 0.0), 4.0, 6.9, 7.0, 10.0, 20.0]
+  expected = [0.2, 0.6, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.25]
+  np.testing.assert_allclose([schedule(e) for e in epochs], expected, rtol=1e-12)
+  np.testing.assert_allclose(schedule(np.array(epochs)), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize('shape', [{}, {'warmup_prefix': False}, {'name': 'multistep'}])
+def test_the_factor_of_a_layer(shape):
+  whole = Schedule(**BASE, **shape)
+  peak = Schedule(**BASE, **shape, scaled='peak')
+  other = Schedule(**BASE | {'lr': 0.25}, **shape)
+  for epoch in (0.0, 1.0, 2.0, 5.0, 10.0):
+    np.testing.assert_allclose(whole(epoch, 0.25), 0.25 * whole(epoch), rtol=1e-12)
+    np.testing.assert_allclose(peak(epoch, 0.25), other(epoch), rtol=1e-12)
+    assert peak(epoch) == whole(epoch)
+    for schedule in (whole, peak):  # what a step relies on
+      lowest, highest = schedule(epoch, 0.0), schedule(epoch, 1.0)
+      line = lowest + 0.25 * (highest - lowest)
+      np.testing.assert_allclose(schedule(epoch, 0.25), line, rtol=1e-12)
 
 
 def test_stays_at_the_end_rate():
-  schedule = warmup_cosine(**BASE)
-  np.testing.assert_allclose([schedule(10.0), schedule(10.5), schedule(50.0)], 0.1, rtol=1e-5)
+  schedule = Schedule(**BASE)
+  np.testing.assert_allclose([schedule(10.0), schedule(10.5), schedule(50.0)], 0.1, rtol=1e-12)
 
 
 def test_no_warmup():
-  schedule = warmup_cosine(**BASE | {'warmup_epochs': 0.0})
+  schedule = Schedule(**BASE | {'warmup_epochs': 0.0})
   np.testing.assert_allclose([schedule(0.0), schedule(5.0), schedule(10.0)], [1.0, 0.55, 0.1])

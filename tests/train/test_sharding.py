@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,12 @@ import pytest
 from hivit_jax.errors import UserError
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
+from hivit_jax.tools import hlo
+from hivit_jax.tools.collectives import collectives
 from hivit_jax.train import optim, sharding, step
 from tests import patience
 from tests.helpers import TINY, abstract_model, random_model
+from tests.runs import on_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -154,16 +158,20 @@ class _Mixing(ClassifyTask):
     return value, metrics | {'noise': batch['image'].mean() + (batch['target'] @ weights).mean()}
 
 
-def train(data: int, fsdp: int, accumulate_steps: int, *, classify: bool = False) -> dict:
-  """Ten steps on some of this process's devices: numbers, and where things lie."""
-  mesh = sharding.make_mesh(data, fsdp)
+# Groups of six in a batch of 16, the last of four: they lie across devices.
+_GROUP = 6
+
+
+def _start(mesh, accumulate_steps: int, *, classify: bool, group: int | None = _GROUP):
+  """A training state, where its leaves lie, and the step."""
   size = {
     'image_size': 32, 'embed_dim': 16, 'depths': (1, 1, 1), 'num_heads': 2, 'drop_path_rate': 0.3
   }  # fmt: skip
   statistics = (0.5,) * 3, (0.25,) * 3
   if classify:
     graphdef, params = random_model('hivit_tiny', **size, num_classes=10)
-    task = _Mixing(*statistics, 10, label_smoothing=0.1, erase=0.5, mixup=0.8, cutmix=1.0)
+    augment = {'erase': 0.5, 'mixup': 0.8, 'cutmix': 1.0, 'mix_group': group}
+    task = _Mixing(*statistics, 10, label_smoothing=0.1, **augment)
   else:
     decoder = {'decoder_embed_dim': 8, 'decoder_depth': 1, 'decoder_num_heads': 2}
     graphdef, params = random_model('mae_hivit_tiny', **size, **decoder)
@@ -192,12 +200,24 @@ def train(data: int, fsdp: int, accumulate_steps: int, *, classify: bool = False
     ema_decay=0.9,
     compiler_options=sharding.compiler_options(mesh) | {'xla_backend_optimization_level': '0'},
   )
+  return state, shardings, train_step
+
+
+def _batch(number: int, mesh) -> dict:
+  images = np.random.default_rng(number).integers(0, 256, (16, 32, 32, 3), np.uint8)
+  labels = np.arange(16, dtype=np.int32) % 10
+  batch = sharding.put_batch({'image': images, 'label': labels}, mesh)
+  np.testing.assert_array_equal(sharding.fetch(batch['image']), images)
+  return batch
+
+
+def train(data: int, fsdp: int, accumulate_steps: int, *, classify: bool = False) -> dict:
+  """Ten steps on some of this process's devices: numbers, and where things lie."""
+  mesh = sharding.make_mesh(data, fsdp)
+  state, shardings, train_step = _start(mesh, accumulate_steps, classify=classify)
   losses, noise = [], []
   for number in range(10):
-    images = np.random.default_rng(number).integers(0, 256, (16, 32, 32, 3), np.uint8)
-    labels = np.arange(16, dtype=np.int32) % 10
-    batch = sharding.put_batch({'image': images, 'label': labels}, mesh)
-    np.testing.assert_array_equal(sharding.fetch(batch['image']), images)
+    batch = _batch(number, mesh)
     state, metrics = train_step(state, batch)
     losses.append(float(metrics['loss']))
     noise.append(float(metrics['noise']))
@@ -223,28 +243,48 @@ def _norm(tree) -> float:
 _SPLITS = ((8, 1, 2), (1, 8, 1), (2, 4, 2))
 
 
-@pytest.mark.parametrize('classify', [False, True], ids=['mae', 'classify'])
-def test_the_number_of_devices_and_what_they_share_changes_nothing(classify):
-  """Eight, simulated, in a process of their own: masks, mixing and losses as on one."""
-  environment = os.environ | {
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu',
-  }  # fmt: skip
-  code = (
-    'import json; from tests.train.test_sharding import train; '
-    f'print(json.dumps([train(*split, classify={classify}) for split in {_SPLITS}]))'
-  )
+def _on_eight_devices(code: str) -> Any:
+  """What an expression gives as JSON in a process of its own with eight simulated devices."""
+  environment = os.environ | on_devices(8) | {'JAX_PLATFORMS': 'cpu'}
+  code = f'import json; from tests.train import test_sharding; print(json.dumps({code}))'
   child = subprocess.run(
     [sys.executable, '-c', code],
     cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience.limit(300),
   )  # fmt: skip
   assert child.returncode == 0, child.stderr
+  return json.loads(child.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize('classify', [False, True], ids=['mae', 'classify'])
+def test_the_number_of_devices_and_what_they_share_changes_nothing(classify):
+  """Masks, mixing and losses as on one."""
+  code = f'[test_sharding.train(*split, classify={classify}) for split in {_SPLITS}]'
   one = train(1, 1, 1, classify=classify)
   assert one['shards'] == [16]
   assert len(set(one['losses'])) == 10
-  for (_, fsdp, _), eight in zip(_SPLITS, json.loads(child.stdout.splitlines()[-1]), strict=True):
+  for (_, fsdp, _), eight in zip(_SPLITS, _on_eight_devices(code), strict=True):
     assert eight['shards'] == [2] * 8
     assert 1 / fsdp <= eight['share'] < 1 / fsdp + 0.2
     np.testing.assert_allclose(eight['local_norm'], eight['norm'], rtol=1e-5)
     np.testing.assert_allclose(eight['average'], one['average'], rtol=1e-5)
     np.testing.assert_allclose(eight['noise'], one['noise'], rtol=1e-6)
     np.testing.assert_allclose(eight['losses'], one['losses'], rtol=1e-6)
+
+
+def moved(group: int | None) -> dict[str, int]:
+  """Bytes that the compiled step of a classifier moves between devices, sums aside, by kind."""
+  mesh = sharding.make_mesh(8, 1)
+  state, _, train_step = _start(mesh, 1, classify=True, group=group)
+  text = train_step.lower(state, _batch(0, mesh)).compile().as_text()
+  sizes = {'collective-permute': 0, 'all-gather': 0, 'all-to-all': 0}
+  for found in collectives(hlo.Program(text), mesh.size):
+    if found.kind in sizes:
+      sizes[found.kind] += found.size
+  return sizes
+
+
+def test_no_image_travels_between_devices_that_hold_whole_groups():
+  image = 4 * 32 * 32 * 3
+  whole, split = _on_eight_devices('[test_sharding.moved(2), test_sharding.moved(None)]')
+  assert max(whole.values()) < image / 10  # the numbers that are drawn for groups
+  assert split['collective-permute'] >= 2 * image  # a batch that is mirrored as a whole

@@ -1,5 +1,7 @@
 """The training step: what it computes, in how many parts, and where its randomness comes from."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from hivit_jax.tasks.images import normalize
 from hivit_jax.tasks.mae import MAETask
 from hivit_jax.tools.flops import matmul_flops
 from hivit_jax.train import optim, sharding, step
-from hivit_jax.train.schedules import warmup_cosine
+from hivit_jax.train.schedules import Schedule
 from tests.helpers import assert_close, assert_trees_close, random_model
 
 MODEL = {
@@ -83,9 +85,7 @@ def test_five_steps_equal_those_of_torch_adamw():
   torch = pytest.importorskip('torch')
   state, train_step = _training(
     lambda params: _remembering(_adamw(params)),
-    schedule=warmup_cosine(
-      lr=0.05, end_lr=0.01, warmup_start_lr=0.02, warmup_epochs=1.0, epochs=3.0
-    ),
+    schedule=Schedule(lr=0.05, end_lr=0.01, warmup_start_lr=0.02, warmup_epochs=1.0, epochs=3.0),
   )
   start = jax.device_get(torch_names.flatten(state['params']))
   theirs = {path: torch.nn.Parameter(torch.tensor(value)) for path, value in start.items()}
@@ -120,6 +120,27 @@ def test_five_steps_equal_those_of_torch_adamw():
     if path != frozen:
       assert np.abs(ours[path] - start[path]).max() > 0.05
   np.testing.assert_array_equal(ours[frozen], start[frozen])
+
+
+@pytest.mark.parametrize('scaled', ['rate', 'peak'])
+def test_layer_decay_scales_the_whole_update_weight_decay_included(scaled):
+  """The whole rate of a layer, or what depends on the peak in it."""
+  schedule = Schedule(
+    lr=0.05, end_lr=0.01, warmup_start_lr=0.02, warmup_epochs=1.0, epochs=3.0, scaled=scaled
+  )
+  ends = {}
+  for decay in (None, 0.5):
+    state, train_step = _training(functools.partial(_adamw, layer_decay=decay), schedule=schedule)
+    start = jax.device_get(torch_names.flatten(state['params']))
+    state, metrics = train_step(state, _batch())
+    assert metrics['learning_rate'] == pytest.approx(0.02)
+    ends[decay] = jax.device_get(torch_names.flatten(state['params']))
+  scales = torch_names.flatten(optim.layer_scales(torch_names.unflatten(start), 0.5))
+  assert len(set(scales.values())) > 4
+  for path, end in ends[None].items():
+    ratio = scales[path] if scaled == 'rate' else 1.0  # at epoch 0 there is nothing of the peak
+    expected = start[path] + ratio * (end - start[path])
+    np.testing.assert_allclose(ends[0.5][path], expected, atol=1e-6, err_msg='/'.join(path))
 
 
 def test_accumulated_steps_equal_those_of_the_large_batch():

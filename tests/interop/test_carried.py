@@ -2,17 +2,25 @@
 
 import functools
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 import hivit_jax
 from hivit_jax.errors import UserError
-from hivit_jax.interop import carried, exporter, files
+from hivit_jax.interop import carried, exporter, files, importer
 from hivit_jax.interop.files import StateDict
+from hivit_jax.train import weights
 from hivit_jax.train.checkpoint import Checkpoints
-from tests.helpers import TINY_MAE, TINY_VIT, random_images, random_model
+from tests.helpers import (
+  TINY,
+  TINY_MAE,
+  TINY_VIT,
+  abstract_model,
+  quick_jit,
+  random_images,
+  random_model,
+)
 from tests.interop_files import golden_state, official, save
 
 # Each another than the default, and none of them shown by a shape.
@@ -46,7 +54,7 @@ def _loss(model) -> np.ndarray:
   images = random_images(2, 64, 64, 3)
   noise = np.random.default_rng(1).random((2, 16), np.float32)
   graphdef, params = nnx.split(model)
-  forward = jax.jit(lambda params: nnx.merge(graphdef, params)(images, noise=noise).loss)
+  forward = quick_jit(lambda params: nnx.merge(graphdef, params)(images, noise=noise).loss)
   return np.asarray(forward(params))
 
 
@@ -110,21 +118,17 @@ def test_the_backbone_of_an_exported_autoencoder_has_its_heads(convert, workdir,
   np.testing.assert_array_equal(model.encode(images)[-1], whole.encode(images)[-1])
 
 
-def test_a_probes_batch_norm_is_part_of_the_last_layer_in_exported_files(convert, tmp_path):
-  options = {'embed_dim': 32, 'depths': [1, 1, 2], 'num_heads': 4, 'num_classes': 5}
-  params = random_model('hivit_tiny', image_size=64, head_batch_norm=True, **options)[1]
-  params['head_norm']['var'] = np.abs(params['head_norm']['var']) + 0.1
-  config = {
-    'task': 'linear', 'image_size': [64, 64], 'channels': 3, 'data': DATA,
-    'model': options | {'name': 'hivit_tiny', 'head_batch_norm': True},
-  }  # fmt: skip
-  with Checkpoints(tmp_path / 'run') as checkpoints:
-    checkpoints.save(1, {'params': params}, {'config': config})
-  convert('to-torch', tmp_path / 'run', f'--out={tmp_path / "x.safetensors"}')
-  probe, plain = (hivit_jax.create_model(weights=tmp_path / p) for p in ('run', 'x.safetensors'))
-  assert plain.head_norm is None
-  images = random_images(2, 64, 64, 3)
-  np.testing.assert_allclose(plain(images), probe(images), rtol=1e-4, atol=1e-5)
+def test_a_probes_batch_norm_is_part_of_the_last_layer_in_exported_files():
+  options = TINY | {'num_classes': 5, 'head_batch_norm': True}
+  params = random_model('hivit_tiny', **options)[1]
+  params['head_norm']['var'] = np.abs(params['head_norm']['var'])
+  metadata = {'model': {'name': 'hivit_tiny', 'arguments': options}}
+  state = StateDict(exporter.named_arrays(params), 'FILE', metadata)
+  described = carried.model_of(state)
+  exported = exporter.in_layout(state, 'official')
+  model = exporter.in_layout_described(state, described, exported, 'official')
+  assert described.arguments['head_batch_norm']
+  assert model.arguments == described.arguments | {'head_batch_norm': False}
 
 
 def _state(name: str) -> StateDict:
@@ -183,12 +187,17 @@ def test_a_guess_stays_one_in_converted_files(convert, tmp_path, caplog):
 
 @pytest.mark.parametrize('key', ['num_heads', 'decoder_num_heads'])
 def test_other_heads_than_trained_with_are_refused(workdir, key):
-  options = TINY_MAE | HIDDEN | {key: 1}
+  state = weights.read(workdir)
+  autoencoder = nnx.merge(*abstract_model('mae_hivit_tiny', **(TINY_MAE | HIDDEN | {key: 1})))
   with pytest.raises(
     UserError, match=rf'with {key}={HIDDEN[key]}, the model has 1: create the mod'
   ):
-    hivit_jax.create_model('mae_hivit_tiny', weights=workdir, **options)
-  classifier = {k: v for k, v in options.items() if k in ('image_size', 'embed_dim', 'depths')}
-  heads = {'num_heads': options['num_heads']}
-  if key == 'decoder_num_heads':  # of no matter to a classifier
-    hivit_jax.create_model('hivit_tiny', weights=workdir, partial=True, **classifier, **heads)
+    importer.fit(autoencoder, state)
+  # Those of a decoder do not matter where there is none.
+  heads = HIDDEN['num_heads'] if key == 'decoder_num_heads' else 1
+  classifier = nnx.merge(*abstract_model('hivit_tiny', **(TINY | {'num_heads': heads})))
+  if key == 'num_heads':
+    with pytest.raises(UserError, match='with num_heads=2, the model has 1'):
+      importer.fit(classifier, state, partial=True)
+  else:
+    importer.fit(classifier, state, partial=True)

@@ -147,7 +147,7 @@ def _as_trained(
     config.evaluation.every_epochs = 0.0
     config.knn.every_epochs = every
   elif not config.knn.every_epochs and 'evaluation.every_epochs' not in given:
-    config.evaluation.every_epochs = 1.0  # what else could be meant, if the run did it or not
+    config.evaluation.every_epochs = 1.0  # the run may have done without; now it is asked for
   other = [
     f'{key}: {run[key]} -> {own[key]}'
     for key in sorted(run.keys() & set(given))

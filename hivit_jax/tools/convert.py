@@ -67,12 +67,13 @@ def _from_torch(path: str, out: pathlib.Path) -> None:
   state = files.read(path, ema=_EMA.value)
   described = carried.model_of(state, **_known())
   name = _MODEL.value or described.name
-  arguments = dict(described.arguments)
+  arguments, guessed = dict(described.arguments), described.guessed
   if _MODEL.value in models.MODELS:  # the name says what the file may not
     same_kind = models.MODELS[_MODEL.value][0] is models.MODELS[described.name][0]
     keep = arguments if same_kind else ('image_size', 'channels', 'rpe')
     arguments = {k: arguments[k] for k in keep if k in arguments}
     arguments |= models.MODELS[_MODEL.value][1]
+    guessed = tuple(key for key in guessed if key not in models.MODELS[_MODEL.value][1])
   model = nnx.eval_shape(lambda: models.create_model(name, **arguments))
   values, report = importer.fit(
     model, state, partial=_PARTIAL.value, image_size=arguments['image_size']
@@ -80,11 +81,8 @@ def _from_torch(path: str, out: pathlib.Path) -> None:
   if report.new:
     raise UserError(f'{path} has no {", ".join(report.new[:6])}, which {name} needs')
   _check_finite(dict(torch_names.to_torch(*item) for item in values.items()), path)
-  described = described._replace(
-    name=name,
-    arguments=arguments,
-    guessed=tuple(key for key in described.guessed if key in arguments),
-  )
+  guessed = tuple(key for key in guessed if key in arguments)
+  described = described._replace(name=name, arguments=arguments, guessed=guessed)
   metadata = carried.metadata(described, state, converted_from=pathlib.Path(path).name)
   if out.suffix == '.safetensors':
     files.write(

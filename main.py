@@ -7,6 +7,7 @@ variants follow a colon: --config=configs/mae_hivit_b.py:1600.
 """
 
 import pathlib
+import sys
 
 from absl import flags
 from ml_collections import config_flags
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
   if _CONFIG.value is None:
     raise UserError('which config? For a first run: --config=configs/demo.py')
   # Imported here: worker processes of the data pipeline import this file, and --help must be fast.
-  from hivit_jax.train import compilation_cache, distributed, experiment
+  from hivit_jax.train import compilation_cache, distributed, evaluation, experiment
   from hivit_jax.train.logging import setup_logging
 
   setup_logging()  # before JAX looks for other processes and devices, and says so
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> None:
   name = '_'.join(filter(None, (pathlib.Path(file).stem, variant)))
   default = f'workdirs/{name}'
   if _MODE.value == 'evaluate':
-    experiment.evaluate(_CONFIG.value, _WORKDIR.value, default)
+    given = cli.given_settings(sys.argv)
+    evaluation.evaluate(_CONFIG.value, _WORKDIR.value, default, given)
   else:
     experiment.run(_CONFIG.value, _WORKDIR.value or default)
 

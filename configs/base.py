@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.rpe = config_dict.placeholder(bool)  # relative position bias
   config.model.drop_path_rate = 0.0
   config.model.num_classes = config_dict.placeholder(int)  # None: those of the data set
-  config.model.head_std = config_dict.placeholder(float)  # of the last layer's initial weights
+  config.model.head_std = config_dict.placeholder(float)  # of a new head, even if init has one
   config.model.head_batch_norm = config_dict.placeholder(bool)  # before it: for linear probes
   config.model.decoder_embed_dim = config_dict.placeholder(int)
   config.model.decoder_depth = config_dict.placeholder(int)

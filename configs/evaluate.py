@@ -1,6 +1,11 @@
-"""Evaluation of any checkpoint or weight file; what model it is, is told from the weights.
+"""Evaluation of any run, checkpoint or weight file.
 
+  python main.py --config=configs/evaluate.py --mode=evaluate --workdir=WORKDIR
   python main.py --config=configs/evaluate.py --mode=evaluate --config.init=hivit_base.pth
+
+A run is evaluated as it evaluated itself: model, image size, data, crop and k-NN settings are its
+own, unless a flag such as --config.data.eval_split=... says otherwise. Files exported here bring
+model, image size and pixel statistics; of files of other code the model is inferred.
 
 Variants: :knn for the k-NN accuracy alone, which autoencoders have too; :debug.
 """

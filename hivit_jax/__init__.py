@@ -29,14 +29,16 @@ def create_model(
   """Builds a model, with fresh parameters or with given ones.
 
   Args:
-    name: one of `list_models()`; None: the model that `weights` are for.
+    name: one of `list_models()`; None: the model that `weights` are for, with the arguments that
+      it was trained with. Where a file of other code does not say one, a warning names it.
     seed: of the initialisation.
     attention: 'xla', or 'cudnn' for NVIDIA GPUs, see `models.attention.attend`.
-    weights: path to load from, see `load_weights`.
+    weights: path of a file, workdir or checkpoint, see `load_weights`.
     partial: see `load_weights`.
     ema: see `load_weights`.
-    **overrides: arguments of the model's class instead of the variant's: `image_size` (one side or
-      (height, width) in pixels), `num_classes`, `drop_path_rate`, `dtype`, ...
+    **overrides: arguments of the model's class instead of the variant's or the weights':
+      `image_size` (one side or (height, width) in pixels), `num_classes`, `drop_path_rate`, ...
+      `dtype`, `attention`, `remat` and `scan` never come with weights.
 
   Returns:
     A `flax.nnx.Module`.
@@ -51,23 +53,11 @@ def create_model(
     if name is None:
       raise UserError('give the name of a model, or weights=')
     return models.create_model(name, seed=seed, attention=attention, **overrides)
-  from flax import nnx
+  from hivit_jax.train import weights as reader
 
-  from hivit_jax.interop import importer, infer
-  from hivit_jax.train.weights import read
-
-  state = read(weights, ema=ema)
-  if name is None:
-    known = infer.hints(state.metadata) | overrides
-    name, overrides = infer.describe(state.arrays, state.source, **known)
-
-  def create():
-    return models.create_model(name, seed=seed, attention=attention, **overrides)
-
-  # Whatever is loaded need not be initialised before.
-  model = create() if partial else nnx.eval_shape(create)
-  importer.load_into(model, state, partial=partial)
-  return model
+  return reader.create_model(
+    name, weights, seed=seed, attention=attention, partial=partial, ema=ema, **overrides
+  )
 
 
 def load_weights(model: Any, path: Any, **options: Any) -> Any:

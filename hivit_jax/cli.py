@@ -75,6 +75,13 @@ def _reason(error: Exception) -> str:
   return f'{type(error).__name__}: {text.strip()}'
 
 
+def given_settings(argv: Sequence[str]) -> frozenset[str]:
+  """Dotted keys of the settings that a command line gives: --config.optim.lr=1 is optim.lr."""
+  keys = {name for name, _ in _config_flags(argv)}
+  keys |= {match[1] for arg in argv if (match := re.fullmatch(r'--?no(config\.[\w.]+)', arg))}
+  return frozenset(key.removeprefix('config.') for key in keys - {'config'})
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
   config = None
   unset: dict[str, None] = {}

@@ -14,7 +14,7 @@ import traceback
 
 import tensorflow_datasets  # noqa: F401
 
-import hivit_jax.train.experiment  # noqa: F401
+import hivit_jax.train.evaluation  # noqa: F401
 
 
 def _run(job: dict) -> int:

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from hivit_jax.interop import exporter, files
 from hivit_jax.train.checkpoint import load_metadata, load_params
+from tests.helpers import TINY, random_model
 from tests.runs import metrics, on_devices
 
 STEPS = 4
@@ -49,9 +52,11 @@ def finetuned(runs, finished, tmp_path_factory):
   return workdir, _finetune(runs, finished.workdir, workdir)
 
 
-def _evaluate(runs, *arguments: str, devices: int = 1, **settings) -> dict[str, float]:
-  settings = DATA | {'image_size': '48,32'} | settings
-  done = _run(runs, 'evaluate.py', '--mode=evaluate', *arguments, devices=devices, **settings)
+def _evaluate(
+  runs, *arguments: str, config: str = 'evaluate.py', devices: int = 1, **settings
+) -> dict[str, float]:
+  """What a user gets who names the weights and nothing else, unless it is given here."""
+  done = _run(runs, config, '--mode=evaluate', *arguments, devices=devices, **settings)
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout.splitlines()[-1])
 
@@ -106,7 +111,7 @@ def test_evaluation_counts_every_example_once_on_any_number_of_devices(runs, fin
 
 def test_two_processes_evaluate_as_one(runs, finetuned):
   """Each reads its share of the examples; the first one prints."""
-  settings = DATA | {'image_size': '48,32', 'evaluation.batch_size': 8}
+  settings = {'evaluation.batch_size': 8}
   command = _command('evaluate.py', '--mode=evaluate', f'--workdir={finetuned[0]}', **settings)
   with runs.job(command, found_by='mpi', devices=1) as job:
     assert [process.wait() for process in job] == [0, 0], [process.output() for process in job]
@@ -124,31 +129,85 @@ def test_imported_weights_are_evaluated_as_the_checkpoint_they_came_from(runs, f
   command = [sys.executable, '-m', 'hivit_jax.tools.convert', 'to-torch', str(workdir)]
   done = runs.finish([*command, f'--out={file}', '--layout=official'])
   assert done.returncode == 0, done.stderr
-  result = _evaluate(runs, init=file)
+  result = _evaluate(runs, init=file, **DATA)  # the file knows the size, but not the data
   assert _accuracies(result) == pytest.approx(_accuracies(metrics(workdir)[-1]), rel=1e-5)
 
 
-def test_k_nn_of_any_checkpoint(runs, finished, finetuned, tmp_path):
+@pytest.mark.parametrize('config', ['evaluate.py', 'finetune_hivit_t.py', 'evaluate.py:knn'])
+def test_a_run_is_evaluated_as_it_evaluated_itself(runs, finetuned, finished, config):
+  """Whatever the named config says of size, data, crop or model; exactly, with its batch size."""
+  workdir, _ = finetuned
+  if config == 'evaluate.py:knn':
+    result = _evaluate(runs, f'--workdir={workdir}', config=config)
+    assert result.keys() == {'eval/knn_top1'}
+    return
+  own = _accuracies(metrics(workdir)[-1])
+  result = _evaluate(runs, f'--workdir={workdir}', config=config, **{'evaluation.batch_size': 8})
+  assert result == {f'eval/{key}': value for key, value in own.items()}
+  pretrained = _evaluate(runs, f'--workdir={finished.workdir}', config=config)
+  last = [row for row in metrics(finished.workdir) if 'eval/knn_top1' in row][-1]
+  assert pretrained == {'eval/knn_top1': last['eval/knn_top1']}
+
+
+def test_a_probe_at_another_size_is_evaluated_as_it_evaluated_itself(runs, finished, tmp_path):
+  settings = DATA | {
+    'init': finished.workdir, 'image_size': 64, 'max_steps': 1, 'knn.every_epochs': 1,
+    'data.eval_crop': 0.7, 'data.mean': '0.4,0.5,0.6',
+  }  # fmt: skip
+  done = _run(runs, 'linear_hivit_b.py:debug', f'--workdir={tmp_path / "run"}', **settings)
+  assert done.returncode == 0, done.stderr
+  result = _evaluate(runs, f'--workdir={tmp_path / "run"}', **{'evaluation.batch_size': 16})
+  assert result.keys() == {'eval/top1', 'eval/top5', 'eval/loss', 'eval/knn_top1'}
+  assert result.items() <= metrics(tmp_path / 'run')[-1].items()
+
+
+def test_flags_win_over_the_run_and_the_log_says_which(runs, finetuned):
+  done = _run(
+    runs, 'evaluate.py', '--mode=evaluate', f'--workdir={finetuned[0]}',
+    **{'data.eval_split': 'test[:20]', 'image_size': '64', 'data.name': 'digits'},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  (line,) = [line for line in done.stderr.splitlines() if 'as the command line says' in line]
+  assert line.endswith('data.eval_split: test[:35] -> test[:20]; image_size: (48, 32) -> (64, 64)')
+  assert 'at 64x64 pixels on test[:20] of digits (20 examples)' in done.stderr
+
+
+def test_k_nn_of_a_file(runs, finished, tmp_path):
   backbone = tmp_path / 'backbone.safetensors'
   command = [sys.executable, '-m', 'hivit_jax.tools.convert', 'to-torch', str(finished.workdir)]
   done = runs.finish([*command, f'--out={backbone}', '--layout=backbone'])
   assert done.returncode == 0, done.stderr
-  for init in (finished.workdir, finetuned[0], backbone):
-    done = _run(
-      runs, 'evaluate.py:knn', '--mode=evaluate',
-      **DATA | {'image_size': '32,32', 'evaluation.batch_size': 16, 'knn.bank_size': 0},
-      **{'init': init, 'model.num_heads': 2},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result.keys() == {'eval/knn_top1'}
-    assert result['eval/knn_top1'] > 0.15  # chance is 0.1
+  settings = DATA | {'evaluation.batch_size': 16, 'knn.bank_size': 0}
+  result = _evaluate(runs, config='evaluate.py:knn', init=backbone, **settings)
+  assert result.keys() == {'eval/knn_top1'}
+  assert result['eval/knn_top1'] > 0.15  # chance is 0.1
+
+
+def test_training_on_draws_the_head_anew_where_head_std_is_set(runs, finetuned, tmp_path):
+  """As the official finetuning: its weight, though it fits; bias and norm are the file's."""
+  workdir, _ = finetuned
+  settings = SETTINGS | {
+    'init': workdir, 'max_steps': 1, 'optim.lr': 0, 'image_size': 96, 'ema_decay': None,
+    'knn.every_epochs': 1,
+  }  # fmt: skip
+  done = _run(runs, 'finetune_hivit_t.py:debug', f'--workdir={tmp_path / "run"}', **settings)
+  assert done.returncode == 0, done.stderr
+  line = 'drawn anew, not taken from the file: head.weight (config.model.head_std=2e-05)'
+  assert line in done.stderr
+  before, after = (load_params(path).state for path in (workdir, tmp_path / 'run'))
+  np.testing.assert_array_equal(before['head']['bias'], after['head']['bias'])
+  np.testing.assert_array_equal(before['fc_norm']['scale'], after['fc_norm']['scale'])
+  assert np.abs(before['head']['kernel']).max() > 1e-3
+  assert 0 < np.abs(after['head']['kernel']).max() < 2e-4
+  evaluated = _evaluate(runs, f'--workdir={tmp_path / "run"}', **{'evaluation.batch_size': 8})
+  assert evaluated.keys() == {'eval/top1', 'eval/top5', 'eval/loss', 'eval/knn_top1'}
+  assert evaluated.items() <= metrics(tmp_path / 'run')[-1].items()
 
 
 def test_a_linear_probe_of_the_pretrained_model(runs, finished, tmp_path):
   """Nothing but the head learns; enough to beat chance."""
   settings = DATA | {
-    'init': finished.workdir, 'image_size': '32,32', 'max_steps': 40, 'batch_size': 32,
+    'init': finished.workdir, 'image_size': '32', 'max_steps': 40, 'batch_size': 32,
     'optim.name': 'adamw', 'optim.lr': 0.02, 'epochs': 20, 'optim.warmup_epochs': 0,
     'evaluation.every_epochs': 10,
     'evaluation.batch_size': 16, 'data.train_split': 'train', 'log_every_steps': 10,
@@ -157,8 +216,8 @@ def test_a_linear_probe_of_the_pretrained_model(runs, finished, tmp_path):
   assert done.returncode == 0, done.stderr
   rows = metrics(tmp_path / 'run')
   assert rows[-1]['eval/top1'] > 0.25
-  evaluated = _evaluate(runs, f'--workdir={tmp_path / "run"}', image_size='32,32')
-  assert _accuracies(evaluated) == pytest.approx(_accuracies(rows[-1]), rel=1e-5)
+  evaluated = _evaluate(runs, f'--workdir={tmp_path / "run"}', **{'evaluation.batch_size': 16})
+  assert evaluated == {f'eval/{key}': value for key, value in _accuracies(rows[-1]).items()}
   before, after = load_params(finished.workdir).state, load_params(tmp_path / 'run').state
   jax.tree.map(np.testing.assert_array_equal, before['blocks'][0], after['blocks'][0])
 
@@ -216,24 +275,25 @@ def test_evaluating_nothing(runs):
 def test_evaluating_with_other_classes(runs, finetuned):
   done = _run(
     runs, 'evaluate.py', '--mode=evaluate', f'--workdir={finetuned[0]}',
-    **DATA | {'data.name': 'photo_tiles', 'image_size': '48,32', 'data.eval_split': 'test[:35]'},
+    **{'data.name': 'photo_tiles', 'data.eval_split': 'test[:35]'},
   )  # fmt: skip
-  assert 'photo_tiles (test[:35]) has other classes than step 4 of ' in _error(done)
+  assert 'photo_tiles (test[:35]) has other classes (16) than step 4 of ' in _error(done)
+
+
+def test_evaluating_weights_of_other_classes_without_names(runs, tmp_path):
+  model = nnx.merge(*random_model('hivit_tiny', num_classes=1000, **TINY))
+  files.write(tmp_path / 'x.safetensors', exporter.state_dict(model))
+  settings = DATA | {'image_size': 64, 'init': tmp_path / 'x.safetensors'}
+  done = _run(runs, 'evaluate.py', '--mode=evaluate', **settings)
+  message = 'x.safetensors has 1000 classes, without names, and digits (test[:35]) has 10: they can'
+  assert message in _error(done)
 
 
 def test_an_autoencoder_has_no_accuracy(runs, finished):
   done = _run(
-    runs, 'evaluate.py', '--mode=evaluate', f'--workdir={finished.workdir}', **DATA,
-    image_size='32,32',
+    runs, 'evaluate.py', '--mode=evaluate', f'--workdir={finished.workdir}',
+    **{'knn.every_epochs': 0},
   )  # fmt: skip
   assert 'nothing to evaluate but its features, with --config=configs/evaluate.py:knn' in _error(
     done
   )
-
-
-def test_an_autoencoder_is_no_classifier_before_it_is_finetuned(runs, finished):
-  done = _run(
-    runs, 'finetune_hivit_t.py:debug', '--mode=evaluate', f'--workdir={finished.workdir}',
-    **SETTINGS,
-  )  # fmt: skip
-  assert 'This is an MAE checkpoint' in _error(done)

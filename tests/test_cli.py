@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from hivit_jax import cli
 from tests import patience
 from tests.runs import ROOT, Ended, content, error_of
 
@@ -27,6 +28,15 @@ def untouched(finished):
   before = content(finished.workdir)
   yield finished.workdir
   assert content(finished.workdir) == before
+
+
+def test_the_settings_on_a_command_line_are_known():
+  command = (
+    'main.py --config=configs/demo.py:debug --mode=evaluate --config.optim.lr=1 --workdir=w '
+    '--config.data.mean[0]=0.5 --noconfig.augment.flip --config.init None -config.seed 3'
+  )
+  given = {'optim.lr', 'data.mean', 'augment.flip', 'init', 'seed'}
+  assert cli.given_settings(command.split()) == given
 
 
 # Values that cannot be: (flags, what the line has to say)

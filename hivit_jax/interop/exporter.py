@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.interop import importer, infer, torch_names
+from hivit_jax.interop import files, importer, infer, mismatch, torch_names
 from hivit_jax.interop.files import StateDict, normal_names
+from hivit_jax.interop.infer import Described
 from hivit_jax.models import positions, swin
 from hivit_jax.models.layers import BATCH_NORM_EPS
 
@@ -83,7 +84,7 @@ def in_layout(
   arrays = {k: v for k, v in state.arrays.items() if not k.endswith((_INDEX, _MASK))}
   arrays = _without_batch_norm(arrays)
   if layout == 'backbone':
-    encoder = importer.ENCODER + (r'|fpn.*' if base == 'hivit' else r'|norm\..*')
+    encoder = mismatch.ENCODER + (r'|fpn.*' if base == 'hivit' else r'|norm\..*')
     arrays = {name: value for name, value in arrays.items() if re.fullmatch(encoder, name)}
     prefix = 'backbone.' if prefix is None else prefix
   if layout == 'mae' and 'norm.weight' not in arrays:
@@ -99,6 +100,21 @@ def in_layout(
   if layout == 'simmim':
     arrays = {k if k.startswith('decoder.') else f'encoder.{k}': v for k, v in arrays.items()}
   return {f'{prefix or ""}{name}': value for name, value in arrays.items()}
+
+
+def in_layout_described(
+  state: StateDict, described: Described, arrays: Mapping[str, np.ndarray], layout: str
+) -> Described:
+  """The model of `arrays`, which `in_layout` made of a state dict of the model `described`."""
+  arguments = dict(described.arguments)
+  if layout == 'backbone':
+    kept = {key: arguments[key] for key in ('num_heads', 'image_size')}
+    backbone = infer.describe(files.normal_names(arrays), state.source, **kept)
+    guessed = tuple(key for key in described.guessed if key in kept)
+    return backbone._replace(guessed=guessed)
+  if arguments.get('head_batch_norm'):  # is part of the last layer now
+    arguments['head_batch_norm'] = False
+  return described._replace(arguments=arguments)
 
 
 def _without_batch_norm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -134,8 +150,10 @@ def _indices(
 
 def _swin_buffers(arrays: Mapping[str, np.ndarray], state: StateDict) -> dict[str, np.ndarray]:
   """Every block's index, and the masks of those that shift their windows."""
-  size = infer.describe(state.arrays, state.source, **infer.hints(state.metadata))
-  height, width = size.arguments['image_size']
+  size = infer.image_size(state.metadata)
+  known = {'image_size': size} if size else {}
+  described = infer.describe(state.arrays, state.source, **known)
+  height, width = described.arguments['image_size']
   result = {}
   for name in (name for name in arrays if name.endswith(_TABLE)):
     _, stage, _, block, *_ = name.split('.')

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import stat
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from hivit_jax.errors import UserError
 _SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')
 _WRAPPED = ('model', 'state_dict', 'module')
 _WRAPPED_EMA = ('model_ema', 'state_dict_ema', 'ema_state_dict')
-_PREFIXES = ('module.', 'backbone.', 'encoder.')
+_PREFIXES = ('module.', 'backbone.', 'encoder.', 'model.')  # the last one is Lightning's
 _METADATA_KEY = 'hivit_jax'
 
 # Names of other code -> the official ones. Only for files with HiViT's patch embedding.
@@ -64,7 +65,8 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> StateDict:
   else:
     from hivit_jax.interop import torch_io
 
-    content, metadata = torch_io.read(path), {}
+    content = torch_io.read(path)
+    metadata = _metadata_in(content, path)
   return StateDict(normal_names(_unwrap(content, path, ema)), str(path), metadata)
 
 
@@ -81,24 +83,27 @@ def write(
     path: ends in `.pth`, `.pt`, `.bin` or `.safetensors`.
     arrays: name -> array in PyTorch's layout.
     wrapped_in: the key under which PyTorch files have the state dict; safetensors are always bare.
-    metadata: for JSON; only safetensors can carry it.
+    metadata: for JSON; `read` returns it. Bare PyTorch files have no place for it.
   """
   path = pathlib.Path(path)
   if path.suffix not in _SUFFIXES:
     raise UserError(f'{path}: the name must end in one of {", ".join(_SUFFIXES)}')
   arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+  text = json.dumps(metadata or {})
   partial = path.with_name(f'.{path.name}.writing')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
+    mode = partial.stat().st_mode  # as the umask has it; safetensors writes 0600
     if path.suffix == '.safetensors':
       from safetensors.numpy import save_file
 
-      text = {'format': 'pt', _METADATA_KEY: json.dumps(metadata or {})}
-      save_file(arrays, partial, metadata=text)
+      save_file(arrays, partial, metadata={'format': 'pt', _METADATA_KEY: text})
     else:
       from hivit_jax.interop import torch_io
 
-      torch_io.write(partial, {wrapped_in: arrays} if wrapped_in else arrays)
+      torch_io.write(partial, {wrapped_in: arrays, _METADATA_KEY: text} if wrapped_in else arrays)
+    partial.chmod(stat.S_IMODE(mode))
     partial.rename(path)
   except OSError as error:
     raise UserError(f'cannot write {path}: {error.strerror or error}') from error
@@ -147,6 +152,26 @@ def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[s
     ) from None
   except OSError as error:
     raise UserError(f'cannot read {path}: {error.strerror or error}') from error
+
+
+def _metadata_in(content: Any, path: pathlib.Path) -> dict[str, Any]:
+  """What `write` left in a PyTorch file beside its state dict."""
+  text = content.get(_METADATA_KEY) if isinstance(content, dict) else None
+  if not isinstance(text, str):
+    return {}
+  try:
+    return json.loads(text)
+  except ValueError as error:
+    raise UserError(f'{path} is damaged: its "{_METADATA_KEY}" is not JSON: {error}') from None
+
+
+def not_finite(arrays: Mapping[str, np.ndarray]) -> list[str]:
+  """Names of the arrays that hold NaN or infinite numbers."""
+  return [
+    name
+    for name, value in arrays.items()
+    if value.dtype.kind in 'fV' and not np.isfinite(value).all()  # V: bfloat16
+  ]
 
 
 def _unwrap(content: Any, path: pathlib.Path, ema: bool) -> dict[str, np.ndarray]:

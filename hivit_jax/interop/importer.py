@@ -4,7 +4,8 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.interop import files, infer, torch_names
+from hivit_jax.interop import files, infer, mismatch, torch_names
 from hivit_jax.interop.files import StateDict
 from hivit_jax.models import positions, resize
 from hivit_jax.models.classifier import Classifier
@@ -21,7 +22,6 @@ _log = logging.getLogger(__name__)
 
 Path = torch_names.Path
 Grid = tuple[int, int]
-_SHOWN = 6  # names in an error message
 _UNIT = 16  # pixels
 
 # What other code's files have and no model here needs: (names, condition, reason).
@@ -39,8 +39,6 @@ _IGNORED = (
     'the official MAE without hifeat never applies it',
   ),
 )
-# A partial load must still bring all of these.
-ENCODER = r'(patch_embed|blocks|layers)\..*|absolute_pos_embed|pos_embed|cls_token'
 _TABLE = 'relative_position_bias_table'
 
 
@@ -56,6 +54,7 @@ class LoadReport:
     dropped: names that this model has no place for (partial loads only).
     new: names that keep the model's initialisation (partial loads only).
     zeroed: names among them that were set to zero, so that the encoder computes what it did.
+    redrawn: names that keep the model's initialisation although the file has them, with why.
   """
 
   source: str
@@ -65,6 +64,7 @@ class LoadReport:
   dropped: list[str] = dataclasses.field(default_factory=list)
   new: list[str] = dataclasses.field(default_factory=list)
   zeroed: list[str] = dataclasses.field(default_factory=list)
+  redrawn: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def __str__(self) -> str:
     lines = [f'loaded {len(self.loaded)} parameters from {self.source}']
@@ -74,6 +74,9 @@ class LoadReport:
     lines += [f'  resized {what} ({len(names)})' for what, names in sizes.items()]
     if self.dropped:
       lines.append(f'  dropped, no place in this model: {", ".join(self.dropped)}')
+    for reason in dict.fromkeys(self.redrawn.values()):
+      names = [name for name, why in self.redrawn.items() if why == reason]
+      lines.append(f'  drawn anew, not taken from the file: {", ".join(names)} ({reason})')
     if self.new:
       lines.append(f'  new, not in the file: {", ".join(self.new)}')
     if self.zeroed:
@@ -89,19 +92,26 @@ def load_into(
   *,
   partial: bool = False,
   image_size: tuple[int, int] | None = None,
+  redraw: Mapping[str, str] = MappingProxyType({}),
 ) -> LoadReport:
-  """Puts a state dict into a model, in place.
+  """Puts a state dict into a model, in place; warns of NaN and infinite numbers.
 
   Args:
     model: from `create_model`, or its `nnx.eval_shape` when nothing stays new.
     state: the weights.
     partial: allow names that only one side has, outside the encoder.
     image_size: (height, width) of the weights, where it was not square and nothing else tells it.
+    redraw: names that keep the model's initialisation, with why.
 
   Raises:
     UserError: missing, unused or mis-shaped names, all with the likely cause.
   """
-  values, report = fit(model, state, partial=partial, image_size=image_size)
+  values, report = fit(model, state, partial=partial, image_size=image_size, redraw=redraw)
+  if bad := files.not_finite({'.'.join(path): value for path, value in values.items()}):
+    _log.warning(
+      '%s: %d parameters hold NaN or infinite numbers, the first is %s; the model will, too',
+      state.source, len(bad), bad[0],
+    )  # fmt: skip
   params = nnx.state(model)
   flat = torch_names.flatten(nnx.to_pure_dict(params))
   # A copy: JAX would share the memory, which may be that of the file.
@@ -120,6 +130,7 @@ def fit(
   *,
   partial: bool = False,
   image_size: tuple[int, int] | None = None,
+  redraw: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[Path, np.ndarray], LoadReport]:
   """The values for a model's parameters, in its layout; arguments as for `load_into`."""
   leaves = torch_names.flatten(nnx.to_pure_dict(nnx.state(model)))
@@ -127,6 +138,8 @@ def fit(
   wanted = {
     _torch_name(path, leaf).removeprefix('encoder.'): (path, leaf) for path, leaf in leaves.items()
   }
+  mismatch.check_decoder(wanted, state, partial)
+  mismatch.check_heads(model, state)
   arrays = dict(state.arrays)
   report = LoadReport(state.source)
   report.ignored = _ignored(arrays, wanted)
@@ -138,6 +151,10 @@ def fit(
   for name, (path, leaf) in wanted.items():
     if name not in arrays:
       report.new.append(name)
+      continue
+    if name in redraw:
+      del arrays[name]
+      report.redrawn[name] = redraw[name]
       continue
     value, how = sizes.resized(name, arrays.pop(name), leaf)
     if how:
@@ -155,7 +172,8 @@ def fit(
     values[path] = value.astype(leaf.dtype, copy=False)
     report.loaded.append(name)
   report.dropped += arrays
-  _check(model, state, report, misshaped, partial)
+  unused = [name for name in report.dropped if name not in report.new]
+  mismatch.check(model, wanted, state, report.new, unused, misshaped, partial)
   for name in report.new:
     if name.endswith(_TABLE):
       path, leaf = wanted[name]
@@ -279,67 +297,3 @@ class _Sizes:
 
 def _text(grid: Grid) -> str:
   return f'{grid[0]}x{grid[1]}'
-
-
-def _check(
-  model: nnx.Module,
-  state: StateDict,
-  report: LoadReport,
-  misshaped: Sequence[str],
-  partial: bool,
-) -> None:
-  """Raises UserError unless everything fits, or what does not is meant to be left out."""
-  missing, unused = report.new, [name for name in report.dropped if name not in report.new]
-  if partial:
-    missing, unused = (
-      [name for name in names if re.fullmatch(ENCODER, name) and not name.endswith(_TABLE)]
-      for names in (missing, unused)
-    )
-  if not (missing or unused or misshaped):
-    return
-  parts = [
-    f'{what}: {"; ".join(names[:_SHOWN])}'
-    + (f'; and {len(names) - _SHOWN} more' if len(names) > _SHOWN else '')
-    for what, names in (('missing', missing), ('unused', unused), ('of another shape', misshaped))
-    if names
-  ]
-  cause = _cause(model, state, missing, unused, partial)
-  raise UserError(f'{state.source} does not fit this model. {". ".join(parts)}. {cause}')
-
-
-def _cause(model, state: StateDict, missing, unused, partial: bool) -> str:
-  """The likely reason, and what to do."""
-  there, base = infer.family(state.arrays), infer.architecture(state.arrays)
-  leaves = torch_names.flatten(nnx.to_pure_dict(nnx.state(model)))
-  own = files.normal_names({_torch_name(path, leaf): leaf for path, leaf in leaves.items()})
-  try:
-    known = {'num_heads': 1} | infer.hints(state.metadata)  # heads have no part in the comparison
-    described = infer.describe(state.arrays, state.source, **known)
-  except UserError as error:
-    return str(error)
-  if base != infer.architecture(own):
-    return f'This is {described.name}, which is another kind of model'
-  for key in ('embed_dim', 'depth', 'depths', 'stem_blocks'):
-    ours = getattr(getattr(model, 'encoder', model), key, None)
-    theirs = described.arguments.get(key, ours if key == 'stem_blocks' else None)
-    if ours is not None and theirs != ours:
-      return (
-        f'The checkpoint has {key}={theirs}, the model {ours}: create the model with '
-        f'{described.name}, {key}={theirs}'
-      )
-  if there != infer.family(own) and not partial:
-    # Of ViT and Swin there is no model without a head.
-    whole = there != 'backbone' or base == 'hivit'
-    return (
-      f'This is {infer.KINDS[there][0]}: '
-      + (f'load it into {described.name}, or ' if whole else '')
-      + 'take its encoder alone with partial=True (--partial)'
-    )
-  if any(name.endswith(_TABLE) for name in (*missing, *unused)):
-    return (
-      'The checkpoint and the model differ in relative position bias: create the model with '
-      f'rpe={described.arguments.get("rpe")}, or load with partial=True (--partial)'
-    )
-  return (
-    'What the two have in common outside the encoder can be loaded with partial=True (--partial)'
-  )

@@ -1,5 +1,6 @@
-"""Which model a state dict belongs to, told from its names and shapes."""
+"""Which model a state dict belongs to, inferred from its names and shapes."""
 
+import inspect
 import itertools
 import math
 import re
@@ -13,6 +14,7 @@ from hivit_jax.models import MODELS
 
 _HEAD_WIDTH = 64  # channels of an attention head in every published HiViT and ViT
 _PRETRAINED_DECODER_HEADS = 16
+_TABLE = 'relative_position_bias_table'
 _Shapes = Mapping[str, tuple[int, ...]]
 _Size = tuple[int, int]
 # What a state dict can be -> how it is called, and what the names of its models begin with.
@@ -24,11 +26,24 @@ KINDS = {
 }
 
 
+# Arguments that no shape shows, beside numbers of heads.
+INVISIBLE = ('mask_ratio', 'norm_pix_loss')
+# Arguments that change how a model is computed, not what: they are the user's, not the weights'.
+COMPUTATION = frozenset(('dtype', 'attention', 'remat', 'scan'))
+
+
 class Described(NamedTuple):
-  """`create_model(name, **arguments)` has the parameters of the state dict."""
+  """`create_model(name, **arguments)` has the parameters of the state dict.
+
+  Attributes:
+    name: of the model.
+    arguments: of its class.
+    guessed: which of the arguments nothing says; they have the value of the published models.
+  """
 
   name: str
   arguments: dict[str, Any]
+  guessed: tuple[str, ...] = ()
 
 
 def family(arrays: Mapping[str, Any]) -> str:
@@ -47,39 +62,48 @@ def architecture(arrays: Mapping[str, Any]) -> str:
   return 'vit' if 'pos_embed' in arrays else 'hivit'
 
 
-def hints(metadata: Mapping[str, Any]) -> dict[str, Any]:
-  """Arguments for `describe` that a file's or checkpoint's metadata tells."""
-  if 'model' in metadata:  # of a converted file
-    told = metadata['model']['arguments']
-  else:  # of a training run
-    told = metadata.get('config', {}).get('model', {})
-    told = {**MODELS.get(told.get('name'), (None, {}))[1], **{k: v for k, v in told.items() if v}}
-  result = {key: told[key] for key in ('num_heads', 'decoder_num_heads') if told.get(key)}
-  size = image_size(metadata)
-  return result | ({'image_size': size} if size else {})
-
-
 def pixels(metadata: Mapping[str, Any]) -> dict[str, Any]:
-  """`mean`, `std` and `eval_crop` (see configs/base.py) that a metadata tells; {} if none."""
+  """`mean`, `std` and `eval_crop` (see configs/base.py) in a metadata; {} if there are none."""
   told = metadata.get('data') or metadata.get('config', {}).get('data', {})
   return {key: told[key] for key in ('mean', 'std', 'eval_crop') if key in told}
 
 
 def image_size(metadata: Mapping[str, Any]) -> tuple[int, int] | None:
-  """(height, width) that a file's or checkpoint's metadata tells, if it does."""
+  """(height, width) in a file's or checkpoint's metadata, or None."""
   size = metadata.get('image_size') or metadata.get('config', {}).get('image_size')
   if isinstance(size, int):
     return size, size
   return tuple(size) if size else None
 
 
+def defaults(name: str) -> dict[str, Any]:
+  """Arguments of a model where none are given, `COMPUTATION` aside; {} for an unknown name."""
+  own = {
+    key: value.default
+    for key, value in _parameters(name).items()
+    if value.default is not value.empty and key not in COMPUTATION
+  }
+  return own | MODELS[name][1] if own else {}
+
+
+def accepted(name: str) -> set[str]:
+  """Arguments that a model's class takes, `COMPUTATION` aside; none for an unknown name."""
+  return set(_parameters(name)) - COMPUTATION - {'self', 'rngs'}
+
+
+def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
+  if name not in MODELS:
+    return {}
+  return inspect.signature(MODELS[name][0].__init__).parameters
+
+
 def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Described:
-  """Infers the model.
+  """Infers the model from names and shapes alone.
 
   Args:
     arrays: name -> array in PyTorch's layout, with the official names.
     source: for messages.
-    **known: arguments that shapes do not tell, above all `num_heads` where a head has not 64
+    **known: arguments that shapes do not show, above all `num_heads` where a head has not 64
       channels, and `image_size` where images were not square.
 
   Returns:
@@ -119,7 +143,15 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
     ) from None
   if kind == 'backbone' and base != 'hivit':
     kind = 'classifier'
-  return Described(_name(KINDS[kind][1] + base, arguments, source), arguments | known)
+  name = _name(KINDS[kind][1] + base, arguments, source)
+  guessed = []
+  if not told['num_heads'] and base != 'swin' and not any(key.endswith(_TABLE) for key in shape):
+    guessed.append('num_heads')
+  if kind == 'mae' and not told['decoder_num_heads']:
+    guessed.append('decoder_num_heads')
+  invisible = {key: value for key, value in defaults(name).items() if key in INVISIBLE}
+  guessed += [key for key in invisible if key not in known]
+  return Described(name, arguments | invisible | known, tuple(guessed))
 
 
 def _hivit(shape: _Shapes, source: str, heads: int | None, size: _Size | None) -> dict[str, Any]:

@@ -48,12 +48,14 @@ def read(path: str | os.PathLike[str]) -> Any:
 
 
 def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-  """Writes nested dicts with numpy arrays as a `.pth` file of tensors."""
+  """Writes nested dicts of numpy arrays and strings as a `.pth` file of tensors and strings."""
   torch = _torch(path)
 
   def tensors(value):
     if isinstance(value, Mapping):
       return {key: tensors(item) for key, item in value.items()}
+    if isinstance(value, str):
+      return value
     # PyTorch warns about arrays that it must not write to; saving only reads.
     return torch.from_numpy(value if value.flags.writeable else value.copy())
 

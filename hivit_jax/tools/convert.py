@@ -10,6 +10,7 @@ A DIR gets a checkpoint like those of a training run. docs/porting.md tells what
 import math
 import pathlib
 import re
+from typing import Any
 
 from absl import flags
 
@@ -24,12 +25,16 @@ _LAYOUT = flags.DEFINE_string(
   'official for a classifier, mae for an MAE, simmim for a SimMIM, backbone for the rest.',
 )
 _PREFIX = flags.DEFINE_string('prefix', None, "Before every name, instead of the layout's.")
-_MODEL = flags.DEFINE_string('model', None, 'Name of the model; default: told from the shapes.')
+_MODEL = flags.DEFINE_string('model', None, 'Name of the model; default: what the weights are for.')
 _EMA = flags.DEFINE_bool('ema', False, 'Take the exponential moving average of the weights.')
 _PARTIAL = flags.DEFINE_bool('partial', False, 'Leave out what the model has no place for.')
 _NUM_HEADS = flags.DEFINE_integer('num_heads', None, 'Of the encoder, if not of 64 channels each.')
 _DECODER_NUM_HEADS = flags.DEFINE_integer(
   'decoder_num_heads', None, "Of an MAE's decoder, if not 16."
+)
+_MASK_RATIO = flags.DEFINE_float('mask_ratio', None, 'Of an autoencoder, as it was trained.')
+_NORM_PIX_LOSS = flags.DEFINE_bool(
+  'norm_pix_loss', None, 'Whether an MAE predicts pixels normalised per unit.'
 )
 _IMAGE_SIZE = flags.DEFINE_string('image_size', None, 'HEIGHTxWIDTH of images that are not square.')
 
@@ -53,32 +58,32 @@ def _from_torch(path: str, out: pathlib.Path) -> None:
   from flax import nnx
 
   from hivit_jax import models
-  from hivit_jax.interop import files, importer, infer, torch_names
+  from hivit_jax.interop import carried, files, importer, torch_names
+  from hivit_jax.train.logging import setup_logging
 
   if files.is_weight_file(out) and out.suffix != '.safetensors':
     raise UserError(f'--out={out}: give a directory or a .safetensors file')
+  setup_logging()
   state = files.read(path, ema=_EMA.value)
-  described = infer.describe(state.arrays, state.source, **_known(state))
+  described = carried.model_of(state, **_known())
   name = _MODEL.value or described.name
-  arguments = dict(described.arguments)
-  if _MODEL.value in models.MODELS:  # what the name says is not to be told from the file
+  arguments, guessed = dict(described.arguments), described.guessed
+  if _MODEL.value in models.MODELS:  # the name says what the file may not
     same_kind = models.MODELS[_MODEL.value][0] is models.MODELS[described.name][0]
     keep = arguments if same_kind else ('image_size', 'channels', 'rpe')
     arguments = {k: arguments[k] for k in keep if k in arguments}
     arguments |= models.MODELS[_MODEL.value][1]
+    guessed = tuple(key for key in guessed if key not in models.MODELS[_MODEL.value][1])
   model = nnx.eval_shape(lambda: models.create_model(name, **arguments))
   values, report = importer.fit(
     model, state, partial=_PARTIAL.value, image_size=arguments['image_size']
   )
   if report.new:
     raise UserError(f'{path} has no {", ".join(report.new[:6])}, which {name} needs')
-  metadata = {
-    'model': {'name': name, 'arguments': arguments},
-    'image_size': list(arguments['image_size']),
-    'converted_from': pathlib.Path(path).name,
-    'data': infer.pixels(state.metadata),
-    'class_names': state.metadata.get('class_names'),
-  }
+  _check_finite(dict(torch_names.to_torch(*item) for item in values.items()), path)
+  guessed = tuple(key for key in guessed if key in arguments)
+  described = described._replace(name=name, arguments=arguments, guessed=guessed)
+  metadata = carried.metadata(described, state, converted_from=pathlib.Path(path).name)
   if out.suffix == '.safetensors':
     files.write(
       out, dict(torch_names.to_torch(*item) for item in values.items()), metadata=metadata
@@ -103,7 +108,7 @@ def _write_checkpoint(out: pathlib.Path, params: dict, metadata: dict) -> None:
 
 
 def _to_torch(path: str, out: pathlib.Path) -> None:
-  from hivit_jax.interop import exporter, files, infer
+  from hivit_jax.interop import carried, exporter, files
   from hivit_jax.train import weights
   from hivit_jax.train.logging import setup_logging
 
@@ -111,26 +116,17 @@ def _to_torch(path: str, out: pathlib.Path) -> None:
     raise UserError(f'--out={out}: the name must end in .pth or .safetensors')
   setup_logging()
   state = weights.read(path, ema=_EMA.value)
-  known = _known(state)
-  described = infer.describe(state.arrays, state.source, **known)
+  _check_finite(state.arrays, path)
+  described = carried.model_of(state, **_known())
   state = state._replace(
     metadata=state.metadata | {'image_size': described.arguments['image_size']}
   )
   arrays = exporter.in_layout(state, _LAYOUT.value, prefix=_PREFIX.value)
   layout = _LAYOUT.value or exporter.default_layout(state)
   what, key = exporter.LAYOUTS[layout]
-  files.write(
-    out,
-    arrays,
-    wrapped_in=key,
-    metadata={
-      'model': {'name': described.name, 'arguments': described.arguments},
-      'image_size': list(described.arguments['image_size']),
-      'layout': layout,
-      'data': infer.pixels(state.metadata),
-      'class_names': state.metadata.get('class_names'),
-    },
-  )
+  exported = exporter.in_layout_described(state, described, arrays, layout)
+  metadata = carried.metadata(exported, state, layout=layout)
+  files.write(out, arrays, wrapped_in=key, metadata=metadata)
   lost = (
     sorted(set(state.arrays) & {'fc_norm.weight', 'fc_norm.bias'}) if layout == 'mmpretrain' else []
   )
@@ -138,14 +134,22 @@ def _to_torch(path: str, out: pathlib.Path) -> None:
   print(f'wrote {len(arrays)} arrays, {_size(arrays)}, for {what} to {out}{note}')
 
 
-def _known(state) -> dict:
-  """What the flags and the file itself tell beside the shapes."""
-  from hivit_jax.interop import infer
+def _check_finite(arrays: dict, path: str) -> None:
+  from hivit_jax.interop import files
 
-  known = infer.hints(state.metadata)
-  for flag in (_NUM_HEADS, _DECODER_NUM_HEADS):
-    if flag.value:
-      known[flag.name] = flag.value
+  bad = files.not_finite(arrays)
+  if bad:
+    more = f' and {len(bad) - 1} more parameters hold' if len(bad) > 1 else ' holds'
+    raise UserError(
+      f'{path} was not converted: {bad[0]}{more} NaN or infinite numbers: a damaged file, or a '
+      'training that diverged; take an earlier checkpoint'
+    )
+
+
+def _known() -> dict[str, Any]:
+  """What the flags say about the model."""
+  options = (_NUM_HEADS, _DECODER_NUM_HEADS, _MASK_RATIO, _NORM_PIX_LOSS)
+  known: dict[str, Any] = {flag.name: flag.value for flag in options if flag.value is not None}
   if _IMAGE_SIZE.value:
     match = re.fullmatch(r'(\d+)x(\d+)', _IMAGE_SIZE.value)
     if not match:

@@ -27,7 +27,7 @@ from hivit_jax import cli, models
 from hivit_jax.data import folder, transforms
 from hivit_jax.data.decode import BrokenImage, read_image
 from hivit_jax.errors import UserError
-from hivit_jax.interop import files, importer, infer
+from hivit_jax.interop import carried, files, importer, infer
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tools import contact_sheet
 from hivit_jax.train import build, compilation_cache, weights
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
   paths = list(itertools.chain.from_iterable(found))
   source = pathlib.Path(_WORKDIR.value or _WEIGHTS.value or '').expanduser()
   state = weights.read(source, ema=_EMA.value)
-  described = infer.describe(state.arrays, state.source, **infer.hints(state.metadata))
+  described = carried.model_of(state)
   if infer.family(state.arrays) != 'classifier':
     raise UserError(
       f'{state.source} is {described.name}: it has nothing to classify with. Finetune it first: '
@@ -109,10 +109,9 @@ def _predictor(
   """Returns a function from up to `batch_size` images to (B, classes) probabilities."""
   told, config = infer.pixels(state.metadata), state.metadata.get('config')
   statistics = {key: tuple(told.get(key, value)) for key, value in _IMAGENET.items()}
+  dtype = build.compute_dtype(ml_collections.ConfigDict(config)) if config else 'float32'
   create = functools.partial(models.create_model, described.name, **described.arguments)
-  if config:  # of a training run: it tells what shapes do not
-    create = build.model_creator(ml_collections.ConfigDict(config))
-  model = nnx.eval_shape(create)
+  model = nnx.eval_shape(functools.partial(create, dtype=dtype))
   importer.load_into(model, state)
   graphdef, params = nnx.split(model)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import logging
 import pathlib
 import shlex
@@ -12,10 +11,9 @@ from typing import Any
 
 import jax
 import ml_collections
-from flax import nnx
 
 from hivit_jax.errors import Stopped, UserError
-from hivit_jax.interop import importer, infer, torch_names
+from hivit_jax.interop import torch_names
 from hivit_jax.train import (
   build,
   distributed,
@@ -28,7 +26,6 @@ from hivit_jax.train import (
   settings,
   sharding,
   step,
-  weights,
 )
 from hivit_jax.train.checkpoint import Checkpoints, Restored
 from hivit_jax.train.logging import (
@@ -60,7 +57,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
   primary = distributed.primary()
   setup_logging(primary)
-  _check_local(workdir)
+  check_local(workdir)
   directory = pathlib.Path(workdir).expanduser().absolute()
   with (
     peers.Watch(),
@@ -86,7 +83,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     _report(config, directory, training['checkpoints'].path(training['total_steps']))
 
 
-def _check_local(path: str) -> None:
+def check_local(path: str) -> None:
+  """UserError for the address of a bucket."""
   if '://' in path:
     raise UserError(
       f'{path} is no path in the file system; mount the bucket (gcsfuse, s3fs) and give the path '
@@ -131,7 +129,7 @@ def _set_up(
   settings.check(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
-  _check_evaluation_batch(config, mesh)
+  check_evaluation_batch(config, mesh)
   build.task(config)  # what is wrong with it is said before data are looked for
   with distributed.primary_first():  # embedded data sets are prepared
     train_source = inputs.open_source(config, config.data.train_split)
@@ -170,7 +168,9 @@ def _set_up(
   if restored:
     state = step.State(restored.state)
   else:
-    state = step.init_state(build.initial_model(config), optimizer, abstract)
+    state = step.init_state(
+      build.initial_model(config, train_source.class_names), optimizer, abstract
+    )
     _log_overview(state['params'])
   if primary:
     write_run_info(directory, config.to_dict())
@@ -209,84 +209,8 @@ def _set_up(
   }
 
 
-def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_workdir: str) -> None:
-  """Evaluates weights on the config's evaluation set and prints the metrics as JSON.
-
-  Weights are those of the newest checkpoint in `workdir` or, without one, of a run in
-  `default_workdir`, else of `config.init`. A config without `config.model.name` is told the model
-  and how its pixels were normalised by the weights, and has no default directory.
-
-  Args:
-    config: see configs/base.py; without k-NN accuracy if `config.knn.every_epochs` is 0.
-    workdir: a workdir, or one of its checkpoints.
-    default_workdir: where `run` leaves what this config trains.
-
-  Raises:
-    UserError: a setting, data set or file that does not fit.
-  """
-  host_memory.keep_freed_memory(one_arena=build.is_large(config))
-  setup_logging(distributed.primary())
-  with peers.Watch(), told_of_full_memory():
-    metrics = _evaluate(config, workdir, default_workdir)
-  if distributed.primary():
-    print(json.dumps(metrics))
-
-
-def _evaluate(
-  config: ml_collections.ConfigDict, workdir: str | None, default_workdir: str
-) -> dict[str, float]:
-  trained = pathlib.Path(default_workdir, 'checkpoints').exists() and config.model.name is not None
-  path = workdir or (default_workdir if trained else config.init)
-  if not path:
-    raise UserError('what to evaluate? Give --workdir=DIRECTORY or --config.init=FILE')
-  _check_local(path)
-  state = weights.read(path, ema=config.init_ema)
-  settings.check(config)
-  if config.model.name is None:
-    build.infer_model(config, state)
-  for key, value in infer.pixels(state.metadata).items():
-    if config.data[key] != (tuple(value) if isinstance(value, list) else value):
-      _log.warning('trained with data.%s=%s, evaluated with %s', key, value, config.data[key])
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  _check_evaluation_batch(config, mesh)
-  build.task(config)
-  with distributed.primary_first():
-    source = inputs.open_source(config, config.data.eval_split)
-  names = state.metadata.get('class_names')
-  if names and not build.is_pretraining(config):
-    inputs.check_classes(names, state.source, source)
-  bank = inputs.open_source(config, config.data.train_split) if config.knn.every_epochs else source
-  inputs.set_num_classes(config, source)
-  task = build.task(config)
-  create = build.model_creator(config)
-  headless = infer.family(state.arrays) == 'backbone'
-  model = create() if headless else nnx.eval_shape(create)
-  importer.load_into(model, state, partial=headless)
-  graphdef, params = nnx.split(model)
-  params = nnx.to_pure_dict(params)
-  on_devices = sharding.put(params, sharding.state_shardings(params, mesh))
-  steps = build.Steps(len(bank), config.batch_size)
-  evaluations = [
-    *([] if headless else hooks.accuracy_hook(config, task, graphdef, mesh, source, steps)),
-    *hooks.knn_hook(config, task, graphdef, mesh, bank, source, steps),
-  ]
-  if not evaluations:
-    raise UserError(
-      f'{state.source} is {config.model.name}: nothing to evaluate but its features, with '
-      '--config=configs/evaluate.py:knn or --config.knn.every_epochs=1'
-    )
-  metrics: dict[str, float] = {}
-  for evaluation in evaluations:
-    metrics |= evaluation.run(0, {'params': on_devices})
-  shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
-  _log.info(
-    '%s on %s of %s (%d examples): %s',
-    state.source, source.split, source.name, len(source), shown,
-  )  # fmt: skip
-  return metrics
-
-
-def _check_evaluation_batch(config: ml_collections.ConfigDict, mesh: Any) -> None:
+def check_evaluation_batch(config: ml_collections.ConfigDict, mesh: Any) -> None:
+  """UserError if batches of evaluations cannot be split over the devices."""
   if config.evaluation.every_epochs or config.knn.every_epochs:
     sharding.check_batch_size(config.evaluation.batch_size, mesh, key='evaluation.batch_size')
 

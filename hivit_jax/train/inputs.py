@@ -1,5 +1,7 @@
 """From a config to examples and batches; apart from `build`, so that a benchmark needs no data."""
 
+import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,9 +9,16 @@ import jax
 import ml_collections
 
 from hivit_jax.data import pipeline, sources, transforms
+from hivit_jax.data.relabelled import Relabelled
 from hivit_jax.errors import UserError
 from hivit_jax.train import build
 from hivit_jax.train.build import image_size
+
+_log = logging.getLogger(__name__)
+
+_IMAGENET_CLASSES = 1000
+_SYNSET = re.compile(r'n\d{8}')  # a class of ImageNet, as folders and TFDS name it
+_SHOWN = 6  # names in a message
 
 
 def open_source(config: ml_collections.ConfigDict, split: str) -> Any:
@@ -33,11 +42,67 @@ def set_num_classes(config: ml_collections.ConfigDict, source: Any) -> None:
 def check_classes(names: Sequence[str], where: str, source: Any) -> None:
   """UserError unless a source has the classes `names`, in their order."""
   if list(names) != list(source.class_names):
-    other = sorted(set(names) ^ set(source.class_names)) or ['their order']
-    raise UserError(
-      f'{source.name} ({source.split}) has other classes than {where}; what differs: '
-      + ', '.join(other[:6])
-    )
+    raise _other_classes(names, where, source)
+
+
+def with_classes_of(names: Sequence[str] | None, count: int, where: str, source: Any) -> Any:
+  """A source whose labels are the classes of a model.
+
+  Classes of the source are found among those of the model by name: a part of them is enough, in
+  any order. Weights of 1000 classes without names are taken for ImageNet's if the source has
+  ImageNet's synsets (n01440764, ...) for names.
+
+  Args:
+    names: of the model's classes; None or empty: not known.
+    count: of the model's classes.
+    where: whose classes they are, for messages.
+    source: examples to evaluate on.
+
+  Returns:
+    `source`, relabelled if needed.
+
+  Raises:
+    UserError: the model does not have the source's classes, as far as can be known.
+  """
+  own = source.class_names
+  if not names and count == _IMAGENET_CLASSES and all(map(_SYNSET.fullmatch, own)):
+    # Here: TFDS is slow to import.
+    from hivit_jax.data.builders import imagenet_files
+
+    names = imagenet_files.synsets()
+  if not names:
+    if count != len(own):
+      raise UserError(
+        f'{where} has {count} classes, without names, and {source.name} ({source.split}) has '
+        f'{len(own)}: they cannot be matched; choose the data it was trained on '
+        '(--config.data.name, --config.data.eval_split), or finetune it on these '
+        '(configs/finetune_hivit_b.py, --config.init)'
+      )
+    _log.warning(
+      '%s has no class names: its %d classes are taken for the %d of %s (%s), in the same order',
+      where, count, len(own), source.name, source.split,
+    )  # fmt: skip
+    return source
+  if list(names) == list(own):
+    return source
+  index = {name: i for i, name in enumerate(names)}
+  if not all(name in index for name in own):
+    raise _other_classes(names, where, source)
+  _log.info(
+    'the %d classes of %s (%s) are found by name among the %d of %s; answers among all %d count',
+    len(own), source.name, source.split, len(names), where, count,
+  )  # fmt: skip
+  return Relabelled(source, [index[name] for name in own], names)
+
+
+def _other_classes(names: Sequence[str], where: str, source: Any) -> UserError:
+  differ = sorted(set(names) ^ set(source.class_names)) or ['their order']
+  more = f', and {len(differ) - _SHOWN} more' if len(differ) > _SHOWN else ''
+  return UserError(
+    f'{source.name} ({source.split}) has other classes ({len(source.class_names)}) than {where} '
+    f'({len(names)}); what differs: {", ".join(differ[:_SHOWN])}{more}; choose data with the same '
+    'classes (--config.data.name), or finetune for these (--config.init)'
+  )
 
 
 def check_labels(source: Any) -> None:

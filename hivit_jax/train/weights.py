@@ -6,11 +6,13 @@ PyTorch's files and models only.
 
 import os
 import pathlib
+from typing import Any
 
 from flax import nnx
 
+from hivit_jax import models
 from hivit_jax.errors import UserError
-from hivit_jax.interop import exporter, files, importer
+from hivit_jax.interop import carried, exporter, files, importer
 from hivit_jax.train.checkpoint import load_params
 
 _EMA_KEY = 'ema'  # of the training state
@@ -26,6 +28,11 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> files.StateDict:
   Raises:
     UserError: there is nothing, it is damaged, or it has no averaged weights.
   """
+  if not isinstance(path, str | os.PathLike) or not str(path):
+    raise UserError(
+      f'weights={path!r}: expected the path of a .pth or .safetensors file, a checkpoint or a '
+      'workdir'
+    )
   path = pathlib.Path(path).expanduser()
   if path.is_dir():
     restored = load_params(path, key=_EMA_KEY if ema else 'params')
@@ -36,6 +43,30 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> files.StateDict:
   raise UserError(
     f'{path} does not exist; give a .pth or .safetensors file, a checkpoint or a workdir'
   )
+
+
+def create_model(
+  name: str | None,
+  path: str | os.PathLike[str],
+  *,
+  seed: int = 0,
+  attention: str = 'xla',
+  partial: bool = False,
+  ema: bool = False,
+  **overrides: Any,
+) -> nnx.Module:
+  """Builds a model with weights from a path; arguments as for `hivit_jax.create_model`."""
+  state = read(path, ema=ema)
+  if name is None:
+    name, overrides, _ = carried.model_of(state, **overrides)
+
+  def create():
+    return models.create_model(name, seed=seed, attention=attention, **overrides)
+
+  # Whatever is loaded need not be initialised before.
+  model = create() if partial else nnx.eval_shape(create)
+  importer.load_into(model, state, partial=partial)
+  return model
 
 
 def load_weights(

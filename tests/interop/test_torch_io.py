@@ -106,7 +106,10 @@ def test_damaged_and_foreign_files_have_one_clear_error(tmp_path):
       files.read(missing)
 
 
-@pytest.mark.parametrize('prefix', ['', 'module.', 'backbone.', 'encoder.', 'module.backbone.'])
+@pytest.mark.parametrize(
+  'prefix',
+  ['', 'module.', 'backbone.', 'encoder.', 'module.backbone.', 'model.', 'model.backbone.'],
+)
 @pytest.mark.parametrize('container', ['model', 'model_ema', 'state_dict', 'bare', 'supervised'])
 def test_every_container_and_prefix_gives_the_same_weights(tmp_path, container, prefix):
   state = golden_state('hivit_rpe')

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import os
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from flax import nnx
 import hivit_jax
 from hivit_jax import models
 from hivit_jax.errors import UserError
-from hivit_jax.interop import exporter, files, importer, infer
+from hivit_jax.interop import carried, exporter, files, importer, infer
 from hivit_jax.interop.files import StateDict
 from hivit_jax.models import positions, resize
 from tests.helpers import (
@@ -86,7 +87,7 @@ def test_the_steps_from_swin_to_hivit_are_told_from_their_weights(step):
   own = {'image_size': 128, 'embed_dim': 16, 'depths': (2, 1, 1), 'window_size': 4}
   model = hivit_jax.create_model(f'swin_base_{step}', **own, num_classes=5)
   state = StateDict(exporter.state_dict(model), 'x', {'image_size': (128, 128)})
-  described = infer.describe(state.arrays, state.source, **infer.hints(state.metadata))
+  described = carried.model_of(state)
   again = hivit_jax.create_model(described.name, **described.arguments, seed=1)
   report = importer.load_into(again, state)
   assert not report.resized
@@ -451,6 +452,35 @@ def test_loaded_weights_do_not_share_the_files_memory(tmp_path):
   path.write_bytes(bytes(path.stat().st_size))
   expected = golden_state('hivit_norpe')['head.bias']
   np.testing.assert_array_equal(model.head.bias[...], expected)
+
+
+def test_numbers_that_are_none_are_warned_of_once(caplog):
+  state = golden_state('hivit_rpe')
+  state['head.bias'] = np.full_like(state['head.bias'], np.nan)
+  model = models.create_model('hivit_tiny', **TINY, num_classes=7)
+  _load(model, state)
+  (record,) = [r for r in caplog.records if r.levelname == 'WARNING']
+  message = 'FILE: 1 parameters hold NaN or infinite numbers, the first is head.bias'
+  assert record.getMessage().startswith(message)
+
+
+@pytest.mark.parametrize('umask', [0o022, 0o077])
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_files_are_readable_as_the_umask_says(tmp_path, suffix, umask):
+  if suffix == '.pth':
+    pytest.importorskip('torch')
+  before = os.umask(umask)
+  try:
+    files.write(tmp_path / f'x{suffix}', {'a': np.ones(2, np.float32)})
+  finally:
+    os.umask(before)
+  assert (tmp_path / f'x{suffix}').stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize('path', [{}, 3, ''])
+def test_a_path_is_expected(path):
+  with pytest.raises(UserError, match=r"weights=({}|3|''): expected the path of a \.pth"):
+    hivit_jax.create_model(weights=path)
 
 
 def test_no_half_written_file_is_left(tmp_path):

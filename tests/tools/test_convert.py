@@ -21,7 +21,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import exporter, files
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tools import convert
-from hivit_jax.train import experiment, inputs
+from hivit_jax.train import evaluation, experiment, inputs
 from hivit_jax.train.checkpoint import Checkpoints, load_params
 from hivit_jax.train.weights import read
 from tests import patience
@@ -55,18 +55,19 @@ def test_pth_to_checkpoint_to_pth_to_safetensors_and_back(run, tmp_path):
   run('from-torch', path, out=tmp_path / 'dir', num_heads=4, decoder_num_heads=2)
   run('to-torch', tmp_path / 'dir', out=tmp_path / 'back.pth')
   back = torch.load(tmp_path / 'back.pth', weights_only=True)
-  assert list(back) == ['model']
-  run('from-torch', tmp_path / 'back.pth', out=tmp_path / 'x.safetensors', num_heads=4)
+  assert list(back) == ['model', 'hivit_jax']
+  run('from-torch', tmp_path / 'back.pth', out=tmp_path / 'x.safetensors')
   run('to-torch', tmp_path / 'x.safetensors', out=tmp_path / 'last.pth', layout='mae')
   last = torch.load(tmp_path / 'last.pth', weights_only=True)
   for content in (back, last):
     assert set(content['model']) == set(state)
     for name, value in content['model'].items():
       assert value.numpy().tobytes() == state[name].tobytes()
-  # The head counts, which shapes do not tell, travelled along.
-  model = hivit_jax.create_model(weights=tmp_path / 'dir')
-  assert model.blocks[-1].attn.heads == 4
-  assert model.decoder_blocks[0].attn.heads == 2
+  # The head counts, which no shape shows, travelled along.
+  for path in ('dir', 'back.pth', 'x.safetensors', 'last.pth'):
+    model = hivit_jax.create_model(weights=tmp_path / path)
+    assert model.blocks[-1].attn.heads == 4
+    assert model.decoder_blocks[0].attn.heads == 2
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_a_baseline_goes_there_and_back_and_is_evaluated_by_its_weights_alone(
   config.data.update(name='digits', eval_split='test[:16]', eval_crop=1.0)
   config.evaluation.batch_size = 16
   capsys.readouterr()
-  experiment.evaluate(config, None, str(tmp_path / 'none'))
+  evaluation.evaluate(config, None, str(tmp_path / 'none'))
   metrics = json.loads(capsys.readouterr().out)
   source = inputs.open_source(config, config.data.eval_split)
   with inputs.eval_batches(config, source, 16, alone=True) as batches:
@@ -110,7 +111,7 @@ def test_layouts_differ_in_names_and_wrapping(run, tmp_path):
   for layout, key in wrapped.items():
     run('to-torch', path, out=tmp_path / 'y.pth', layout=layout, num_heads=4)
     content = torch.load(tmp_path / 'y.pth', weights_only=True)
-    assert list(content) == [key]
+    assert list(content) == [key, 'hivit_jax']
     bare = all(not name.startswith('backbone.') for name in content[key])
     assert bare == (layout == 'official')
   run('to-torch', path, out=tmp_path / 'y.safetensors', layout='backbone', prefix='', num_heads=4)
@@ -154,6 +155,25 @@ def test_mistakes_are_named(run, tmp_path, monkeypatch, command, options, messag
   with pytest.raises(UserError, match=message):
     run(command, 'mae.safetensors', num_heads=4, **options)
   assert [path.name for path in tmp_path.iterdir()] == ['mae.safetensors']
+
+
+@pytest.mark.parametrize('command', ['from-torch', 'to-torch'])
+def test_numbers_that_are_none_are_not_converted(run, tmp_path, command):
+  state = golden_state('hivit_rpe')
+  for name in ('blocks.6.mlp.fc1.weight', 'head.bias'):
+    state[name][0] = np.nan if name == 'head.bias' else np.inf
+  files.write(tmp_path / 'x.safetensors', state)
+  with pytest.raises(UserError, match=r'x\.safetensors was not converted: .* and 1 more param'):
+    run(command, tmp_path / 'x.safetensors', out=tmp_path / 'y.safetensors')
+  assert not (tmp_path / 'y.safetensors').exists()
+
+
+def test_what_orbax_logs_is_not_shown(forks, tmp_path):
+  files.write(tmp_path / 'x.safetensors', golden_state('hivit_rpe'))
+  arguments = ('from-torch', str(tmp_path / 'x.safetensors'), f'--out={tmp_path / "dir"}')
+  status, stderr, stdout = forks('hivit_jax/tools/convert.py', *arguments)
+  assert (status, stderr) == (0, '')
+  assert stdout.splitlines()[-1].startswith('wrote hivit_tiny, ')
 
 
 def test_as_a_process_a_hostile_file_is_one_line_and_status_2(tmp_path):

@@ -158,6 +158,21 @@ def test_a_weight_file_gets_imagenets_statistics_and_names_from_a_file(
   check(parsed(done.stdout), paths, expected, [f'class {c}' for c in 'ABCDEFG'])
 
 
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_exported_files_bring_class_names_and_pixel_statistics(
+  predict, forks, probabilities, workdir, photographs, tmp_path, suffix
+):
+  if suffix == '.pth':
+    pytest.importorskip('torch')
+  file = tmp_path / f'x{suffix}'
+  done = forks('hivit_jax/tools/convert.py', 'to-torch', str(workdir), f'--out={file}')
+  assert done.status == 0, done.stderr
+  paths = readable(photographs / '1')[:2]
+  done = predict(f'--weights={file}', *paths, '--json')
+  assert done.status == 0, done.stderr
+  check(parsed(done.stdout), paths, probabilities(paths, OWN), NAMES)
+
+
 @pytest.mark.parametrize(
   ('name', 'options'), [('vit_base', TINY_VIT), ('swin_tiny', TINY_SWIN)], ids=['vit', 'swin']
 )

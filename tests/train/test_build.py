@@ -1,12 +1,17 @@
 """What a config's settings come to."""
 
+import re
 import types
 
+import numpy as np
 import pytest
+from flax import nnx
 
 from configs import base
 from hivit_jax.errors import UserError
-from hivit_jax.train.build import Steps, attention, image_size
+from hivit_jax.interop import exporter, files
+from hivit_jax.train.build import Steps, attention, image_size, initial_model
+from tests.helpers import TINY, random_model
 
 IMAGENET = Steps(1_281_167, 4096)  # an epoch is 312.8 steps
 
@@ -61,3 +66,52 @@ def test_cudnn_is_for_nvidia_gpus_only():
   config.model.attention = 'flash'
   with pytest.raises(UserError, match='attention="flash" is not one of xla, cudnn'):
     attention(config)
+
+
+@pytest.mark.parametrize(
+  ('in_file', 'head_std', 'kept', 'said'),
+  [
+    ('ant bee cat', None, ['weight', 'bias'], None),
+    ('ant bee cat', 1e-5, ['bias'], r'anew.*: head\.weight \(config\.model\.head_std=1e-05\)'),
+    (
+      'ant bee dog',
+      None,
+      [],
+      r'anew.*: head\.bias, head\.weight \(the file is for other classes\)',
+    ),
+    (
+      'bee ant cat',
+      1e-5,
+      [],
+      r'anew.*: head\.bias, head\.weight \(the file is for other classes\)',
+    ),
+    (
+      '',
+      None,
+      ['weight', 'bias'],
+      'has no class names, and 3 classes as the data: its head is tak',
+    ),
+    ('', 1e-5, ['bias'], r'no class names.* though its weight is drawn anew'),
+    ('ant bee', None, [], r'new, not in the file: head\.bias, head\.weight'),
+  ],
+)
+def test_a_head_is_kept_for_the_same_classes_only(tmp_path, caplog, in_file, head_std, kept, said):
+  names = in_file.split()
+  count = len(names) or 3
+  model = nnx.merge(*random_model('hivit_tiny', **TINY, num_classes=count))
+  arrays = exporter.state_dict(model)
+  files.write(tmp_path / 'x.safetensors', arrays, metadata={'class_names': names})
+  config = base.get_config()
+  config.task, config.image_size = 'classify', (64, 64)
+  own = {key: value for key, value in TINY.items() if key != 'image_size'}
+  config.model.update(name='hivit_tiny', num_classes=3, head_std=head_std, **own)
+  config.init = str(tmp_path / 'x.safetensors')
+  with caplog.at_level('INFO'):
+    built = exporter.state_dict(initial_model(config, ('ant', 'bee', 'cat'))())
+  for part in ('weight', 'bias'):
+    same = np.array_equal(built[f'head.{part}'], arrays[f'head.{part}'])
+    assert same == (part in kept), part
+  if head_std and 'weight' not in kept and count == 3:
+    assert 0 < np.abs(built['head.weight']).max() < 1e-4
+  np.testing.assert_array_equal(built['fc_norm.weight'], arrays['fc_norm.weight'])
+  assert (re.search(said, caplog.text) is not None) if said else 'anew' not in caplog.text

@@ -1,0 +1,93 @@
+"""The model that weights carry with them: in a run's checkpoint, a conversion, a file of ours."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from hivit_jax.interop import infer
+from hivit_jax.interop.files import StateDict
+from hivit_jax.interop.infer import Described
+
+_log = logging.getLogger(__name__)
+
+
+def model_of(state: StateDict, **overrides: Any) -> Described:
+  """The model that weights are for.
+
+  Runs, conversions and files exported here carry their model, which is taken as it is. For files
+  of other code, names and shapes decide, and one warning says what had to be guessed.
+
+  Args:
+    state: the weights.
+    **overrides: arguments that win over what the weights say.
+
+  Returns:
+    The model. If the weights carry it: with every argument of its class but those of
+    `infer.COMPUTATION`, which are the user's.
+
+  Raises:
+    UserError: see `infer.describe`.
+  """
+  if isinstance(overrides.get('image_size'), int):
+    overrides['image_size'] = (overrides['image_size'],) * 2
+  carried = read(state.metadata)
+  if carried is None:
+    size = infer.image_size(state.metadata)
+    known = ({'image_size': size} if size else {}) | overrides
+    described = infer.describe(state.arrays, state.source, **known)
+  else:
+    guessed = tuple(key for key in carried.guessed if key not in overrides)
+    described = Described(carried.name, carried.arguments | overrides, guessed)
+  if described.guessed:
+    key = described.guessed[0]
+    _log.warning(
+      '%s does not say %s. To give another value: create_model(%s=...), --%s=... of the tool '
+      'convert, or --config.model.%s=...',
+      state.source,
+      ', '.join(f'{key} (assumed {described.arguments[key]})' for key in described.guessed),
+      key, key, key,
+    )  # fmt: skip
+  return described
+
+
+def read(metadata: Mapping[str, Any]) -> Described | None:
+  """The model in the metadata of a conversion or file (`model`) or of a run (`config`), if any."""
+  guessed: tuple[str, ...] = ()
+  if 'model' in metadata:
+    name, own = metadata['model']['name'], dict(metadata['model'].get('arguments', {}))
+    guessed = tuple(metadata['model'].get('guessed', ()))
+    # Older conversions do not have them.
+    guessed += tuple(k for k in infer.INVISIBLE if k in infer.defaults(name) and k not in own)
+  elif metadata.get('config', {}).get('model', {}).get('name'):
+    config = metadata['config']
+    name = config['model']['name']
+    own = {key: value for key, value in config['model'].items() if value is not None}
+    own['channels'] = config.get('channels', 3)
+  else:
+    return None
+  own = {
+    key: tuple(value) if isinstance(value, list) else value
+    for key, value in own.items()
+    if key not in infer.COMPUTATION and key != 'name'
+  }
+  size = infer.image_size(metadata)
+  return Described(
+    name, infer.defaults(name) | own | ({'image_size': size} if size else {}), guessed
+  )
+
+
+def metadata(described: Described, state: StateDict, **more: Any) -> dict[str, Any]:
+  """What a file or conversion carries beside its arrays, for JSON; `read` understands it.
+
+  Args:
+    described: the model that the arrays are for.
+    state: where they come from: its pixel statistics and class names are carried on.
+    **more: further entries.
+  """
+  return {
+    'model': described._asdict(),
+    'image_size': described.arguments['image_size'],
+    'data': infer.pixels(state.metadata),
+    'class_names': state.metadata.get('class_names'),
+    **more,
+  }

@@ -29,8 +29,9 @@ def create_model(
   """Builds a model, with fresh parameters or with given ones.
 
   Args:
-    name: one of `list_models()`; None: the model that `weights` are for, with the arguments that
-      it was trained with. Where a file of other code does not say one, a warning names it.
+    name: one of `list_models()`; None: the model that `weights` are for. If `weights` carry that
+      model, it has the arguments that it was trained with. Arguments that a file of other code does
+      not show are guessed, and one warning names them.
     seed: of the initialisation.
     attention: 'xla', or 'cudnn' for NVIDIA GPUs, see `models.attention.attend`.
     weights: path of a file, workdir or checkpoint, see `load_weights`.

@@ -57,7 +57,8 @@ def create_model(
 ) -> nnx.Module:
   """Builds a model with weights from a path; arguments as for `hivit_jax.create_model`."""
   state = read(path, ema=ema)
-  if name is None:
+  told = carried.read(state.metadata)
+  if name is None or (told and told.name == name):
     name, overrides, _ = carried.model_of(state, **overrides)
 
   def create():

@@ -77,12 +77,13 @@ def convert(forks):
   return call
 
 
-def test_a_workdir_gives_its_model_to_the_bit(workdir, loss, caplog):
-  model = hivit_jax.create_model(weights=workdir)
+@pytest.mark.parametrize('name', [None, 'mae_hivit_tiny'])
+def test_a_workdir_gives_its_model_to_the_bit(workdir, loss, caplog, name):
+  model = hivit_jax.create_model(name, weights=workdir)
   assert _loss(model).tobytes() == loss.tobytes()
   assert max(model.drop_path_rates) == 0.25
   assert not _warnings(caplog)
-  other = hivit_jax.create_model(weights=workdir, mask_ratio=0.75, norm_pix_loss=True)
+  other = hivit_jax.create_model(name, weights=workdir, mask_ratio=0.75, norm_pix_loss=True)
   assert (other.mask_ratio, other.norm_pix_loss) == (0.75, True)
   assert other.blocks[-1].attn.heads == 2
 

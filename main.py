@@ -8,11 +8,17 @@ variants follow a colon: --config=configs/mae_hivit_b.py:1600.
 
 import pathlib
 
-from absl import flags
-from ml_collections import config_flags
+try:
+  from absl import flags
+  from ml_collections import config_flags
 
-from hivit_jax import cli
-from hivit_jax.errors import UserError
+  from hivit_jax import cli
+  from hivit_jax.errors import UserError
+except ModuleNotFoundError:
+  from hivit_jax import environment
+
+  environment.check_packages()
+  raise
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, see configs/.')
 _WORKDIR = flags.DEFINE_string(

@@ -6,6 +6,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+import venv
 
 import pytest
 
@@ -171,6 +172,11 @@ def test_no_config(main):
   assert error_of(main()) == 'which config? For a first run: --config=configs/demo.py'
 
 
+def test_two_configs(main):
+  error = error_of(main(DEBUG, '--config.seed=1', '--config', 'configs/demo.py:digits'))
+  assert error == f'two configs, {DEBUG} and --config=configs/demo.py:digits: give one of them'
+
+
 def test_arguments_that_are_no_flags(main):
   assert 'unexpected argument "batch_size=4"' in error_of(main(DEBUG, 'batch_size=4'))
   assert "Unknown command line flag 'workdi'. Did you mean: workdir" in error_of(
@@ -246,12 +252,88 @@ def test_help_is_quick_and_names_the_flags():
   command = [sys.executable, '-X', 'importtime', 'main.py', '--help']
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
   after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  assert done.returncode == 0
   assert '--config' in done.stdout
   assert '--workdir' in done.stdout
   assert after.ru_utime - before.ru_utime < 1  # of CPU
   imported = {line.split('|')[-1].strip().split('.')[0] for line in done.stderr.splitlines()}
   assert 'absl' in imported
   assert not imported & {'jax', 'jaxlib', 'flax', 'tensorflow_datasets'}
+
+
+@pytest.fixture(scope='module')
+def bare(tmp_path_factory):
+  """A Python without any package."""
+  folder = tmp_path_factory.mktemp('bare')
+  venv.create(folder, symlinks=True, with_pip=False)
+  return str(folder / 'bin' / 'python')
+
+
+@pytest.mark.parametrize('program', [['main.py'], ['-m', 'hivit_jax.tools.predict']], ids=str)
+def test_python_without_the_requirements(bare, program):
+  done = subprocess.run([bare, *program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+  error = error_of(Ended(done.returncode, done.stderr))
+  assert 'packages that hivit_jax needs are not installed (jax, flax, optax, ...): ' in error
+  assert error.endswith(f': {bare} -m pip install -r requirements.txt')
+
+
+def test_a_platform_that_is_not_there(tmp_path):
+  done = subprocess.run(
+    [sys.executable, 'main.py', DEBUG, f'--workdir={tmp_path}/w'],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'tpu', 'TPU_LIBRARY_PATH': '/no/such/libtpu.so'},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  error = error_of(Ended(done.returncode, done.stderr))
+  assert error.startswith('JAX_PLATFORMS=tpu: JAX finds no such device here')
+  assert error.endswith('for Google TPUs: pip install "jax[tpu]"; on the CPU: JAX_PLATFORMS=cpu')
+  assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize(
+  ('xla_flags', 'message'),
+  [
+    ('--xla_nosuch=1', 'Unknown flag in XLA_FLAGS: --xla_nosuch=1; correct it'),
+    ('--xla_force_host_platform_device_count=two', "Couldn't interpret value two for flag xla_fo"),
+    ('nosuch.txt', 'Could not open file "nosuch.txt"'),
+  ],
+)
+def test_xla_flags_that_would_end_the_process(main, xla_flags, message):
+  error = error_of(main(DEBUG, XLA_FLAGS=xla_flags))
+  assert error.startswith(f'XLA_FLAGS="{xla_flags}": {message}')
+  assert error.endswith('or start without: env -u XLA_FLAGS')
+
+
+def test_what_an_output_cannot_encode_is_escaped(forks, tmp_path):
+  program = tmp_path / 'show.py'
+  program.write_text(
+    "from hivit_jax import cli\ncli.run(lambda _: print('Eisv\u00f6gel'))\n", 'utf-8'
+  )
+  done = subprocess.run(
+    [sys.executable, program],
+    env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONIOENCODING': 'ascii'},
+    capture_output=True,
+    timeout=60,
+  )
+  assert done.stdout == b'Eisv\\xf6gel\n', done.stderr
+
+
+def test_a_workdir_whose_name_cannot_be_written(tmp_path):
+  ascii_names = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+  done = subprocess.run(
+    [sys.executable, 'main.py', DEBUG, f'--workdir={tmp_path}/l\u00e4uft'.encode()],
+    cwd=ROOT,
+    env=os.environ | ascii_names,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert 'file names are ascii here; start with PYTHONUTF8=1' in error_of(
+    Ended(done.returncode, done.stderr)
+  )
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_a_process_of_its_own_ends_in_the_same_way(tmp_path):

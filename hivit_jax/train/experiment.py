@@ -92,6 +92,11 @@ def _check_local(path: str) -> None:
       f'{path} is no path in the file system; mount the bucket (gcsfuse, s3fs) and give the path '
       'where it is mounted, or take a local disk or NFS'
     )
+  if not path.isascii() and sys.getfilesystemencoding() != 'utf-8':  # Orbax's are always UTF-8
+    raise UserError(
+      f'{path} cannot be written: file names are {sys.getfilesystemencoding()} here; start with '
+      'PYTHONUTF8=1 in the environment, or choose another --workdir'
+    )
 
 
 @contextlib.contextmanager

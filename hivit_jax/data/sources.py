@@ -90,6 +90,8 @@ def _not_prepared(wanted, data_dir: str | None) -> UserError:
   looked = ', '.join(str(folder / wanted.name) for folder in folders)
   if wanted.name not in known:
     close = difflib.get_close_matches(wanted.name, known, n=3)
+    if wanted.name.lower().startswith(('imagenet', 'ilsvrc')):  # others only sound more like it
+      close = ['imagenet2012', *(name for name in close if name != 'imagenet2012')][:3]
     guess = f' Did you mean {" or ".join(close)}?' if close else ''
     return UserError(
       f'unknown data set {wanted.name!r}: not one of TFDS, and not prepared in {looked}.{guess} '

@@ -77,6 +77,11 @@ def knn_hook(
   options = config.knn
   if not options.every_epochs:
     return []
+  if not train_source.num_classes:
+    raise UserError(
+      f'{train_source.name} ({train_source.split}) has no class folders, which the k-NN accuracy '
+      'compares with; switch it off: --config.knn.every_epochs=0'
+    )
   bank_source = Subset(train_source, options.bank_size)
 
   @jax.jit
@@ -116,7 +121,8 @@ def knn_hook(
 def _no_labels(source: Any) -> UserError:
   return UserError(
     f'none of the {len(source)} examples of {source.name} ({source.split}) has a label; '
-    'choose another --config.data.eval_split'
+    'choose another --config.data.eval_split, or evaluate nothing: '
+    '--config.evaluation.every_epochs=0 --config.knn.every_epochs=0'
   )
 
 

@@ -22,11 +22,16 @@ def set_num_classes(config: ml_collections.ConfigDict, source: Any) -> None:
   if build.is_pretraining(config):
     return
   count = source.num_classes
+  if not count:
+    raise UserError(
+      f'{source.name} ({source.split}) has no class folders, and config.task="{config.task}" needs '
+      'classes: <root>/<split>/<class>/*.jpg; pretraining does without'
+    )
   config.model.num_classes = config.model.num_classes or count
   if config.model.num_classes < count:
     raise UserError(
       f'config.model.num_classes={config.model.num_classes}, but {source.name} ({source.split}) '
-      f'has {count} classes; leave it out to take those'
+      f'has {count} classes; --config.model.num_classes=None takes those'
     )
 
 

@@ -380,3 +380,35 @@ def test_broken_images_are_replaced_counted_and_told_at_the_end(runs, tmp_path):
   assert all('not an image' in line for line in named)
   assert summary == '2 broken training images were replaced by others; each is named above'
   assert metrics(workdir)[-1]['train/broken_images'] == 2
+
+
+def test_a_broken_image_of_an_evaluation_is_named_once_a_run(runs, tmp_path):
+  data = folder_of_images(tmp_path / 'data', 64) | {'knn__every_epochs': 0.5}
+  broken = tmp_path / 'data/val/a/0.jpg'
+  broken.write_bytes(b'no image')
+  workdir = tmp_path / 'run'
+  done = runs.train(workdir, max_steps=8, **data)
+  assert done.returncode == 0, done.stderr
+  assert sum('eval/knn_top1' in row for row in metrics(workdir)) == 5
+  (line,) = warnings_of(done.stderr)
+  assert line.startswith(f'Broken image, left out: {broken} (not an image')
+
+
+def test_images_without_classes_are_pretrained_on_and_nothing_else(runs, tmp_path):
+  data = folder_of_images(tmp_path / 'data', 32)
+  for split in ('train', 'val'):
+    for image in (tmp_path / 'data' / split).glob('*/*.jpg'):
+      image.rename(tmp_path / 'data' / split / image.name)
+    for folder in 'ab':
+      (tmp_path / 'data' / split / folder).rmdir()
+  done = runs.train(tmp_path / 'run', max_steps=3, **data)
+  assert done.returncode == 0, done.stderr
+  assert metrics(tmp_path / 'run')[-1]['step'] == 3
+  workdir = tmp_path / 'other'
+  for settings, message in (
+    ({'knn__every_epochs': 1}, 'compares with; switch it off: --config.knn.every_epochs=0'),
+    ({'task': 'classify', 'model__name': 'hivit_tiny'}, 'and config.task="classify" needs classes'),
+  ):  # fmt: skip
+    error = runs.train(workdir, **data | settings).stderr.splitlines()[-1]
+    assert error.startswith(f'error: folder:{tmp_path}/data (train) has no class folders')
+    assert message in error

@@ -185,6 +185,7 @@ def _set_up(
     len(train_source), train_source.name, len(eval_source), build.compute_dtype(config),
     mesh.size, mesh.devices.flat[0].device_kind,
   )  # fmt: skip
+  told: set[str] = set()  # broken images of evaluations, so that each is named once
   writer = stack.enter_context(MetricWriter(directory, start_step=start, primary=primary))
   return {
     'state': state,
@@ -196,8 +197,8 @@ def _set_up(
     'batch_size': config.batch_size,
     'epochs_per_step': steps.epochs_per_step,
     'hooks': [
-      *hooks.accuracy_hook(config, task, graphdef, mesh, eval_source, steps),
-      *hooks.knn_hook(config, task, graphdef, mesh, train_source, eval_source, steps),
+      *hooks.accuracy_hook(config, task, graphdef, mesh, eval_source, steps, told),
+      *hooks.knn_hook(config, task, graphdef, mesh, train_source, eval_source, steps, told),
       *hooks.picture_hook(config, graphdef, mesh, eval_source, steps, directory, writer),
     ],
     'evaluated': evaluated,
@@ -271,9 +272,10 @@ def _evaluate(
   params = nnx.to_pure_dict(params)
   on_devices = sharding.put(params, sharding.state_shardings(params, mesh))
   steps = build.Steps(len(bank), config.batch_size)
+  told: set[str] = set()
   evaluations = [
-    *([] if headless else hooks.accuracy_hook(config, task, graphdef, mesh, source, steps)),
-    *hooks.knn_hook(config, task, graphdef, mesh, bank, source, steps),
+    *([] if headless else hooks.accuracy_hook(config, task, graphdef, mesh, source, steps, told)),
+    *hooks.knn_hook(config, task, graphdef, mesh, bank, source, steps, told),
   ]
   if not evaluations:
     raise UserError(

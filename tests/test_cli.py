@@ -61,6 +61,8 @@ VALUES = [
   ('image_size=0', 'config.image_size=(0,): expected a side or (height, width)'),
   ('image_size=32,32,32', 'expected a side or (height, width)'),
   ('image_size=large', 'expected a side or (height, width)'),
+  ('image_size=65536,65536', 'config.image_size=65536,65536 take 206.2 GB on each of'),
+  ('model.embed_dim=400000', 'the training state takes '),
   ('channels=2', 'config.channels=2: expected 3 (RGB) or 1 (greyscale)'),
   ('epochs=-1', 'config.epochs=-1.0: expected more than 0'),
   ('epochs=inf', 'config.epochs=inf: expected more than 0'),

@@ -24,6 +24,7 @@ from hivit_jax.train import (
   inputs,
   lock,
   loop,
+  memory,
   peers,
   settings,
   sharding,
@@ -136,6 +137,7 @@ def _set_up(
   settings.check(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
+  memory.check_images(mesh, config.image_size, config.channels, config.batch_size)
   _check_evaluation_batch(config, mesh)
   build.task(config)  # what is wrong with it is said before data are looked for
   with distributed.primary_first():  # embedded data sets are prepared
@@ -149,6 +151,7 @@ def _set_up(
   task, graphdef, optimizer, abstract, train_step = build.training(
     config, mesh, epochs_per_step=steps.epochs_per_step
   )
+  memory.check_state(mesh, dict(abstract))
   total = config.max_steps or steps.of(config.epochs)
 
   distributed.on_primary(lambda: stack.enter_context(lock.hold(directory)))
@@ -295,7 +298,9 @@ def _evaluate(
 
 def _check_evaluation_batch(config: ml_collections.ConfigDict, mesh: Any) -> None:
   if config.evaluation.every_epochs or config.knn.every_epochs:
-    sharding.check_batch_size(config.evaluation.batch_size, mesh, key='evaluation.batch_size')
+    size, key = config.evaluation.batch_size, 'evaluation.batch_size'
+    sharding.check_batch_size(size, mesh, key=key)
+    memory.check_images(mesh, config.image_size, config.channels, size, key)
 
 
 def _restore(

@@ -44,9 +44,9 @@ VALUES = [
   ('augment.flip=perhaps', '--config.augment.flip=perhaps: expected bool such as True'),
   ('task=sort', 'config.task="sort" is unknown; there are: mae, simmim, classify, linear'),
   ('model.name=mae_hivit_bas', 'did you mean "mae_hivit_base"?'),
-  ('model.name=hivit_base', 'config.task="mae" needs; try mae_hivit_base'),
+  ('model.name=hivit_base', 'config.task="mae" needs; try --config.model.name=mae_hivit_base'),
   ('model.dtype=float16', 'config.model.dtype="float16" is not one of auto, float32, bfloat16'),
-  ('model.embed_dim=33', 'embed_dim must be a multiple of 4, got 33'),
+  ('model.embed_dim=33', 'config.model.embed_dim must be a multiple of 4, got 33'),
   ('model.num_heads=0', 'config.model.num_heads=0: expected at least 1'),
   ('model.num_heads=5', 'cannot be split into 5 heads'),
   ('model.depths=1,2', 'config.model.depths=(1, 2): expected depths of the stages'),
@@ -55,7 +55,7 @@ VALUES = [
   ('model.mask_ratio=0', 'config.model.mask_ratio=0.0: expected more than 0 and less than 1'),
   ('model.mask_ratio=1', 'config.model.mask_ratio=1.0: expected more than 0 and less than 1'),
   ('model.mask_ratio=nan', 'config.model.mask_ratio=nan: expected more than 0 and less than 1'),
-  ('model.mask_ratio=0.9', 'mask_ratio 0.9 keeps 0 of 4 units'),
+  ('model.mask_ratio=0.9', 'config.model.mask_ratio 0.9 keeps 0 of 4 units'),
   ('image_size=100', 'sides must be multiples of 16 pixels; try --config.image_size=96,96'),
   ('image_size=100,64', 'sides must be multiples of 16 pixels; try --config.image_size=96,64'),
   ('image_size=0', 'config.image_size=(0,): expected a side or (height, width)'),
@@ -71,8 +71,8 @@ VALUES = [
   ('batch_size=-16', 'config.batch_size=-16: expected at least 1'),
   ('accumulate_steps=0', 'config.accumulate_steps=0: expected at least 1'),
   ('accumulate_steps=3', 'config.batch_size=16 is not divisible by 1 devices x 3 accumulation '
-   'steps; try 15 or 18'),
-  ('mesh.data=2', 'config.mesh.data=2, config.mesh.fsdp=1: there are 1 devices; data=-1 takes all'),
+   'steps; try --config.batch_size=15 or --config.batch_size=18'),
+  ('mesh.data=2', 'config.mesh.data=2, config.mesh.fsdp=1: there are 1 devices; --config.mesh'),
   ('seed=None', 'config.seed=None: this setting always has a value'),
   ('seed=-1', 'config.seed=-1: expected 0 or more'),
   ('log_every_steps=0', 'config.log_every_steps=0: expected at least 1'),
@@ -86,7 +86,7 @@ VALUES = [
   ('optim.b2=1', 'config.optim.b2=1.0: expected 0 or more, and less than 1'),
   ('optim.clip_norm=0', 'config.optim.clip_norm=0.0: expected more than 0'),
   ('data.mean=0.5,0.5', 'config.data.mean=(0.5, 0.5): expected one number a channel'),
-  ('data.mean=(0.5,)', 'config.data.mean: 1 numbers for config.channels=3'),
+  ('data.mean=(0.5,)', 'if it is the same for all: --config.data.mean=0.5,0.5,0.5'),
   ('data.std=0.,0.,0.', 'config.data.std=(0.0, 0.0, 0.0): expected one number a channel'),
   ('augment.crop_scale=0.5,0.2', 'config.augment.crop_scale=(0.5, 0.2): expected two shares'),
   ('augment.crop_ratio=wide', "config.augment.crop_ratio=('wide',): expected two ratios"),
@@ -111,10 +111,16 @@ def test_a_setting_that_cannot_be_is_one_line_and_leaves_the_workdir_alone(
 def test_a_batch_that_does_not_divide_among_the_devices(main, tmp_path):
   three = {'XLA_FLAGS': '--xla_force_host_platform_device_count=3'}
   error = error_of(main(DEBUG, f'--workdir={tmp_path}/w', **three))
-  assert error == 'config.batch_size=16 is not divisible by 3 devices; try 15 or 18'
+  assert error == (
+    'config.batch_size=16 is not divisible by 3 devices; try --config.batch_size=15 or '
+    '--config.batch_size=18'
+  )
   flags = ('--config.batch_size=18', '--config.evaluation.batch_size=20')
   error = error_of(main(DEBUG, f'--workdir={tmp_path}/w', *flags, **three))
-  assert error == 'config.evaluation.batch_size=20 is not divisible by 3 devices; try 18 or 21'
+  assert error == (
+    'config.evaluation.batch_size=20 is not divisible by 3 devices; try '
+    '--config.evaluation.batch_size=18 or --config.evaluation.batch_size=21'
+  )
   assert not (tmp_path / 'w').exists()
 
 

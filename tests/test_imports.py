@@ -53,7 +53,7 @@ CONFINED = {
     'hivit_jax/tools/',
     *(
       f'hivit_jax/train/{name}.py'
-      for name in ('build', 'inputs', 'settings', 'hooks', 'experiment')
+      for name in ('build', 'inputs', 'settings', 'hints', 'hooks', 'experiment')
     ),
   ),
   'tensorflow': (),

@@ -170,9 +170,26 @@ def test_a_model_that_does_not_fit_the_checkpoint_is_refused(runs, finished):
   assert done.stderr.count('\n') == 1
   newest = finished.workdir / 'checkpoints' / str(STEPS)
   assert done.stderr.startswith(f'error: the checkpoint {newest} does')
-  assert 'model.embed_dim: 32 -> 64' in done.stderr
+  assert 'model.embed_dim: 32 -> 64; as before: --config.model.embed_dim=32\n' in done.stderr
   assert 'another --workdir' in done.stderr
   assert content(finished.workdir) == before
+
+
+def test_the_flags_that_an_error_names_can_be_copied(runs, finished):
+  """Every setting that differs, with its old value."""
+  changed = {'model__embed_dim': 64, 'model__depths': '1,1,1', 'optim__clip_norm': 1.0, 'seed': 1}
+  error = runs.train(finished.workdir, **changed).stderr
+  flags = shlex.split(error.split('; as before: ')[1])
+  assert sorted(flags) == [
+    '--config.model.depths=1,1,2',
+    '--config.model.embed_dim=32',
+    '--config.optim.clip_norm=None',
+    '--config.seed=0',
+  ]
+  done = runs.finish([*runs.command(finished.workdir), *flags])
+  assert done.returncode == 0, done.stderr
+  assert 'this run is finished' in done.stderr
+  assert f'To train longer: --config.max_steps={2 * STEPS}; to begin anew' in done.stderr
 
 
 # Disturbed runs

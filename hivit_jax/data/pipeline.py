@@ -218,7 +218,7 @@ class Loader(Iterator[Batch]):
       if killed:
         raise UserError(
           f'A data worker process was killed ({killed[1]}; -9 is what the kernel does when memory '
-          'is short: take fewer data.num_workers). The same command goes on.'
+          'is short: fewer --config.data.num_workers take less). The same command goes on.'
         ) from error
       raise
     return {key: np.concatenate([part[key] for part in parts]) for key in part}
@@ -252,7 +252,8 @@ class Loader(Iterator[Batch]):
       raise UserError(
         f'{len(self.broken)} of the {different} examples of {source.name} ({source.split}) seen so '
         f'far are broken, more than max_broken_fraction={self._max_broken_fraction:g} allows. '
-        f'Repair or remove them, or raise that fraction: {listed(list(self.broken.values()))}'
+        'Repair or remove them, or allow for more (--config.data.max_broken_fraction='
+        f'{min(1, 2 * len(self.broken) / sample):.2g}): {listed(list(self.broken.values()))}'
       )
 
 

@@ -19,6 +19,7 @@ from hivit_jax.interop import importer, infer, torch_names
 from hivit_jax.train import (
   build,
   distributed,
+  hints,
   hooks,
   host_memory,
   inputs,
@@ -65,7 +66,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   directory = pathlib.Path(workdir).expanduser().absolute()
   with (
     peers.Watch(),
-    told_of_full_memory(),
+    told_of_full_memory(config),
     _told_of_full_disk(directory),
     StopSignals() as signals,
     contextlib.ExitStack() as stack,
@@ -79,7 +80,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
       ) from None
     if training is None:
       return
-    loop.run(**training, signals=signals)
+    try:
+      loop.run(**training, signals=signals)
+    except loop.NonFiniteLoss as error:
+      raise UserError(f'{error}; what helps: {hints.for_finite_numbers(config)}') from error
   broken = len(training['batches'].broken)
   if broken:
     _log.warning('%d broken training images were replaced by others; each is named above', broken)
@@ -115,7 +119,7 @@ def _told_of_full_disk(directory: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_of_full_memory() -> Iterator[None]:
+def told_of_full_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
   """Turns what JAX says when a device's memory is full into a UserError with the ways out."""
   try:
     yield
@@ -123,9 +127,8 @@ def told_of_full_memory() -> Iterator[None]:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     raise UserError(
-      f'a device has not enough memory: {distributed.first_line(error)}; what helps: more '
-      '--config.accumulate_steps, --config.model.remat=True, a smaller --config.batch_size or '
-      '--config.evaluation.batch_size, more devices; what was saved is kept'
+      f'a device has not enough memory: {distributed.first_line(error)}; what helps: '
+      f'{hints.for_memory(config)}; what was saved is kept'
     ) from error
 
 
@@ -135,6 +138,9 @@ def _set_up(
   """Makes the arguments of `loop.run`, or None if the run is finished; `stack` closes them."""
   primary = distributed.primary()
   settings.check(config)
+  ignored = hints.without_effect(config)
+  if ignored and primary:
+    _log.warning('settings without effect in this run: %s', ', '.join(ignored))
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
   memory.check_images(mesh, config.image_size, config.channels, config.batch_size)
@@ -170,14 +176,19 @@ def _set_up(
     _warn_of_changes(restored, directory, config, steps, total)
   if start >= total and evaluated:
     _log.info(
-      'this run is finished: %s is at step %d of %d. To train longer: a larger --config.epochs '
-      'or --config.max_steps; to begin anew: another --workdir',
-      checkpoints.path(start), start, total,
+      'this run is finished: %s is at step %d of %d. To train longer: %s; to begin anew: another '
+      '--workdir',
+      checkpoints.path(start), start, total, hints.to_train_longer(config),
     )  # fmt: skip
     return None
   if restored:
     state = step.State(restored.state)
   else:
+    if config.task == 'linear' and not config.init and primary:
+      _log.warning(
+        'a linear probe of a random model, because config.init is not set; to probe a pretrained '
+        'one: --config.init=WORKDIR'
+      )
     state = step.init_state(build.initial_model(config), optimizer, abstract)
     _log_overview(state['params'])
   if primary:
@@ -235,7 +246,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | None, default_wor
   """
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
   setup_logging(distributed.primary())
-  with peers.Watch(), told_of_full_memory():
+  with peers.Watch(), told_of_full_memory(config):
     metrics = _evaluate(config, workdir, default_workdir)
   if distributed.primary():
     print(json.dumps(metrics))
@@ -310,7 +321,10 @@ def _restore(
     return checkpoints.restore(abstract)
   except UserError as error:
     if changes:
-      raise UserError(f'{error}. Changed since then: {"; ".join(_pairs(changes))}') from error
+      raise UserError(
+        f'{error}. Changed since then: {"; ".join(_pairs(changes))}; as before: '
+        f'{hints.as_before(changes)}'
+      ) from error
     raise
 
 

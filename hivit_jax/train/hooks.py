@@ -27,7 +27,7 @@ def accuracy_hook(
   mesh: Mesh,
   eval_source: Any,
   steps: Steps,
-  told: set[str],
+  told: set[str] | None = None,
 ) -> list[Hook]:
   """`eval/top1`, `eval/top5`, `eval/loss` of the evaluation set; `eval/ema_*` of the average.
 
@@ -76,7 +76,7 @@ def knn_hook(
   train_source: Any,
   eval_source: Any,
   steps: Steps,
-  told: set[str],
+  told: set[str] | None = None,
 ) -> list[Hook]:
   """`eval/knn_top1`: accuracy of the evaluation set among neighbours of the training set.
 

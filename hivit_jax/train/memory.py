@@ -110,7 +110,7 @@ def check_state(mesh: Mesh, state: Mapping[str, Any]) -> None:
 
 def available(devices: Sequence[Any]) -> int | None:
   """Bytes that a program can have on each of some devices of this process; None: nobody knows."""
-  limits = [(device.memory_stats() or {}).get('bytes_limit') for device in devices]
+  limits = [(device.memory_stats() or {}).get('bytes_limit') or 0 for device in devices]
   if all(limits):
     return min(limits)
   if devices[0].platform != 'cpu':

@@ -119,9 +119,19 @@ def test_an_axis_that_divides_nothing_is_an_error():
 @pytest.mark.parametrize(
   ('batch', 'devices', 'parts', 'message'),
   [
-    (10, 8, 1, r'config\.batch_size=10 is not divisible by 8 devices; try 8 or 16'),
-    (100, 4, 3, r'config\.batch_size=100 .* 4 devices x 3 accumulation steps; try 96 or 108'),
-    (4, 8, 1, r'config\.batch_size=4 .*; try 8$'),
+    (
+      10,
+      8,
+      1,
+      r'=10 is not divisible by 8 devices; try --config.batch_size=8 or --config.batch_size=16',
+    ),
+    (
+      100,
+      4,
+      3,
+      r'=100 .* 4 devices x 3 accumulation steps; try --config.batch_size=96 or .*=108',
+    ),
+    (4, 8, 1, r'config\.batch_size=4 .*; try --config.batch_size=8$'),
   ],
 )
 def test_batches_that_do_not_split(batch, devices, parts, message):

@@ -39,7 +39,7 @@ _COORDINATOR = flags.DEFINE_string(
   'coordinator_address',
   None,
   'host:port of process 0. For runs of several processes where nothing else tells them: Slurm, '
-  'Open MPI 4 and Cloud TPUs do. Likewise JAX_COORDINATOR_ADDRESS and so on.',
+  'Open MPI 4 and Cloud TPUs do. JAX_COORDINATOR_ADDRESS and so on do the same.',
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'All of them; 1: look for no others.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'This one, from 0.')

@@ -43,7 +43,7 @@ def knn_predict(
 
 
 class Neighbours:
-  """The nearest neighbours of queries in a bank that comes in parts, of which none is kept.
+  """The nearest neighbours of queries in a bank that comes in parts and is not kept.
 
   The result is that of the whole bank at once. Of neighbours at the same distance the earlier ones
   count. On the device are the queries, their neighbours so far, and `_PART` rows of the bank.

@@ -125,9 +125,13 @@ def model_creator(config: ml_collections.ConfigDict, device: Any = None) -> Call
     try:
       return models.create_model(config.model.name, seed=config.seed, **arguments)
     except UserError as error:  # models know their arguments, not where these come from
-      names = '|'.join(key for key in config.model if key != 'name')
-      message = re.sub(rf'(?<![\w.])({names})\b', r'config.model.\1', str(error))
-      raise UserError(re.sub(r'(?<![\w.])image_size\b', 'config.image_size', message)) from error
+      own = '|'.join(key for key in config.model if key != 'name')
+      name = rf'\b(?:(image_size|channels)|({own}))\b'
+
+      def setting(match: re.Match) -> str:
+        return f'config.{match[1]}' if match[1] else f'config.model.{match[2]}'
+
+      raise UserError(re.sub(name, setting, str(error), count=1)) from error
 
   return create
 

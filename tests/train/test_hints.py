@@ -1,6 +1,7 @@
 """Flags that messages name, and settings that nothing reads."""
 
 import shlex
+import sys
 
 import pytest
 
@@ -75,10 +76,11 @@ def test_a_run_warns_once_of_all_settings_without_effect(runs, tmp_path):
 
 
 def test_a_linear_probe_of_a_random_model_is_told(runs, tmp_path):
-  settings = {'task': 'linear', 'model__name': 'hivit_tiny', 'max_steps': 1, 'batch_size': 16}
-  done = runs.train(tmp_path / 'run', **settings, knn__every_epochs=0)
+  config = '--config=configs/linear_hivit_b.py:debug'
+  flags = ('--config.max_steps=1', '--config.evaluation.every_epochs=0')
+  done = runs.finish([sys.executable, 'main.py', config, f'--workdir={tmp_path}/run', *flags])
   assert done.returncode == 0, done.stderr
-  (line,) = (w for w in warnings_of(done.stderr) if 'linear probe' in w)
+  (line,) = warnings_of(done.stderr)
   assert line == (
     'a linear probe of a random model, because config.init is not set; to probe a pretrained one: '
     '--config.init=WORKDIR'

@@ -59,7 +59,7 @@ class ImageFiles(Sequence):
     return {'image': image, 'label': int(self._labels[index]), 'file_name': self.names[index]}
 
   def missing_classes(self) -> list[str]:
-    """Returns the classes of which there is no image."""
+    """Returns the classes without any image."""
     present = set(np.unique(self._labels).tolist())
     return [name for label, name in enumerate(synsets()) if label not in present]
 

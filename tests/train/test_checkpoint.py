@@ -1,5 +1,6 @@
 """What the checkpoints promise: nothing lost, nothing altered, nothing unclear."""
 
+import asyncio
 import errno
 import logging
 import os
@@ -568,6 +569,29 @@ def test_nothing_is_left_of_a_save_that_failed_while_other_threads_went_on(tmp_p
       checkpoints.save(2, big_state(2), {})
   time.sleep(0.3)
   assert [path.name for path in tmp_path.iterdir()] == ['1']
+
+
+def test_writes_that_end_after_a_failed_save_print_no_trace(capsys, monkeypatch):
+  monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
+  checkpoint._orbax.__wrapped__()
+
+  def report(function):
+    """As TensorStore's threads do with an error of a callback."""
+    try:
+      function()
+    except RuntimeError as error:
+      sys.excepthook(type(error), error, error.__traceback__.tb_next.tb_next)
+
+  loop = asyncio.new_event_loop()
+  loop.close()
+  report(lambda: loop.call_soon_threadsafe(print))
+  assert capsys.readouterr().err == ''
+
+  def fail():
+    raise RuntimeError('Event loop is closed')
+
+  report(fail)
+  assert 'RuntimeError: Event loop is closed' in capsys.readouterr().err
 
 
 def test_an_unwritable_directory_is_refused_at_once(tmp_path):

@@ -9,11 +9,17 @@ variants follow a colon: --config=configs/mae_hivit_b.py:1600.
 import pathlib
 import sys
 
-from absl import flags
-from ml_collections import config_flags
+try:
+  from absl import flags
+  from ml_collections import config_flags
 
-from hivit_jax import cli
-from hivit_jax.errors import UserError
+  from hivit_jax import cli
+  from hivit_jax.errors import UserError
+except ModuleNotFoundError:
+  from hivit_jax import environment
+
+  environment.check_packages()
+  raise
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, see configs/.')
 _WORKDIR = flags.DEFINE_string(
@@ -34,7 +40,7 @@ _COORDINATOR = flags.DEFINE_string(
   'coordinator_address',
   None,
   'host:port of process 0. For runs of several processes where nothing else tells them: Slurm, '
-  'Open MPI 4 and Cloud TPUs do. Likewise JAX_COORDINATOR_ADDRESS and so on.',
+  'Open MPI 4 and Cloud TPUs do. JAX_COORDINATOR_ADDRESS and so on do the same.',
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'All of them; 1: look for no others.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'This one, from 0.')

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import io
 import itertools
 import os
 import re
@@ -13,6 +14,7 @@ from typing import NoReturn
 import ml_collections
 from absl import app, flags
 
+from hivit_jax import environment
 from hivit_jax.errors import Stopped, UserError, suggest
 
 _EXIT_MISTAKE = 2
@@ -25,6 +27,9 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
   Exit status: 0 done, 1 a bug, 2 a mistake of the user's (one line on stderr), 143 stopped by a
   signal with everything saved that there was to save.
   """
+  # File and class names need not be in the encoding of a terminal or pipe.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')
   app.run(lambda arguments: _guarded(main, arguments), argv=argv, flags_parser=_parse)
 
 
@@ -83,7 +88,7 @@ def given_settings(argv: Sequence[str]) -> frozenset[str]:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-  config = None
+  file = config = None
   unset: dict[str, None] = {}
   try:
     # Looked at before absl does, whose messages are for developers of configs.
@@ -91,13 +96,18 @@ def _parse(argv: Sequence[str]) -> list[str]:
       for name, value in _config_flags(argv):
         key = name.removeprefix('config.')
         if name == 'config':
-          config = config_from_file(value)
+          if file is not None:
+            raise UserError(f'two configs, --config={file} and --config={value}: give one of them')
+          file, config = value, config_from_file(value)
         elif config is not None:
           _check_key(config, key)
           if value == 'None':  # which absl would try to read as a number
             unset[key] = None
     argv = [arg for arg in argv if not re.fullmatch(r'--?config\.[\w.]+=None', arg)]
-    remaining = flags.FLAGS(argv)
+    try:
+      remaining = flags.FLAGS(argv)
+    except SystemExit:  # absl has printed the help, and would exit with 1
+      sys.exit(0)
     if unset and (parsed := flags.FLAGS['config'].value) is not None:
       parsed.update_from_flattened_dict(unset)
     return remaining
@@ -166,6 +176,7 @@ def _wrong_value(config: ml_collections.ConfigDict | None, message: str) -> User
 
 def _guarded(main: Callable, argv: list[str]) -> None:
   try:
+    environment.check_xla_flags()
     main(argv)
   except UserError as error:
     _fail(error)
@@ -173,6 +184,14 @@ def _guarded(main: Callable, argv: list[str]) -> None:
     _stop(str(stop))
   except KeyboardInterrupt:
     _stop('stopped; there was nothing to save')
+  except ModuleNotFoundError:
+    environment.check_packages()
+    raise
+  except Exception as error:
+    mistake = environment.explain_devices(error)
+    if mistake is None:
+      raise
+    _fail(mistake)
 
 
 def _stop(message: str) -> NoReturn:

@@ -1,7 +1,9 @@
 """Exceptions that end a program with one line for a person instead of a stack trace."""
 
 import difflib
+import shlex
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -14,6 +16,12 @@ class UserError(ValueError):
 
 class Stopped(Exception):
   """A signal stopped the program after it had saved its work; the message says where."""
+
+
+def flag(key: str, value: Any) -> str:
+  """A setting as it is given on a command line: ('image_size', (64, 96)) -> a flag for a shell."""
+  text = ','.join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+  return f'--config.{key}={shlex.quote(text)}'
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

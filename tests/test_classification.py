@@ -238,7 +238,7 @@ def _error(done) -> str:
     ({'optim.name': 'sgd'}, 'config.optim.name="sgd" is unknown; there are: adamw, lars'),
     (
       {'model.name': 'mae_hivit_tiny'},
-      'is no classifier, which config.task="classify" needs; try ',
+      'is no classifier, which config.task="classify" needs; try --config.model.name=hivit_tiny',
     ),
     ({'augment.rand_augment': 'rand-x'}, 'rand-x'),
     ({'augment.mixup': -1}, 'config.augment.mixup=-1.0: expected 0 or more'),

@@ -6,6 +6,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+import venv
 
 import pytest
 
@@ -54,9 +55,9 @@ VALUES = [
   ('augment.flip=perhaps', '--config.augment.flip=perhaps: expected bool such as True'),
   ('task=sort', 'config.task="sort" is unknown; there are: mae, simmim, classify, linear'),
   ('model.name=mae_hivit_bas', 'did you mean "mae_hivit_base"?'),
-  ('model.name=hivit_base', 'config.task="mae" needs; try mae_hivit_base'),
+  ('model.name=hivit_base', 'config.task="mae" needs; try --config.model.name=mae_hivit_base'),
   ('model.dtype=float16', 'config.model.dtype="float16" is not one of auto, float32, bfloat16'),
-  ('model.embed_dim=33', 'embed_dim must be a multiple of 4, got 33'),
+  ('model.embed_dim=33', 'config.model.embed_dim must be a multiple of 4, got 33'),
   ('model.num_heads=0', 'config.model.num_heads=0: expected at least 1'),
   ('model.num_heads=5', 'cannot be split into 5 heads'),
   ('model.depths=1,2', 'config.model.depths=(1, 2): expected depths of the stages'),
@@ -65,12 +66,14 @@ VALUES = [
   ('model.mask_ratio=0', 'config.model.mask_ratio=0.0: expected more than 0 and less than 1'),
   ('model.mask_ratio=1', 'config.model.mask_ratio=1.0: expected more than 0 and less than 1'),
   ('model.mask_ratio=nan', 'config.model.mask_ratio=nan: expected more than 0 and less than 1'),
-  ('model.mask_ratio=0.9', 'mask_ratio 0.9 keeps 0 of 4 units'),
+  ('model.mask_ratio=0.9', 'config.model.mask_ratio 0.9 keeps 0 of 4 units'),
   ('image_size=100', 'sides must be multiples of 16 pixels; try --config.image_size=96,96'),
   ('image_size=100,64', 'sides must be multiples of 16 pixels; try --config.image_size=96,64'),
   ('image_size=0', 'config.image_size=(0,): expected a side or (height, width)'),
   ('image_size=32,32,32', 'expected a side or (height, width)'),
   ('image_size=large', 'expected a side or (height, width)'),
+  ('image_size=65536,65536', 'config.image_size=65536,65536 take 206.2 GB on each of'),
+  ('model.embed_dim=400000', 'the training state takes '),
   ('channels=2', 'config.channels=2: expected 3 (RGB) or 1 (greyscale)'),
   ('epochs=-1', 'config.epochs=-1.0: expected more than 0'),
   ('epochs=inf', 'config.epochs=inf: expected more than 0'),
@@ -79,8 +82,8 @@ VALUES = [
   ('batch_size=-16', 'config.batch_size=-16: expected at least 1'),
   ('accumulate_steps=0', 'config.accumulate_steps=0: expected at least 1'),
   ('accumulate_steps=3', 'config.batch_size=16 is not divisible by 1 devices x 3 accumulation '
-   'steps; try 15 or 18'),
-  ('mesh.data=2', 'config.mesh.data=2, config.mesh.fsdp=1: there are 1 devices; data=-1 takes all'),
+   'steps; try --config.batch_size=15 or --config.batch_size=18'),
+  ('mesh.data=2', 'config.mesh.data=2, config.mesh.fsdp=1: there are 1 devices; --config.mesh'),
   ('seed=None', 'config.seed=None: this setting always has a value'),
   ('seed=-1', 'config.seed=-1: expected 0 or more'),
   ('log_every_steps=0', 'config.log_every_steps=0: expected at least 1'),
@@ -94,7 +97,7 @@ VALUES = [
   ('optim.b2=1', 'config.optim.b2=1.0: expected 0 or more, and less than 1'),
   ('optim.clip_norm=0', 'config.optim.clip_norm=0.0: expected more than 0'),
   ('data.mean=0.5,0.5', 'config.data.mean=(0.5, 0.5): expected one number a channel'),
-  ('data.mean=(0.5,)', 'config.data.mean: 1 numbers for config.channels=3'),
+  ('data.mean=(0.5,)', 'if it is the same for all: --config.data.mean=0.5,0.5,0.5'),
   ('data.std=0.,0.,0.', 'config.data.std=(0.0, 0.0, 0.0): expected one number a channel'),
   ('augment.crop_scale=0.5,0.2', 'config.augment.crop_scale=(0.5, 0.2): expected two shares'),
   ('augment.crop_ratio=wide', "config.augment.crop_ratio=('wide',): expected two ratios"),
@@ -119,10 +122,16 @@ def test_a_setting_that_cannot_be_is_one_line_and_leaves_the_workdir_alone(
 def test_a_batch_that_does_not_divide_among_the_devices(main, tmp_path):
   three = {'XLA_FLAGS': '--xla_force_host_platform_device_count=3'}
   error = error_of(main(DEBUG, f'--workdir={tmp_path}/w', **three))
-  assert error == 'config.batch_size=16 is not divisible by 3 devices; try 15 or 18'
+  assert error == (
+    'config.batch_size=16 is not divisible by 3 devices; try --config.batch_size=15 or '
+    '--config.batch_size=18'
+  )
   flags = ('--config.batch_size=18', '--config.evaluation.batch_size=20')
   error = error_of(main(DEBUG, f'--workdir={tmp_path}/w', *flags, **three))
-  assert error == 'config.evaluation.batch_size=20 is not divisible by 3 devices; try 18 or 21'
+  assert error == (
+    'config.evaluation.batch_size=20 is not divisible by 3 devices; try '
+    '--config.evaluation.batch_size=18 or --config.evaluation.batch_size=21'
+  )
   assert not (tmp_path / 'w').exists()
 
 
@@ -180,6 +189,11 @@ def test_the_default_workdir_is_named_after_config_and_variant(main, tmp_path):
 
 def test_no_config(main):
   assert error_of(main()) == 'which config? For a first run: --config=configs/demo.py'
+
+
+def test_two_configs(main):
+  error = error_of(main(DEBUG, '--config.seed=1', '--config', 'configs/demo.py:digits'))
+  assert error == f'two configs, {DEBUG} and --config=configs/demo.py:digits: give one of them'
 
 
 def test_arguments_that_are_no_flags(main):
@@ -259,12 +273,88 @@ def test_help_is_quick_and_names_the_flags():
     command, cwd=ROOT, capture_output=True, text=True, timeout=patience.limit(60)
   )
   after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  assert done.returncode == 0
   assert '--config' in done.stdout
   assert '--workdir' in done.stdout
   assert after.ru_utime - before.ru_utime < 1  # of CPU
   imported = {line.split('|')[-1].strip().split('.')[0] for line in done.stderr.splitlines()}
   assert 'absl' in imported
   assert not imported & {'jax', 'jaxlib', 'flax', 'tensorflow_datasets'}
+
+
+@pytest.fixture(scope='module')
+def bare(tmp_path_factory):
+  """A Python without any package."""
+  folder = tmp_path_factory.mktemp('bare')
+  venv.create(folder, symlinks=True, with_pip=False)
+  return str(folder / 'bin' / 'python')
+
+
+@pytest.mark.parametrize('program', [['main.py'], ['-m', 'hivit_jax.tools.predict']], ids=str)
+def test_python_without_the_requirements(bare, program):
+  done = subprocess.run([bare, *program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+  error = error_of(Ended(done.returncode, done.stderr))
+  assert 'packages that hivit_jax needs are not installed (jax, flax, optax, ...): ' in error
+  assert error.endswith(f': {bare} -m pip install -r requirements.txt')
+
+
+def test_a_platform_that_is_not_there(tmp_path):
+  done = subprocess.run(
+    [sys.executable, 'main.py', DEBUG, f'--workdir={tmp_path}/w'],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'nosuch'},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  error = error_of(Ended(done.returncode, done.stderr))
+  assert error.startswith('JAX_PLATFORMS=nosuch: JAX finds no such device here')
+  assert error.endswith('; on the CPU: JAX_PLATFORMS=cpu')
+  assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize(
+  ('xla_flags', 'message'),
+  [
+    ('--xla_nosuch=1', 'Unknown flag in XLA_FLAGS: --xla_nosuch=1; correct it'),
+    ('--xla_force_host_platform_device_count=two', "Couldn't interpret value two for flag xla_fo"),
+    ('nosuch.txt', 'Could not open file "nosuch.txt"'),
+  ],
+)
+def test_xla_flags_that_would_end_the_process(main, xla_flags, message):
+  error = error_of(main(DEBUG, XLA_FLAGS=xla_flags))
+  assert error.startswith(f'XLA_FLAGS="{xla_flags}": {message}')
+  assert error.endswith('or start without: env -u XLA_FLAGS')
+
+
+def test_what_an_output_cannot_encode_is_escaped(forks, tmp_path):
+  program = tmp_path / 'show.py'
+  program.write_text(
+    "from hivit_jax import cli\ncli.run(lambda _: print('Eisv\u00f6gel'))\n", 'utf-8'
+  )
+  done = subprocess.run(
+    [sys.executable, program],
+    env=os.environ | {'PYTHONPATH': str(ROOT), 'PYTHONIOENCODING': 'ascii'},
+    capture_output=True,
+    timeout=60,
+  )
+  assert done.stdout == b'Eisv\\xf6gel\n', done.stderr
+
+
+def test_a_workdir_whose_name_cannot_be_written(tmp_path):
+  ascii_names = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+  done = subprocess.run(
+    [sys.executable, 'main.py', DEBUG, f'--workdir={tmp_path}/l\u00e4uft'.encode()],
+    cwd=ROOT,
+    env=os.environ | ascii_names,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert 'file names are ascii here; start with PYTHONUTF8=1' in error_of(
+    Ended(done.returncode, done.stderr)
+  )
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_a_process_of_its_own_ends_in_the_same_way(tmp_path):

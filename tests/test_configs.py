@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from configs import base
 from hivit_jax.errors import UserError
-from hivit_jax.train import build, experiment, settings, sharding
+from hivit_jax.train import build, experiment, hints, settings, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(file.stem for file in (ROOT / 'configs').glob('*.py') if file.stem != 'base')
@@ -111,6 +111,7 @@ def reads_of(config: ml_collections.ConfigDict, monkeypatch):
     patch.setattr(ml_collections.ConfigDict, '__getitem__', recorded_getitem)
     patch.setattr(ml_collections.ConfigDict, 'to_dict', silent(ml_collections.ConfigDict.to_dict))
     patch.setattr(settings, 'check', silent(settings.check))
+    patch.setattr(hints, 'without_effect', silent(hints.without_effect))
     yield found
 
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from hivit_jax.environment import PACKAGES
 from tests import patience
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -18,15 +19,16 @@ OURS = sorted([*PACKAGE.rglob('*.py'), *(ROOT / 'configs').glob('*.py'), ROOT / 
 # Part of the package -> the parts that it may import, besides itself.
 ALLOWED = {
   'errors': set(),
-  'cli': {'errors'},
+  'environment': {'errors'},
+  'cli': {'errors', 'environment'},
   'models': {'errors'},
   'data': {'errors'},
   'interop': {'errors', 'models'},
   'tasks': {'errors', 'models'},
   'train': {'errors', 'models', 'interop', 'tasks', 'data'},
-  'tools': {'errors', 'cli', 'models', 'interop', 'tasks', 'data', 'train'},
+  'tools': {'errors', 'environment', 'cli', 'models', 'interop', 'tasks', 'data', 'train'},
   'configs': {'errors'},
-  'main': {'errors', 'cli', 'train'},
+  'main': {'errors', 'environment', 'cli', 'train'},
   '__init__': {'errors', 'models', 'interop', 'train'},  # the public API, lazily
 }
 
@@ -52,7 +54,7 @@ CONFINED = {
     'hivit_jax/tools/',
     *(
       f'hivit_jax/train/{name}.py'
-      for name in ('build', 'inputs', 'settings', 'hooks', 'evaluation', 'experiment')
+      for name in ('build', 'inputs', 'settings', 'hints', 'hooks', 'evaluation', 'experiment')
     ),
   ),
   'tensorflow': (),
@@ -148,6 +150,15 @@ def test_every_import_is_declared_in_requirements_txt():
     for package in {i.split('.')[0] for i in imports(file)} - known:
       providers = {_normal(provider) for provider in distributions[package]}
       assert providers & declared, f'{name(file)} imports {package}, of {providers}'
+
+
+def test_the_packages_that_commands_look_for_are_those_of_requirements_txt():
+  lines = (ROOT / 'requirements.txt').read_text().splitlines()
+  declared = {_normal(re.split('[<>=!~;[ ]', line)[0]) for line in lines if line[:1].isalnum()}
+  distributions = importlib.metadata.packages_distributions()
+  distributions['orbax.checkpoint'] = ['orbax-checkpoint']  # of the packages that share `orbax`
+  looked_for = [{_normal(d) for d in distributions[name]} & declared for name in PACKAGES]
+  assert sorted(map(sorted, looked_for)) == sorted([name] for name in declared)
 
 
 def _normal(distribution: str) -> str:

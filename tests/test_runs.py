@@ -171,9 +171,26 @@ def test_a_model_that_does_not_fit_the_checkpoint_is_refused(runs, finished):
   assert done.stderr.count('\n') == 1
   newest = finished.workdir / 'checkpoints' / str(STEPS)
   assert done.stderr.startswith(f'error: the checkpoint {newest} does')
-  assert 'model.embed_dim: 32 -> 64' in done.stderr
+  assert 'model.embed_dim: 32 -> 64; as before: --config.model.embed_dim=32\n' in done.stderr
   assert 'another --workdir' in done.stderr
   assert content(finished.workdir) == before
+
+
+def test_the_flags_that_an_error_names_can_be_copied(runs, finished):
+  """Every setting that differs, with its old value."""
+  changed = {'model__embed_dim': 64, 'model__depths': '1,1,1', 'optim__clip_norm': 1.0, 'seed': 1}
+  error = runs.train(finished.workdir, **changed).stderr
+  flags = shlex.split(error.split('; as before: ')[1])
+  assert sorted(flags) == [
+    '--config.model.depths=1,1,2',
+    '--config.model.embed_dim=32',
+    '--config.optim.clip_norm=None',
+    '--config.seed=0',
+  ]
+  done = runs.finish([*runs.command(finished.workdir), *flags])
+  assert done.returncode == 0, done.stderr
+  assert 'this run is finished' in done.stderr
+  assert f'To train longer: --config.max_steps={2 * STEPS}; to begin anew' in done.stderr
 
 
 # Disturbed runs
@@ -381,3 +398,35 @@ def test_broken_images_are_replaced_counted_and_told_at_the_end(runs, tmp_path):
   assert all('not an image' in line for line in named)
   assert summary == '2 broken training images were replaced by others; each is named above'
   assert metrics(workdir)[-1]['train/broken_images'] == 2
+
+
+def test_a_broken_image_of_an_evaluation_is_named_once_a_run(runs, tmp_path):
+  data = folder_of_images(tmp_path / 'data', 64) | {'knn__every_epochs': 0.5}
+  broken = tmp_path / 'data/val/a/0.jpg'
+  broken.write_bytes(b'no image')
+  workdir = tmp_path / 'run'
+  done = runs.train(workdir, max_steps=8, **data)
+  assert done.returncode == 0, done.stderr
+  assert sum('eval/knn_top1' in row for row in metrics(workdir)) == 5
+  (line,) = warnings_of(done.stderr)
+  assert line.startswith(f'Broken image, left out: {broken} (not an image')
+
+
+def test_images_without_classes_are_pretrained_on_and_nothing_else(runs, tmp_path):
+  data = folder_of_images(tmp_path / 'data', 32)
+  for split in ('train', 'val'):
+    for image in (tmp_path / 'data' / split).glob('*/*.jpg'):
+      image.rename(tmp_path / 'data' / split / image.name)
+    for folder in 'ab':
+      (tmp_path / 'data' / split / folder).rmdir()
+  done = runs.train(tmp_path / 'run', max_steps=3, **data)
+  assert done.returncode == 0, done.stderr
+  assert metrics(tmp_path / 'run')[-1]['step'] == 3
+  workdir = tmp_path / 'other'
+  for settings, message in (
+    ({'knn__every_epochs': 1}, 'compares with; switch it off: --config.knn.every_epochs=0'),
+    ({'task': 'classify', 'model__name': 'hivit_tiny'}, 'and config.task="classify" needs classes'),
+  ):  # fmt: skip
+    error = runs.train(workdir, **data | settings).stderr.splitlines()[-1]
+    assert error.startswith(f'error: folder:{tmp_path}/data (train) has no class folders')
+    assert message in error

@@ -1,10 +1,14 @@
-"""Images in a tree of folders: `<root>/<split>/<class>/**/<image>`."""
+"""Images in a tree of folders: `<root>/<split>/<class>/**/<image>`, or `<root>/<split>/<image>`."""
 
+import errno
+import functools
 import operator
 import os
+import shlex
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 
 from hivit_jax.data import splits
 from hivit_jax.errors import UserError
@@ -21,12 +25,13 @@ class FolderSource:
 
   A label is the index of the class folder in sorted order. The classes are those of `train` where
   there is such a split, so that labels agree between splits even when another split lacks a class.
-  The order is that of a hash of the path below the root: any slice is a random subset.
+  A split without class folders has the images that lie in it, with the label -1. The order is that
+  of a hash of the path below the root: any slice is a random subset.
 
   Attributes:
     name: `folder:` and the root as the user gave it.
     split: the split as the user gave it.
-    class_names: names of the class folders, sorted.
+    class_names: names of the class folders, sorted; empty where there are none.
   """
 
   def __init__(self, root: str, split: str):
@@ -37,16 +42,28 @@ class FolderSource:
       split: in the grammar of `splits.parse_split`.
 
     Raises:
-      UserError: if the tree is not laid out as expected, or a split or class is empty.
+      UserError: if the tree is not laid out as expected, a split or class is empty, or a folder
+        cannot be read.
     """
     self.name = f'folder:{root}'
     self.split = split
     self._root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(self._root):
       raise UserError(f'{self._root} is not a folder; expected {LAYOUT}')
+    try:
+      self._open(split)
+    except OSError as error:
+      mend = f' (chmod -R u+rX {shlex.quote(self._root)})' if error.errno == errno.EACCES else ''
+      raise UserError(
+        f'cannot read {error.filename}: {error.strerror}; make it readable{mend}, or move it away'
+      ) from error
+
+  def _open(self, split: str) -> None:
     split_names = _folders(self._root)
     if not split_names:
-      raise UserError(f'{self._root} holds no split folders; expected {LAYOUT}')
+      loose = _images(self._root)
+      found = f' but {len(loose)} images, such as {loose[0]}' if loose else ''
+      raise UserError(f'{self._root} holds no split folders{found}; expected {LAYOUT}')
     listed: dict[str, tuple[list[bytes], np.ndarray]] = {}
 
     def size(name: str) -> int:
@@ -74,11 +91,15 @@ class FolderSource:
   def _list(self, split_name: str) -> tuple[list[bytes], np.ndarray]:
     """Returns the paths below the root and the labels of one split, in hashed order."""
     folder = os.path.join(self._root, split_name)
-    classes = _folders(folder)
+    classes, loose = _folders(folder), _images(folder)
     if not classes:
-      loose = sum(_is_image(name) for name in os.listdir(folder))
-      found = f'{loose} images but no class folders' if loose else 'no class folders'
-      raise UserError(f'{folder} holds {found}; expected {LAYOUT}')
+      if not loose:
+        raise UserError(f'{folder} holds neither class folders nor images; expected {LAYOUT}')
+      encoded = [os.fsencode(f'{split_name}/{name}') for name in loose]
+      order = splits.hashed_order(encoded)
+      return [encoded[i] for i in order], np.full(len(loose), -1, np.int32)
+    if loose:
+      _warn_of_loose(folder, len(loose), loose[0])
     if not self.class_names:
       self.class_names, self._reference = tuple(classes), split_name
     label_of = {name: label for label, name in enumerate(self.class_names)}
@@ -117,7 +138,7 @@ class FolderSource:
     return len(self._labels)
 
   def __getitem__(self, index: int) -> dict:
-    """Returns `image` (the bytes of the file) and `label` (int)."""
+    """Returns `image` (the bytes of the file) and `label` (int, -1 without class folders)."""
     with open(self._path(index), 'rb') as file:
       return {'image': file.read(), 'label': int(self._labels[index])}
 
@@ -142,10 +163,24 @@ def image_files(folder: str) -> list[str]:
   return sorted(paths)
 
 
+@functools.cache  # training and evaluation may have parts of the same split
+def _warn_of_loose(folder: str, count: int, example: str) -> None:
+  logging.warning(
+    '%s: %d images beside the class folders are left out, because they have no class, such as %s',
+    folder, count, example,
+  )  # fmt: skip
+
+
 def _folders(folder: str) -> list[str]:
   """Returns the names of the visible folders in `folder`, sorted; symbolic links count."""
   with os.scandir(folder) as entries:
     return sorted(e.name for e in entries if not e.name.startswith('.') and e.is_dir())
+
+
+def _images(folder: str) -> list[str]:
+  """Returns the names of the images that lie in `folder` itself, sorted."""
+  with os.scandir(folder) as entries:
+    return sorted(e.name for e in entries if _is_image(e.name) and not e.is_dir())
 
 
 def _is_image(name: str) -> bool:

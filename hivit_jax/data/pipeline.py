@@ -112,6 +112,7 @@ def eval_loader(
   num_workers: int = 0,
   prefetch: int = 2,
   max_broken_fraction: float = 0.01,
+  told: set[str] | None = None,
 ) -> 'Loader':
   """Returns this host's batches of one pass over the source, in its order, each example once.
 
@@ -120,7 +121,8 @@ def eval_loader(
   same shape: where the mask is False there is no image to count, either because the row is padding
   (index -1) or because the example is broken (see `Loader.broken`); image and label are 0 there.
 
-  Args and raises: as for `train_loader`; `transform(image)` takes no random generator.
+  Args and raises: as for `train_loader`; `transform(image)` takes no random generator. Broken
+  examples in `told` are not logged, and those that are logged go there: for repeated passes.
   """
   rows = _rows_of_host(batch_size, process_index, process_count)
   return Loader(
@@ -130,6 +132,7 @@ def eval_loader(
     num_workers=num_workers,
     prefetch=prefetch,
     max_broken_fraction=max_broken_fraction,
+    told=told,
   )
 
 
@@ -140,10 +143,11 @@ class Loader(Iterator[Batch]):
   and when it raises an error. Threads begin to load at once, worker processes with the first batch.
 
   An example is broken if it cannot be read (OSError: a file that has disappeared, too) or decoded
-  (`BrokenImage`). Each is logged once by name. The iterator raises `UserError` with a list when the
-  different broken examples are more than `max_broken_fraction` of those seen on this host. So that
-  bad luck at the beginning stops nothing, the share counts from the first 1000 examples (or the
-  whole source, if smaller) on, and a single broken one is put up with unless the fraction is 0.
+  (`BrokenImage`). Each is logged once by name, unless it is in `told` already. The iterator raises
+  `UserError` with a list when the different broken examples are more than `max_broken_fraction` of
+  those seen on this host. So that bad luck at the beginning stops nothing, the share counts from
+  the first 1000 examples (or the whole source, if smaller) on, and a single broken one is put up
+  with unless the fraction is 0.
 
   Attributes:
     broken: Index in the source -> name and reason, for every broken example met so far.
@@ -158,6 +162,7 @@ class Loader(Iterator[Batch]):
     num_workers: int,
     prefetch: int,
     max_broken_fraction: float,
+    told: set[str] | None = None,
   ):
     if num_threads is None:
       num_threads = min(MAX_THREADS, max(1, usable_cores() // max(1, num_workers)))
@@ -166,6 +171,7 @@ class Loader(Iterator[Batch]):
     _check_range('prefetch', prefetch, 0, 1024)
     _check_range('max_broken_fraction', max_broken_fraction, 0, 1)
     self.broken: dict[int, str] = {}
+    self._told = set() if told is None else told
     self._seen = 0
     self._chunks = chunks
     self._max_broken_fraction = max_broken_fraction
@@ -212,7 +218,7 @@ class Loader(Iterator[Batch]):
       if killed:
         raise UserError(
           f'A data worker process was killed ({killed[1]}; -9 is what the kernel does when memory '
-          'is short: take fewer data.num_workers). The same command goes on.'
+          'is short: fewer --config.data.num_workers take less). The same command goes on.'
         ) from error
       raise
     return {key: np.concatenate([part[key] for part in parts]) for key in part}
@@ -232,7 +238,9 @@ class Loader(Iterator[Batch]):
     for index, reason in broken:
       if index not in self.broken:
         self.broken[index] = f'{example_name(source, index)} ({reason})'
-        logging.warning('Broken image, %s: %s', self._chunks.remedy, self.broken[index])
+        if self.broken[index] not in self._told:
+          self._told.add(self.broken[index])
+          logging.warning('Broken image, %s: %s', self._chunks.remedy, self.broken[index])
     self._seen += seen
     # Beyond an epoch only examples that are known already come along.
     different = min(self._seen, len(source))
@@ -244,7 +252,8 @@ class Loader(Iterator[Batch]):
       raise UserError(
         f'{len(self.broken)} of the {different} examples of {source.name} ({source.split}) seen so '
         f'far are broken, more than max_broken_fraction={self._max_broken_fraction:g} allows. '
-        f'Repair or remove them, or raise that fraction: {listed(list(self.broken.values()))}'
+        'Repair or remove them, or allow for more (--config.data.max_broken_fraction='
+        f'{min(1, 2 * len(self.broken) / sample):.2g}): {listed(list(self.broken.values()))}'
       )
 
 

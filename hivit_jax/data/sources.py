@@ -90,15 +90,17 @@ def _not_prepared(wanted, data_dir: str | None) -> UserError:
   looked = ', '.join(str(folder / wanted.name) for folder in folders)
   if wanted.name not in known:
     close = difflib.get_close_matches(wanted.name, known, n=3)
+    if wanted.name.lower().startswith(('imagenet', 'ilsvrc')):  # others only sound more like it
+      close = ['imagenet2012', *(name for name in close if name != 'imagenet2012')][:3]
     guess = f' Did you mean {" or ".join(close)}?' if close else ''
     return UserError(
       f'unknown data set {wanted.name!r}: not one of TFDS, and not prepared in {looked}.{guess} '
-      'For images of your own: folder:/path/to/root'
+      'For images of your own: --config.data.name=folder:/path/to/root'
     )
   begun = any(next((folder / wanted.name).glob('incomplete.*'), None) for folder in folders)
   return UserError(
     f'{wanted} is not prepared{" (only begun)" if begun else ""}: looked in {looked}. '
     'To prepare it: '
-    f'{tfds_source.preparation(wanted, folders[0])}. If it lies elsewhere, give that folder as '
-    'data_dir'
+    f'{tfds_source.preparation(wanted, folders[0])}. If it lies elsewhere, say where: '
+    '--config.data.data_dir=FOLDER'
   )

@@ -102,8 +102,8 @@ def find_prepared(wanted: DatasetName, data_dir: str | os.PathLike | None) -> Pa
     folder, formats = unusable[0]
     raise UserError(
       f'{wanted} in {folder} is stored as {"/".join(sorted(formats))}, which cannot be read at '
-      'random without TensorFlow; prepare it as ArrayRecord in another folder and give that as '
-      f'data_dir: {preparation(wanted, "/path/to/other/folder")}'
+      'random without TensorFlow; prepare it as ArrayRecord in another folder and give that one as '
+      f'--config.data.data_dir: {preparation(wanted, "/path/to/other/folder")}'
     )
   return None
 

@@ -251,7 +251,7 @@ class _Sizes:
     if name == 'decoder_pos_embed' and self._grid and value.shape[1:] != leaf.shape[1:]:
       if value.shape[2] != leaf.shape[2]:
         return value, None
-      fixed = positions.sincos_2d(leaf.shape[2], self._grid, self._class_tokens)
+      fixed = np.asarray(positions.sincos_2d(leaf.shape[2], self._grid, self._class_tokens))
       return fixed, f'to {_text(self._grid)} units: computed again, it is fixed'
     if name.endswith(_TABLE) and value.ndim == 2:
       return self._table(value, leaf)

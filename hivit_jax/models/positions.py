@@ -3,13 +3,14 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hivit_jax.models import resize
 from hivit_jax.models.gather import gather_pairs
 
 
-def sincos_2d(dim: int, grid: tuple[int, int], class_tokens: int = 0) -> np.ndarray:
+def sincos_2d(dim: int, grid: tuple[int, int], class_tokens: int = 0) -> jax.Array:
   """2-D sin-cos position embedding, as in MAE (arXiv 2111.06377).
 
   The first half of the channels encodes the column, the second half the row; each half is
@@ -26,13 +27,16 @@ def sincos_2d(dim: int, grid: tuple[int, int], class_tokens: int = 0) -> np.ndar
   if dim % 4:
     raise ValueError(f'sin-cos position embeddings need a multiple of 4 channels, got {dim}')
   frequencies = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4.0))
-  rows, columns = np.meshgrid(*(np.arange(n, dtype=np.float64) for n in grid), indexing='ij')
-  halves = []
-  for coordinate in (columns, rows):
-    angles = coordinate.reshape(-1, 1) * frequencies  # (N, dim / 4)
-    halves += [np.sin(angles), np.cos(angles)]
-  units = np.concatenate(halves, axis=1)[None].astype(np.float32)
-  return np.pad(units, ((0, 0), (class_tokens, 0), (0, 0)))
+
+  def along(length: int) -> jax.Array:  # (length, dim / 2)
+    angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
+    return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
+
+  # JAX spreads the two over the grid: nothing of its size is computed for a model's shapes alone.
+  rows, columns = grid
+  halves = (along(columns)[None, :], along(rows)[:, None])
+  units = jnp.concatenate([jnp.broadcast_to(h, (rows, columns, dim // 2)) for h in halves], axis=2)
+  return jnp.pad(units.reshape(1, rows * columns, dim), ((0, 0), (class_tokens, 0), (0, 0)))
 
 
 def relative_position_index(ids: jax.Array | np.ndarray, grid: tuple[int, int]):

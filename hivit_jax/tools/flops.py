@@ -70,4 +70,4 @@ def _count(jaxpr: core.Jaxpr, measure: Callable[[Any], int]) -> int:
 
 def _subjaxprs(params: dict) -> list[Any]:
   values = [v for p in params.values() for v in (p if isinstance(p, tuple | list) else (p,))]
-  return [getattr(v, 'jaxpr', v) for v in values if isinstance(v, core.ClosedJaxpr | core.Jaxpr)]
+  return [getattr(v, 'jaxpr', v) for v in values if hasattr(v, 'eqns')]

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hivit_jax.tools.flops import matmul_flops
-from hivit_jax.train import build, sharding, step
+from hivit_jax.train import build, memory, sharding, step
 
 _STEP_SECONDS = 0.1  # a measurement of a step takes at least so long
 _MATMUL_SECONDS = 0.1  # and one of the reference
@@ -39,7 +39,10 @@ class TrainingStep:
     config.batch_size = batch_size * mesh.size
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
     self.config, self.mesh, self.dtype = config, mesh, build.compute_dtype(config)
+    size = build.image_size(config)
+    memory.check_images(mesh, size, config.channels, config.batch_size)
     training = build.training(config, mesh)
+    memory.check_state(mesh, dict(training.abstract))
     self._step = training.train_step
     self._batch = _synthetic_batch(config, mesh)
     self._state = step.init_state(
@@ -51,8 +54,8 @@ class TrainingStep:
     self._compiled = lowered.compile()
     self.trace_seconds, self.compile_seconds = traced - start, time.perf_counter() - traced
     self.flops = matmul_flops(self._step, training.abstract, self._batch)
-    memory = self._compiled.memory_analysis()
-    self.memory = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    analysis = self._compiled.memory_analysis()
+    self.memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     self._run(1)
     self._count = max(1, round(_STEP_SECONDS / self._run(1)))
 

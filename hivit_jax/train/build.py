@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hivit_jax import models
-from hivit_jax.errors import UserError
+from hivit_jax.errors import UserError, flag
 from hivit_jax.interop import carried, files, importer, infer
 from hivit_jax.models.attention import IMPLEMENTATIONS
 from hivit_jax.models.classifier import Classifier
@@ -100,12 +101,15 @@ def attention(config: ml_collections.ConfigDict, device: Any = None) -> str:
   if chosen == 'xla' or device.platform != 'gpu':
     return 'xla'
   if compute_dtype(config, device.platform) == 'float32':
-    raise UserError('config.model.attention=cudnn computes in bfloat16 only: config.model.dtype')
+    raise UserError(
+      'config.model.attention=cudnn computes in bfloat16 only: --config.model.dtype=bfloat16, or '
+      '--config.model.attention=xla'
+    )
   capability = str(getattr(device, 'compute_capability', '8.0'))
   if not capability[:1].isdecimal() or float(capability) < 8:  # AMD's are names, such as gfx942
     raise UserError(
       f'config.model.attention=cudnn takes an NVIDIA GPU of compute capability 8.0 or more, not '
-      f'{capability} ({device.device_kind}); =xla works everywhere'
+      f'{capability} ({device.device_kind}); --config.model.attention=xla works everywhere'
     )
   return chosen
 
@@ -121,7 +125,16 @@ def model_creator(config: ml_collections.ConfigDict, device: Any = None) -> Call
   }
 
   def create():
-    return models.create_model(config.model.name, seed=config.seed, **arguments)
+    try:
+      return models.create_model(config.model.name, seed=config.seed, **arguments)
+    except UserError as error:  # models know their arguments, not where these come from
+      own = '|'.join(key for key in config.model if key != 'name')
+      name = rf'\b(?:(image_size|channels)|({own}))\b'
+
+      def setting(match: re.Match) -> str:
+        return f'config.{match[1]}' if match[1] else f'config.model.{match[2]}'
+
+      raise UserError(re.sub(name, setting, str(error), count=1)) from error
 
   return create
 
@@ -219,19 +232,19 @@ def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:
   if config.task not in _TASKS:
     raise UserError(f'config.task="{config.task}" is unknown; there are: {", ".join(_TASKS)}')
   wanted, kind, _ = _TASKS[config.task]
+  fitting = [name for name, (cls, _) in models.MODELS.items() if issubclass(cls, wanted)]
   name = config.model.name
   if name is None:
     raise UserError(
-      'config.model.name is not set; hivit_jax.list_models() has the names. '
-      'configs/evaluate.py goes with --mode=evaluate'
+      'config.model.name is not set; hivit_jax.list_models() has the names, such as '
+      f'{flag("model.name", fitting[0])}. configs/evaluate.py goes with --mode=evaluate'
     )
   if not issubclass(models.MODELS.get(name, (wanted,))[0], wanted):
-    fitting = [other for other, (cls, _) in models.MODELS.items() if issubclass(cls, wanted)]
     size = name.rsplit('_', 1)[-1]
     guess = next((other for other in fitting if other.endswith(f'_{size}')), fitting[0])
     raise UserError(
       f'config.model.name="{name}" is no {kind}, which config.task="{config.task}" needs; '
-      f'try {guess}'
+      f'try {flag("model.name", guess)}'
     )
   statistics = {'mean': tuple(config.data.mean), 'std': tuple(config.data.std)}
   if is_pretraining(config):

@@ -26,6 +26,8 @@ import os
 import pathlib
 import re
 import shutil
+import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -42,6 +44,7 @@ _FORMAT = 1
 _METADATA_FILE = '_CHECKPOINT_METADATA'  # documented in Orbax's checkpoint format guide
 _SUMS_FILE = 'SHA256SUMS'
 _WRITING = '.writing'
+_QUIET_SECONDS, _ABANDON_SECONDS = 1.0, 5.0  # that nothing comes back after a failed save; at most
 _SHOWN_DIFFERENCES = 3
 
 KeyPath = tuple[str | int, ...]
@@ -120,8 +123,8 @@ class Checkpoints:
     if not read_only:
       try:
         self.directory.mkdir(parents=True, exist_ok=True)
-        if self._primary:
-          self._remove_unfinished('*')
+        for path in self._remove_unfinished('*') if self._primary else ():
+          _log.info('removed the unfinished checkpoint %s', path)
       except OSError as error:
         raise UserError(
           f'cannot write checkpoints to {self.directory}: {error.strerror}; '
@@ -185,6 +188,7 @@ class Checkpoints:
         self._writing(step).rmdir()
       response = _orbax_save(self._writing(step), leaves, record)
     except Exception as error:
+      self._abandon(step)
       raise self._explain(step, error) from error
     self._pending = step, self._worker.submit(self._complete, step, response)
     if wait or not self._asynchronous:
@@ -271,8 +275,7 @@ class Checkpoints:
       self._writing(step).rename(self.path(step))
       _sync(self.directory)
     except Exception:
-      if self._primary:
-        self._remove_unfinished(str(step))  # a full disk needs the room
+      self._abandon(step)
       raise
     for old in self._superseded(step):
       try:
@@ -286,10 +289,24 @@ class Checkpoints:
     every = self._keep_every_steps
     return [s for s in steps[: -self._keep_last] if every is None or s % every != 0]
 
-  def _remove_unfinished(self, step: str) -> None:
-    for path in self.directory.glob(f'{step}{_WRITING}*'):
-      _log.info('removing the unfinished checkpoint %s', path)
+  def _abandon(self, step: int) -> None:
+    """Removes what a failed save has left: a full disk needs the room."""
+    if not self._primary:
+      return
+    # Other threads of Orbax's do not know yet that it has failed, and create what was removed.
+    deadline = quiet_since = time.monotonic()
+    deadline += _ABANDON_SECONDS
+    while time.monotonic() < min(deadline, quiet_since + _QUIET_SECONDS):
+      if self._remove_unfinished(str(step)):
+        quiet_since = time.monotonic()
+      time.sleep(_QUIET_SECONDS / 10)
+
+  def _remove_unfinished(self, step: str) -> list[pathlib.Path]:
+    """Removes what saves of a step, or of `*`, have begun, and returns what that was."""
+    found = list(self.directory.glob(f'{step}{_WRITING}*'))
+    for path in found:
       shutil.rmtree(path, ignore_errors=True)
+    return found
 
   def _set_aside(self, step: int) -> None:
     aside = self.path(step).with_name(f'{step}.damaged')
@@ -572,6 +589,15 @@ def _orbax() -> Any:
   logging.getLogger('absl').addFilter(
     lambda record: '_SignalingThread.run() raised an exception' not in str(record.msg)
   )
+  # Where a write fails, others that end later find its event loop closed. TensorStore reports that
+  # by the hook for errors that end the program; here nothing of ours is in the trace.
+  report = sys.excepthook
+
+  def excepthook(kind, error, trace):
+    if not (trace and trace.tb_frame.f_code.co_name == 'call_soon_threadsafe'):
+      report(kind, error, trace)
+
+  sys.excepthook = excepthook
   return v1
 
 

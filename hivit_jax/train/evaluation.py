@@ -59,7 +59,7 @@ def evaluate(
   """
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
   setup_logging(distributed.primary())
-  with peers.Watch(), experiment.told_of_full_memory():
+  with peers.Watch(), experiment.told_of_full_memory(config):
     metrics = _evaluate(config, workdir, default_workdir, given)
   if distributed.primary():
     print(json.dumps(metrics))
@@ -102,9 +102,10 @@ def _evaluate(
   params = nnx.to_pure_dict(params)
   on_devices = sharding.put(params, sharding.state_shardings(params, mesh))
   steps = build.Steps(len(bank), config.batch_size)
+  told: set[str] = set()  # broken images, so that each is named once
   evaluations = [
-    *([] if headless else hooks.accuracy_hook(config, task, graphdef, mesh, labelled, steps)),
-    *hooks.knn_hook(config, task, graphdef, mesh, bank, source, steps),
+    *([] if headless else hooks.accuracy_hook(config, task, graphdef, mesh, labelled, steps, told)),
+    *hooks.knn_hook(config, task, graphdef, mesh, bank, source, steps, told),
   ]
   if not evaluations:
     raise UserError(

@@ -17,11 +17,13 @@ from hivit_jax.interop import torch_names
 from hivit_jax.train import (
   build,
   distributed,
+  hints,
   hooks,
   host_memory,
   inputs,
   lock,
   loop,
+  memory,
   peers,
   settings,
   sharding,
@@ -61,7 +63,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   directory = pathlib.Path(workdir).expanduser().absolute()
   with (
     peers.Watch(),
-    told_of_full_memory(),
+    told_of_full_memory(config),
     _told_of_full_disk(directory),
     StopSignals() as signals,
     contextlib.ExitStack() as stack,
@@ -75,7 +77,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
       ) from None
     if training is None:
       return
-    loop.run(**training, signals=signals)
+    try:
+      loop.run(**training, signals=signals)
+    except loop.NonFiniteLoss as error:
+      raise UserError(f'{error}; what helps: {hints.for_finite_numbers(config)}') from error
   broken = len(training['batches'].broken)
   if broken:
     _log.warning('%d broken training images were replaced by others; each is named above', broken)
@@ -89,6 +94,11 @@ def check_local(path: str) -> None:
     raise UserError(
       f'{path} is no path in the file system; mount the bucket (gcsfuse, s3fs) and give the path '
       'where it is mounted, or take a local disk or NFS'
+    )
+  if not path.isascii() and sys.getfilesystemencoding() != 'utf-8':  # Orbax's are always UTF-8
+    raise UserError(
+      f'{path} cannot be written: file names are {sys.getfilesystemencoding()} here; start with '
+      'PYTHONUTF8=1 in the environment, or choose another --workdir'
     )
 
 
@@ -107,7 +117,7 @@ def _told_of_full_disk(directory: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_of_full_memory() -> Iterator[None]:
+def told_of_full_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
   """Turns what JAX says when a device's memory is full into a UserError with the ways out."""
   try:
     yield
@@ -115,9 +125,8 @@ def told_of_full_memory() -> Iterator[None]:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     raise UserError(
-      f'a device has not enough memory: {distributed.first_line(error)}; what helps: more '
-      '--config.accumulate_steps, --config.model.remat=True, a smaller --config.batch_size or '
-      '--config.evaluation.batch_size, more devices; what was saved is kept'
+      f'a device has not enough memory: {distributed.first_line(error)}; what helps: '
+      f'{hints.for_memory(config)}; what was saved is kept'
     ) from error
 
 
@@ -127,8 +136,12 @@ def _set_up(
   """Makes the arguments of `loop.run`, or None if the run is finished; `stack` closes them."""
   primary = distributed.primary()
   settings.check(config)
+  ignored = hints.without_effect(config)
+  if ignored and primary:
+    _log.warning('settings without effect in this run: %s', ', '.join(ignored))
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
+  memory.check_images(mesh, config.image_size, config.channels, config.batch_size)
   check_evaluation_batch(config, mesh)
   build.task(config)  # what is wrong with it is said before data are looked for
   with distributed.primary_first():  # embedded data sets are prepared
@@ -142,6 +155,7 @@ def _set_up(
   task, graphdef, optimizer, abstract, train_step = build.training(
     config, mesh, epochs_per_step=steps.epochs_per_step
   )
+  memory.check_state(mesh, dict(abstract))
   total = config.max_steps or steps.of(config.epochs)
 
   distributed.on_primary(lambda: stack.enter_context(lock.hold(directory)))
@@ -160,14 +174,19 @@ def _set_up(
     _warn_of_changes(restored, directory, config, steps, total)
   if start >= total and evaluated:
     _log.info(
-      'this run is finished: %s is at step %d of %d. To train longer: a larger --config.epochs '
-      'or --config.max_steps; to begin anew: another --workdir',
-      checkpoints.path(start), start, total,
+      'this run is finished: %s is at step %d of %d. To train longer: %s; to begin anew: another '
+      '--workdir',
+      checkpoints.path(start), start, total, hints.to_train_longer(config),
     )  # fmt: skip
     return None
   if restored:
     state = step.State(restored.state)
   else:
+    if config.task == 'linear' and not config.init and primary:
+      _log.warning(
+        'a linear probe of a random model, because config.init is not set; to probe a pretrained '
+        'one: --config.init=WORKDIR'
+      )
     state = step.init_state(
       build.initial_model(config, train_source.class_names), optimizer, abstract
     )
@@ -180,6 +199,7 @@ def _set_up(
     len(train_source), train_source.name, len(eval_source), build.compute_dtype(config),
     mesh.size, mesh.devices.flat[0].device_kind,
   )  # fmt: skip
+  told: set[str] = set()  # broken images of evaluations, so that each is named once
   writer = stack.enter_context(MetricWriter(directory, start_step=start, primary=primary))
   return {
     'state': state,
@@ -191,8 +211,8 @@ def _set_up(
     'batch_size': config.batch_size,
     'epochs_per_step': steps.epochs_per_step,
     'hooks': [
-      *hooks.accuracy_hook(config, task, graphdef, mesh, eval_source, steps),
-      *hooks.knn_hook(config, task, graphdef, mesh, train_source, eval_source, steps),
+      *hooks.accuracy_hook(config, task, graphdef, mesh, eval_source, steps, told),
+      *hooks.knn_hook(config, task, graphdef, mesh, train_source, eval_source, steps, told),
       *hooks.picture_hook(config, graphdef, mesh, eval_source, steps, directory, writer),
     ],
     'evaluated': evaluated,
@@ -210,9 +230,11 @@ def _set_up(
 
 
 def check_evaluation_batch(config: ml_collections.ConfigDict, mesh: Any) -> None:
-  """UserError if batches of evaluations cannot be split over the devices."""
+  """UserError if batches of evaluations cannot be split over the devices, or do not fit there."""
   if config.evaluation.every_epochs or config.knn.every_epochs:
-    sharding.check_batch_size(config.evaluation.batch_size, mesh, key='evaluation.batch_size')
+    size, key = config.evaluation.batch_size, 'evaluation.batch_size'
+    sharding.check_batch_size(size, mesh, key=key)
+    memory.check_images(mesh, config.image_size, config.channels, size, key)
 
 
 def _restore(
@@ -222,7 +244,10 @@ def _restore(
     return checkpoints.restore(abstract)
   except UserError as error:
     if changes:
-      raise UserError(f'{error}. Changed since then: {"; ".join(_pairs(changes))}') from error
+      raise UserError(
+        f'{error}. Changed since then: {"; ".join(_pairs(changes))}; as before: '
+        f'{hints.as_before(changes)}'
+      ) from error
     raise
 
 

@@ -1,6 +1,7 @@
 """What a run does now and then between steps: accuracies, pictures."""
 
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,10 +27,12 @@ def accuracy_hook(
   mesh: Mesh,
   eval_source: Any,
   steps: Steps,
+  told: set[str] | None = None,
 ) -> list[Hook]:
   """`eval/top1`, `eval/top5`, `eval/loss` of the evaluation set; `eval/ema_*` of the average.
 
   Shares of the examples that could be read, each counted once, however many devices and hosts.
+  `told`: broken examples that the log has already.
   """
   every = config.evaluation.every_epochs
   if not every or not isinstance(task, ClassifyTask):
@@ -44,7 +47,8 @@ def accuracy_hook(
     if 'ema' in state:
       models['ema_'] = sharding.whole(state['ema'], mesh)
     results = []
-    with inputs.eval_batches(config, eval_source, config.evaluation.batch_size) as batches:
+    size = config.evaluation.batch_size
+    with inputs.eval_batches(config, eval_source, size, told=told) as batches:
       for batch in batches:
         arrays = sharding.put_batch(batch, mesh)
         results.append({prefix: sums(params, arrays) for prefix, params in models.items()})
@@ -72,51 +76,71 @@ def knn_hook(
   train_source: Any,
   eval_source: Any,
   steps: Steps,
+  told: set[str] | None = None,
 ) -> list[Hook]:
-  """`eval/knn_top1`: accuracy of the evaluation set among neighbours of the training set."""
+  """`eval/knn_top1`: accuracy of the evaluation set among neighbours of the training set.
+
+  `told`: broken examples that the log has already.
+  """
   options = config.knn
   if not options.every_epochs:
     return []
+  if not train_source.num_classes:
+    raise UserError(
+      f'{train_source.name} ({train_source.split}) has no class folders, which the k-NN accuracy '
+      'compares with; switch it off: --config.knn.every_epochs=0'
+    )
   bank_source = Subset(train_source, options.bank_size)
 
   @jax.jit
   def features(params, images):
     return task.features(nnx.merge(graphdef, params), images)
 
-  def collect(params, source):
-    values, labels = [], []
-    with inputs.eval_batches(config, source, config.evaluation.batch_size) as batches:
+  def parts(params, source):
+    size = config.evaluation.batch_size
+    with inputs.eval_batches(config, source, size, told=told) as batches:
       for batch in batches:
         arrays = sharding.put_batch(batch, mesh)
         keep = sharding.fetch(arrays['mask'])
-        values.append(sharding.fetch(features(params, arrays['image']))[keep])
-        labels.append(sharding.fetch(arrays['label'])[keep])
-    return np.concatenate(values), np.concatenate(labels)
+        values = sharding.fetch(features(params, arrays['image']))[keep]
+        yield values, sharding.fetch(arrays['label'])[keep]
 
   def evaluate(_, state):
     params = sharding.whole(state['params'], mesh)
-    bank, bank_labels = collect(params, bank_source)
-    queries, labels = collect(params, eval_source)
+    queries, labels = _rows(parts(params, eval_source), len(eval_source))
     known = labels >= 0
     if not known.any():
       raise _no_labels(eval_source)
-    predicted = knn.knn_predict(
-      bank,
-      bank_labels,
-      queries,
-      num_classes=train_source.num_classes,
-      k=options.k,
-      temperature=options.temperature,
+    neighbours = knn.Neighbours(queries, k=options.k, bank_size=len(bank_source))
+    for part, part_labels in parts(params, bank_source):  # that of ImageNet would be 5 GB
+      neighbours.add(part, part_labels)
+    predicted = neighbours.predict(
+      num_classes=train_source.num_classes, temperature=options.temperature
     )
     return {'eval/knn_top1': float(np.mean((predicted == labels)[known]))}
 
   return [Hook(steps.of(options.every_epochs), evaluate)]
 
 
+def _rows(
+  parts: Iterator[tuple[np.ndarray, np.ndarray]], most: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Parts one after the other, `most` rows at most, each copied once."""
+  values, labels, count = np.zeros((most, 0)), np.zeros(most, np.int32), 0
+  for part, part_labels in parts:
+    if not count:
+      values = np.empty((most, part.shape[1]), part.dtype)
+    place = slice(count, count + len(part))
+    values[place], labels[place] = part, part_labels
+    count += len(part)
+  return values[:count], labels[:count]
+
+
 def _no_labels(source: Any) -> UserError:
   return UserError(
     f'none of the {len(source)} examples of {source.name} ({source.split}) has a label; '
-    'choose another --config.data.eval_split'
+    'choose another --config.data.eval_split, or evaluate nothing: '
+    '--config.evaluation.every_epochs=0 --config.knn.every_epochs=0'
   )
 
 

@@ -31,11 +31,16 @@ def set_num_classes(config: ml_collections.ConfigDict, source: Any) -> None:
   if build.is_pretraining(config):
     return
   count = source.num_classes
+  if not count:
+    raise UserError(
+      f'{source.name} ({source.split}) has no class folders, and config.task="{config.task}" needs '
+      'classes: <root>/<split>/<class>/*.jpg; pretraining does without'
+    )
   config.model.num_classes = config.model.num_classes or count
   if config.model.num_classes < count:
     raise UserError(
       f'config.model.num_classes={config.model.num_classes}, but {source.name} ({source.split}) '
-      f'has {count} classes; leave it out to take those'
+      f'has {count} classes; --config.model.num_classes=None takes those'
     )
 
 
@@ -155,11 +160,24 @@ def train_batches(config: ml_collections.ConfigDict, source: Any, start: int, en
 
 
 def eval_batches(
-  config: ml_collections.ConfigDict, source: Any, batch_size: int, *, alone: bool = False
+  config: ml_collections.ConfigDict,
+  source: Any,
+  batch_size: int,
+  *,
+  alone: bool = False,
+  told: set[str] | None = None,
 ) -> Any:
-  """This process's batches of one pass over a source; `alone`: all of it, not this host's share."""
+  """This process's batches of one pass over a source.
+
+  Args:
+    config: see configs/base.py.
+    source: the examples.
+    batch_size: over all processes.
+    alone: all examples, not this process's share.
+    told: broken examples that the log has already; see `pipeline.eval_loader`.
+  """
   transform = transforms.eval_transform(image_size(config), config.data.eval_crop)
   options = _loader_options(config)
   if alone:
     options |= {'process_index': 0, 'process_count': 1}
-  return pipeline.eval_loader(source, transform, batch_size=batch_size, **options)
+  return pipeline.eval_loader(source, transform, batch_size=batch_size, told=told, **options)

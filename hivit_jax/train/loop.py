@@ -242,7 +242,5 @@ def _non_finite(step: int, metrics: dict[str, Any], checkpoints: Any) -> NonFini
   )
   values = ', '.join(f'{key} {metrics[key]:.4g}' for key in _FINITE)
   return NonFiniteLoss(
-    f'not finite any more at step {step}: {values}; {good}. '
-    'The same command goes on from there; what helps: --config.optim.clip_norm=1.0, a lower '
-    '--config.optim.base_lr, a longer --config.optim.warmup_epochs, --config.model.dtype=float32'
+    f'not finite any more at step {step}: {values}; {good}. The same command goes on from there'
   )

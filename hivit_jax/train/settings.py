@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 
 from hivit_jax.data import randaugment, transforms
-from hivit_jax.errors import UserError
+from hivit_jax.errors import UserError, flag
 from hivit_jax.train import build, schedules
 
 _Test = Callable[[Any], bool]
@@ -135,7 +135,10 @@ def check(config: ml_collections.ConfigDict) -> None:
   for key in ('data.mean', 'data.std'):
     count = len(_get(config, key))
     if count != config.channels and config.channels != 1:  # one channel gets the average of three
-      raise UserError(f'config.{key}: {count} numbers for config.channels={config.channels}')
+      raise UserError(
+        f'config.{key}: {count} numbers for config.channels={config.channels}; if it is the same '
+        f'for all: {flag(key, _get(config, key)[:1] * config.channels)}'
+      )
 
 
 def dotted(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:

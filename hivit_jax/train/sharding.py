@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hivit_jax.errors import UserError
+from hivit_jax.errors import UserError, flag
 from hivit_jax.train import rules
 
 AXES = ('data', 'fsdp')
@@ -47,7 +47,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
   if data < 1 or fsdp < 1 or data * fsdp > available or partial:
     raise UserError(
       f'config.mesh.data={data}, config.mesh.fsdp={fsdp}: there are {available} devices; '
-      'data=-1 takes all of them, fsdp must divide them'
+      '--config.mesh.data=-1 takes all of them, --config.mesh.fsdp must divide them'
     )
   return Mesh(np.asarray(devices[: data * fsdp]).reshape(data, fsdp), AXES)
 
@@ -90,7 +90,10 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
   shardings = jax.tree.map(place, state, labels)
   if fsdp > 1 and all(s.is_fully_replicated for s in jax.tree.leaves(shardings)):
-    raise UserError(f"config.mesh.fsdp={fsdp} divides none of the parameters' dimensions")
+    raise UserError(
+      f"config.mesh.fsdp={fsdp} divides none of the parameters' dimensions; --config.mesh.fsdp=1 "
+      'splits nothing'
+    )
   return shardings
 
 
@@ -168,7 +171,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1, key
   parts = mesh.size * accumulate_steps
   if batch_size % parts:
     below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
-    near = ' or '.join(str(size) for size in dict.fromkeys((below, above)) if size > 0)
+    near = ' or '.join(flag(key, size) for size in dict.fromkeys((below, above)) if size > 0)
     by = f'{mesh.size} devices' + (
       f' x {accumulate_steps} accumulation steps' if accumulate_steps > 1 else ''
     )

@@ -1,10 +1,12 @@
 """Sources: folders, data sets on disk, and what is said when they are not there."""
 
+import contextlib
 import io
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -132,7 +134,8 @@ def test_folder_source_is_small_to_pickle_and_reads_the_same_afterwards(tree):
   [
     ({}, 'train', 'holds no split folders; expected <root>/<split>/<class>'),
     ({'cat/1.jpg': 1}, 'train', "has no split 'train'; it has: cat; the layout is <root>/<split>"),
-    ({'train/1.jpg': 1}, 'train', 'holds 1 images but no class folders'),
+    ({'1.jpg': 1, '2.jpg': 1}, 'train', 'no split folders but 2 images, such as 1.jpg; expected'),
+    ({'train/1.txt': 1}, 'train', 'train holds neither class folders nor images; expected <root>'),
     ({'train/a/1.jpg': 1, 'train/b/1.txt': 1}, 'train', r'no images in 1 class folder \(b\)'),
     ({'train/a/1.jpg': 1}, 'validation', "has no split 'validation'; it has: train"),
     (
@@ -150,6 +153,65 @@ def test_folder_mistakes_say_what_was_found_and_what_is_expected(tmp_path, files
   with pytest.raises(UserError, match=message) as error:
     open_source(f'folder:{tmp_path}', split)
   assert '\n' not in str(error.value)
+
+
+def test_images_beside_class_folders_are_left_out_with_one_warning(tree, caplog):
+  write_tree(tree, {'train/b.jpg': 1, 'train/a.png': 2, 'train/.hidden.jpg': 3})
+  parts = [open_source(f'folder:{tree}', split) for split in ('train[:50%]', 'train[50%:]')]
+  assert sum(map(len, parts)) == 30
+  (record,) = caplog.records
+  assert record.levelname == 'WARNING'
+  assert record.getMessage() == (
+    f'{tree}/train: 2 images beside the class folders are left out, because they have no class, '
+    'such as a.png'
+  )
+
+
+def test_images_without_class_folders_have_no_labels(tmp_path):
+  contents = write_tree(tmp_path, {f'train/{i}.jpg': i for i in range(20)})
+  write_tree(tmp_path, {'val/cat/1.jpg': 1, 'val/ant/2.jpg': 2})
+  source = open_source(f'folder:{tmp_path}', 'train')
+  assert listing(source) == {name: (-1, image) for name, image in contents.items()}
+  names = [source.example_name(i) for i in range(20)]
+  assert names != sorted(names)
+  assert source.num_classes == 0
+  assert len(open_source(f'folder:{tmp_path}', 'train[:90%]')) == 18
+  assert open_source(f'folder:{tmp_path}', 'val').class_names == ('ant', 'cat')
+
+
+def test_a_split_without_class_folders_beside_one_with_them_has_no_labels(tree):
+  write_tree(tree, {'test/1.jpg': 1, 'test/2.jpg': 2})
+  source = open_source(f'folder:{tree}', 'test')
+  assert source.class_names == ('ant', 'bee', 'cat')
+  assert {label for label, _ in listing(source).values()} == {-1}
+
+
+@contextlib.contextmanager
+def without_privileges():
+  """As a user whom permissions bind."""
+  root = os.geteuid() == 0
+  if root:
+    os.seteuid(65534)
+  try:
+    yield
+  finally:
+    if root:
+      os.seteuid(0)
+
+
+@pytest.mark.parametrize('closed', ['train/bee', 'train', '.'])
+def test_a_folder_without_permission_is_named_with_the_command_that_mends_it(closed):
+  with tempfile.TemporaryDirectory() as root:  # pytest's own folders are closed to other users
+    write_tree(Path(root), {'train/ant/1.jpg': 1, 'train/bee/1.jpg': 1})
+    os.chmod(root, 0o755)
+    os.chmod(os.path.join(root, closed), 0)
+    with without_privileges(), pytest.raises(UserError) as error:
+      open_source(f'folder:{root}', 'train')
+    os.chmod(os.path.join(root, closed), 0o755)
+  assert str(error.value) == (
+    f'cannot read {os.path.normpath(os.path.join(root, closed))}: Permission denied; make it '
+    f'readable (chmod -R u+rX {root}), or move it away'
+  )
 
 
 def test_folder_that_does_not_exist():
@@ -296,6 +358,12 @@ def test_a_set_that_is_not_there_names_the_folders_and_the_commands(tmp_path):
     open_source('cifer10', 'train', str(tmp_path))
   with pytest.raises(UserError, match='is not the name of a data set'):
     open_source('my images', 'train', str(tmp_path))
+
+
+@pytest.mark.parametrize('name', ['imagenet', 'imagenet1k', 'ILSVRC2012'])
+def test_the_other_names_of_imagenet(tmp_path, name):
+  with pytest.raises(UserError, match=f"unknown data set '{name}'.* Did you mean imagenet2012"):
+    open_source(name, 'train', str(tmp_path))
 
 
 def test_an_unknown_split_lists_those_there_are(prepared_by_tfds):

@@ -1,11 +1,12 @@
 """The k-NN classifier against one written plainly."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hivit_jax.tasks import knn
-from hivit_jax.tasks.knn import knn_predict
+from hivit_jax.tasks.knn import Neighbours, knn_predict
 
 
 def _plain(bank, labels, queries, *, num_classes, k=20, temperature=0.07):
@@ -106,3 +107,51 @@ def test_bfloat16_features():
   predicted = knn_predict(bank, labels, queries, num_classes=5)
   expected = _plain(bank, labels, queries, num_classes=5)
   np.testing.assert_array_equal(predicted, expected)
+
+
+def _exact(count, seed):
+  """Features whose similarities are exact in float32, most of them shared by several rows."""
+  rng = np.random.default_rng(seed)
+  features = np.zeros((count, 16), np.float32)
+  for row in features:
+    row[rng.choice(16, 4, replace=False)] = rng.choice([-0.5, 0.5], 4)
+  return features, rng.integers(7, size=count)
+
+
+@pytest.mark.parametrize('step', [1, 3, 8, 9, 100])
+def test_a_bank_in_parts_is_the_whole_bank_to_the_bit(monkeypatch, step):
+  bank, labels = _exact(100, seed=0)
+  queries, _ = _exact(23, seed=1)
+  whole = Neighbours(queries, k=5, bank_size=100)
+  whole.add(bank, labels)
+  expected = whole.predict(num_classes=7, temperature=0.07)
+  monkeypatch.setattr(knn, '_PART', 8)
+  monkeypatch.setattr(knn, '_CHUNK', 10)
+  parts = Neighbours(queries, k=5, bank_size=100)
+  for start in range(0, 100, step):
+    parts.add(bank[start : start + step], labels[start : start + step])
+  np.testing.assert_array_equal(parts.predict(num_classes=7, temperature=0.07), expected)
+  for ours, theirs in (
+    (parts._similarities, whole._similarities),
+    (parts._labels, whole._labels),  # of neighbours at the same distance the same ones
+  ):
+    ours, theirs = (np.asarray(x).reshape(-1, 5)[:23] for x in (ours, theirs))
+    np.testing.assert_array_equal(ours, theirs)
+  similarities = queries @ bank.T
+  nearest = np.argsort(-similarities, axis=1, kind='stable')[:, :5]
+  np.testing.assert_array_equal(np.asarray(parts._labels).reshape(-1, 5)[:23], labels[nearest])
+
+
+def test_no_array_of_the_whole_bank_is_on_the_device(monkeypatch):
+  monkeypatch.setattr(knn, '_PART', 64)
+  rng = np.random.default_rng(0)
+  neighbours = Neighbours(rng.standard_normal((8, 32), np.float32), k=5, bank_size=10_000)
+  before = {id(array) for array in jax.live_arrays()}
+  sizes = []
+  for _ in range(100):
+    neighbours.add(rng.standard_normal((100, 32), np.float32), rng.integers(10, size=100))
+    sizes += [array.nbytes for array in jax.live_arrays() if id(array) not in before]
+  neighbours.predict(num_classes=10, temperature=0.07)
+  assert 0 < max(sizes) <= 64 * 32 * 4
+  sizes = [v.nbytes for v in vars(neighbours).values() if isinstance(v, np.ndarray)]
+  assert sum(sizes) <= 64 * (32 + 1) * 4

@@ -383,7 +383,10 @@ def test_a_batch_that_does_not_divide(runs):
   command = [sys.executable, '-m', 'hivit_jax.tools.plan', '--config=configs/mae_hivit_t.py:debug']
   done = runs.finish([*command, '--topology=cpu:8', '--config.batch_size=12'])
   assert done.returncode == 2
-  assert done.stderr == 'error: config.batch_size=12 is not divisible by 8 devices; try 8 or 16\n'
+  assert done.stderr == (
+    'error: config.batch_size=12 is not divisible by 8 devices; try --config.batch_size=8 or '
+    '--config.batch_size=16\n'
+  )
 
 
 # --- GPUs

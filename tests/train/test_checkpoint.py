@@ -1,5 +1,7 @@
 """What the checkpoints promise: nothing lost, nothing altered, nothing unclear."""
 
+import asyncio
+import errno
 import logging
 import os
 import pathlib
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -544,6 +547,52 @@ def test_a_full_disk_is_named_as_such(tmp_path):
       assert load_params(mount, key='w').step == 2
   finally:
     subprocess.run(['umount', mount], check=True)
+
+
+def test_nothing_is_left_of_a_save_that_failed_while_other_threads_went_on(tmp_path, monkeypatch):
+  """As Orbax's do: they create anew what was removed."""
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, big_state(1), {}, wait=True)
+    leftover = tmp_path / '2.writing.orbax-checkpoint-tmp'
+
+    def write_late():
+      for _ in range(3):
+        time.sleep(0.2)
+        leftover.mkdir(exist_ok=True)
+        (leftover / 'data').write_text('')
+
+    def save(*_):
+      threading.Thread(target=write_late).start()
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, '_orbax_save', save)
+    with pytest.raises(UserError, match=r'No space left on device; .*/1 is kept'):
+      checkpoints.save(2, big_state(2), {})
+  time.sleep(0.3)
+  assert [path.name for path in tmp_path.iterdir()] == ['1']
+
+
+def test_writes_that_end_after_a_failed_save_print_no_trace(capsys, monkeypatch):
+  monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
+  checkpoint._orbax.__wrapped__()
+
+  def report(function):
+    """As TensorStore's threads do with an error of a callback."""
+    try:
+      function()
+    except RuntimeError as error:
+      sys.excepthook(type(error), error, error.__traceback__.tb_next.tb_next)
+
+  loop = asyncio.new_event_loop()
+  loop.close()
+  report(lambda: loop.call_soon_threadsafe(print))
+  assert capsys.readouterr().err == ''
+
+  def fail():
+    raise RuntimeError('Event loop is closed')
+
+  report(fail)
+  assert 'RuntimeError: Event loop is closed' in capsys.readouterr().err
 
 
 def test_an_unwritable_directory_is_refused_at_once(tmp_path):

@@ -58,7 +58,9 @@ def test_devices_of_a_process_stand_together():
   [(0, 1, 1), (-2, 1, 1), (9, 1, 1), (-1, 3, 1), (-1, 0, 1), (4, 4, 1), (4, 1, 2)],
 )
 def test_mesh_of_devices_that_there_are_not(data, fsdp, processes):
-  message = f'config.mesh.data={data}, config.mesh.fsdp={fsdp}: there are 8 devices; data=-1 takes'
+  message = (
+    f'data={data}, config.mesh.fsdp={fsdp}: there are 8 devices; --config.mesh.data=-1 takes'
+  )
   with pytest.raises(UserError, match=message):
     sharding.make_mesh(data, fsdp, [_Device(i, i * processes // 8) for i in range(8)])
 
@@ -124,9 +126,19 @@ def test_an_axis_that_divides_nothing_is_an_error():
 @pytest.mark.parametrize(
   ('batch', 'devices', 'parts', 'message'),
   [
-    (10, 8, 1, r'config\.batch_size=10 is not divisible by 8 devices; try 8 or 16'),
-    (100, 4, 3, r'config\.batch_size=100 .* 4 devices x 3 accumulation steps; try 96 or 108'),
-    (4, 8, 1, r'config\.batch_size=4 .*; try 8$'),
+    (
+      10,
+      8,
+      1,
+      r'=10 is not divisible by 8 devices; try --config.batch_size=8 or --config.batch_size=16',
+    ),
+    (
+      100,
+      4,
+      3,
+      r'=100 .* 4 devices x 3 accumulation steps; try --config.batch_size=96 or .*=108',
+    ),
+    (4, 8, 1, r'config\.batch_size=4 .*; try --config.batch_size=8$'),
   ],
 )
 def test_batches_that_do_not_split(batch, devices, parts, message):

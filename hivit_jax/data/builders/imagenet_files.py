@@ -1,9 +1,10 @@
 """Finds the images of ImageNet 2012, in the official tar files or in folders; opens none."""
 
+import contextlib
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -58,7 +59,7 @@ class ImageFiles(Sequence):
     return {'image': image, 'label': int(self._labels[index]), 'file_name': self.names[index]}
 
   def missing_classes(self) -> list[str]:
-    """Returns the classes of which there is no image."""
+    """Returns the classes without any image."""
     present = set(np.unique(self._labels).tolist())
     return [name for label, name in enumerate(synsets()) if label not in present]
 
@@ -81,8 +82,8 @@ def train_tar(path: Path) -> ImageFiles:
   paths: list[str] = []
   labels: list[int] = []
   spans: list[tuple[int, int]] = []
-  with _open_tar(path) as outer:
-    for member in _members(outer, path):
+  with _whole_tar(path, paths) as outer:
+    for member in _members(outer):
       synset, suffix = os.path.splitext(os.path.basename(member.name))
       if suffix != '.tar' or synset not in label_of:
         raise UserError(
@@ -90,7 +91,7 @@ def train_tar(path: Path) -> ImageFiles:
           'n01440764.tar (for extracted images: --source_dir)'
         )
       with tarfile.open(fileobj=outer.extractfile(member), mode='r:') as inner:
-        for image in _members(inner, path):
+        for image in _members(inner):
           paths.append(image.name)
           labels.append(label_of[synset])
           spans.append((member.offset_data + image.offset_data, image.size))
@@ -104,11 +105,15 @@ def validation_tar(path: Path) -> ImageFiles:
     UserError: if it is not such a file, or ends too early.
   """
   truth = _ValidationLabels()
-  with _open_tar(path) as tar:
-    members = list(_members(tar, path))
-  paths = [member.name for member in members]
-  labels = [truth.of(name, path) for name in paths]
-  return ImageFiles(path, paths, labels, [(m.offset_data, m.size) for m in members])
+  paths: list[str] = []
+  labels: list[int] = []
+  spans: list[tuple[int, int]] = []
+  with _whole_tar(path, paths) as tar:
+    for image in _members(tar):
+      paths.append(image.name)
+      labels.append(truth.of(image.name, path))
+      spans.append((image.offset_data, image.size))
+  return ImageFiles(path, paths, labels, spans)
 
 
 def train_folder(folder: Path) -> ImageFiles:
@@ -177,20 +182,32 @@ def _list_synset_folders(folder: Path) -> tuple[list[str], list[int]]:
   return paths, labels
 
 
-def _open_tar(path: Path) -> tarfile.TarFile:
+@contextlib.contextmanager
+def _whole_tar(path: Path, found: Sequence[str]) -> Iterator[tarfile.TarFile]:
+  """A tar to be listed to its end; UserError if that comes too early, after the images `found`."""
   try:
-    return tarfile.open(path, 'r:')
+    tar = tarfile.open(path, 'r:')  # noqa: SIM115
   except FileNotFoundError:
     raise UserError(f'{path} does not exist') from None
   except (OSError, tarfile.TarError) as error:
     raise UserError(f'{path} cannot be read as a tar file: {error}') from None
+  with tar, path.open('rb') as file:
+    try:
+      yield tar
+      # tarfile takes a file that ends inside a header, or between two members, for complete.
+      file.seek(tar.offset)
+      if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError('no end mark')
+    except tarfile.TarError as error:
+      raise UserError(
+        f'{path} is damaged or cut off ({error}): it has {path.stat().st_size / 1e9:.3f} GB, and '
+        f'{len(found)} images until there{f", the last {found[-1]}" if found else ""}; download '
+        'it again'
+      ) from None
 
 
-def _members(tar: tarfile.TarFile, path: Path):
-  """Yields the files in a tar; a tar that ends too early is noticed at its end at the latest."""
-  try:
-    for member in tar:
-      if member.isfile() and not os.path.basename(member.name).startswith('.'):
-        yield member
-  except tarfile.TarError as error:
-    raise UserError(f'{path} is damaged or cut off ({error}); download it again') from None
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+  """Yields the files in a tar; raises `TarError` where it is damaged."""
+  for member in tar:
+    if member.isfile() and not os.path.basename(member.name).startswith('.'):
+      yield member

@@ -1,0 +1,108 @@
+"""What a person may want to change in a config, as flags that can be copied."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from hivit_jax.errors import flag
+from hivit_jax.train import build
+from hivit_jax.train.logging import ABSENT
+
+_Config = ml_collections.ConfigDict
+
+
+def _no_labels(config: _Config) -> str | None:
+  return f'task={config.task}' if build.is_pretraining(config) else None
+
+
+def _no_pictures(config: _Config) -> str | None:
+  return None if build.is_pretraining(config) else f'task={config.task}'
+
+
+def _no_choice(config: _Config) -> str | None:
+  both = config.augment.mixup and config.augment.cutmix
+  return None if both else 'it chooses between augment.mixup and augment.cutmix'
+
+
+# Settings with their defaults, and why nothing reads them in a config; None: something does.
+_READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] = (
+  (
+    {
+      **{f'augment.{key}': 0.0 for key in ('erase', 'mixup', 'cutmix', 'label_smoothing')},
+      'evaluation.every_epochs': 1.0,
+    },
+    _no_labels,
+  ),
+  ({'pictures.every_epochs': 20.0}, _no_pictures),
+  ({'augment.switch_probability': 0.5}, _no_choice),
+  (
+    {'augment.color_jitter': 0.0},
+    lambda c: f'augment.rand_augment={c.augment.rand_augment}' if c.augment.rand_augment else None,
+  ),
+  (
+    {'optim.b1': 0.9, 'optim.b2': 0.95, 'optim.eps': 1e-8},
+    lambda c: 'optim.name=lars' if c.optim.name == 'lars' else None,
+  ),
+  ({'optim.momentum': 0.9}, lambda c: 'optim.name=adamw' if c.optim.name == 'adamw' else None),
+  ({'init_ema': False}, lambda c: None if c.init else 'init=None'),
+  (
+    {'data.data_dir': None},
+    lambda c: 'data.name=folder:...' if c.data.name.startswith('folder:') else None,
+  ),
+)
+
+
+def without_effect(config: _Config) -> list[str]:
+  """Settings that were changed from their defaults and that training does not read, with why."""
+  return [
+    f'{key}={value} ({why})'
+    for defaults, reason in _READERS
+    if (why := reason(config)) is not None
+    for key, default in defaults.items()
+    if (value := _get(config, key)) != default
+  ]
+
+
+def for_memory(config: _Config) -> str:
+  """Ways to need less memory of a device."""
+  ways = [flag('accumulate_steps', 2 * config.accumulate_steps)]
+  if not config.model.remat:
+    ways.append(flag('model.remat', True))
+  for key in ('batch_size', 'evaluation.batch_size'):
+    if _get(config, key) > 1:
+      ways.append(flag(key, _get(config, key) // 2))
+  return ', '.join([*ways, 'more devices'])
+
+
+def for_finite_numbers(config: _Config) -> str:
+  """Ways to keep a loss from becoming infinite or NaN."""
+  o = config.optim
+  ways = [flag('optim.clip_norm', 1.0 if o.clip_norm is None else o.clip_norm / 2)]
+  key = 'optim.base_lr' if o.lr is None else 'optim.lr'
+  ways.append(flag(key, f'{_get(config, key) / 2:g}'))
+  warmup = 2 * o.warmup_epochs or config.epochs / 20
+  if warmup < config.epochs:
+    ways.append(flag('optim.warmup_epochs', f'{warmup:g}'))
+  if build.compute_dtype(config) != 'float32':
+    ways.append(flag('model.dtype', 'float32'))
+  return ', '.join(ways)
+
+
+def to_train_longer(config: _Config) -> str:
+  """The setting that ends a run, doubled."""
+  if config.max_steps is not None:
+    return flag('max_steps', 2 * config.max_steps)
+  return flag('epochs', f'{2 * config.epochs:g}')
+
+
+def as_before(changes: Mapping[str, tuple[Any, Any]]) -> str:
+  """Flags for the old values of changed settings, see `logging.config_changes`."""
+  return ' '.join(flag(key, old) for key, (old, _) in changes.items() if old != ABSENT)
+
+
+def _get(config: _Config, key: str) -> Any:
+  value: Any = config
+  for part in key.split('.'):
+    value = value[part]
+  return value

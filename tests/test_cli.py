@@ -44,7 +44,7 @@ def test_the_settings_on_a_command_line_are_known():
 VALUES = [
   ('typo=1', '--config.typo: config has no setting "typo"; it has: accumulate_steps, augment'),
   ('batchsize=1', 'no setting "batchsize" (did you mean "batch_size"?); it has: '),
-  ('optim.warmup_epoch=5', 'config.optim has no setting "warmup_epoch" (did you mean "optim.warmup_epochs"?)'),
+  ('optim.warmup_epoch=5', 'has no setting "warmup_epoch" (did you mean "optim.warmup_epochs"?)'),
   ('lr=1', 'config has no setting "lr" (did you mean "optim.lr"?)'),
   ('optin.lr=1', 'config has no setting "optin" (did you mean "optim.lr"?)'),
   ('optim.lr.peak=1', '--config.optim.lr.peak: config.optim.lr is a value, not a section'),

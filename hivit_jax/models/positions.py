@@ -70,13 +70,32 @@ def relative_position_bias(table: jax.Array, grid: tuple[int, int], ids: jax.Arr
   Returns:
     (heads, N, N) without ids, (B, heads, K, K) with.
   """
+  bias = _bias(grid, jnp.asarray(table))
+  return bias if ids is None else gather_pairs(bias, ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bias(grid: tuple[int, int], table: jax.Array) -> jax.Array:
+  # The index is a constant of the program, not of the model.
+  index = relative_position_index(np.arange(grid[0] * grid[1]), grid)
+  return jnp.moveaxis(table[index], -1, 0)
+
+
+def _bias_backward(grid, table, g):
+  # The derivative of the gather would add up all pairs of one offset by a scatter. Products with
+  # matrices of zeros and ones add the same numbers in a fixed order.
+  return jax.linear_transpose(functools.partial(_bias_by_products, grid), table)(g)
+
+
+_bias.defvjp(lambda grid, table: (_bias(grid, table), table), _bias_backward)
+
+
+def _bias_by_products(grid: tuple[int, int], table: jax.Array) -> jax.Array:
+  """`_bias`, computed by two products with small constant matrices."""
   rows, columns = grid
-  # Not table[index]: the derivative would add up all pairs of one offset by a scatter. Products
-  # with two small matrices of zeros and ones pick and add in a fixed order.
   bias = resize.apply_separable(_pairs_of_offset(rows), _pairs_of_offset(columns), table[None])
   bias = bias.reshape(rows, rows, columns, columns, -1).transpose(4, 0, 2, 1, 3)
-  bias = bias.reshape(-1, rows * columns, rows * columns)
-  return bias if ids is None else gather_pairs(bias, ids)
+  return bias.reshape(-1, rows * columns, rows * columns)
 
 
 @functools.cache

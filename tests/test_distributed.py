@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from hivit_jax.train import distributed
+from hivit_jax.runtime import distributed
 from tests.runs import error_of, last_step, metrics, on_devices
 from tests.test_runs import folder_of_images
 

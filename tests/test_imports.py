@@ -25,10 +25,13 @@ ALLOWED = {
   'data': {'errors'},
   'interop': {'errors', 'models'},
   'tasks': {'errors', 'models'},
-  'train': {'errors', 'models', 'interop', 'tasks', 'data'},
-  'tools': {'errors', 'environment', 'cli', 'models', 'interop', 'tasks', 'data', 'train'},
+  'runtime': {'errors'},
+  'train': {'errors', 'models', 'interop', 'tasks', 'data', 'runtime'},
+  'tools': {
+    *('errors', 'environment', 'cli', 'models', 'interop', 'tasks', 'data', 'runtime', 'train'),
+  },
   'configs': {'errors'},
-  'main': {'errors', 'environment', 'cli', 'train'},
+  'main': {'errors', 'environment', 'cli', 'runtime', 'train'},
   '__init__': {'errors', 'models', 'interop', 'train'},  # the public API, lazily
 }
 

@@ -28,9 +28,10 @@ from hivit_jax.data import folder, transforms
 from hivit_jax.data.decode import BrokenImage, read_image
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, importer, infer
+from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tools import contact_sheet
-from hivit_jax.train import build, compilation_cache, weights
+from hivit_jax.train import build, weights
 from hivit_jax.train.logging import setup_logging
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a classifier, or one of its checkpoints.')

@@ -17,8 +17,9 @@ from hivit_jax.data import sources, transforms
 from hivit_jax.data.decode import BrokenImage, read_image
 from hivit_jax.data.subset import Subset
 from hivit_jax.errors import UserError
+from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks import reconstruction
-from hivit_jax.train import build, compilation_cache, inputs
+from hivit_jax.train import build, inputs
 from hivit_jax.train.checkpoint import load_metadata, load_params
 from hivit_jax.train.logging import setup_logging
 

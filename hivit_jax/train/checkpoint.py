@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hivit_jax.errors import UserError
-from hivit_jax.train import distributed
+from hivit_jax.runtime import distributed
 
 _log = logging.getLogger(__name__)
 

@@ -11,18 +11,8 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, importer, infer
-from hivit_jax.train import (
-  build,
-  distributed,
-  experiment,
-  hooks,
-  host_memory,
-  inputs,
-  peers,
-  settings,
-  sharding,
-  weights,
-)
+from hivit_jax.runtime import distributed, host_memory, watchdog
+from hivit_jax.train import build, experiment, hooks, inputs, settings, sharding, weights
 from hivit_jax.train.logging import setup_logging
 
 _log = logging.getLogger(__name__)
@@ -59,7 +49,7 @@ def evaluate(
   """
   host_memory.keep_freed_memory(one_arena=build.is_large(config))
   setup_logging(distributed.primary())
-  with peers.Watch(), experiment.told_of_full_memory(config):
+  with watchdog.Watch(), experiment.told_of_full_memory(config):
     metrics = _evaluate(config, workdir, default_workdir, given)
   if distributed.primary():
     print(json.dumps(metrics))

@@ -14,21 +14,9 @@ import ml_collections
 
 from hivit_jax.errors import Stopped, UserError
 from hivit_jax.interop import torch_names
-from hivit_jax.train import (
-  build,
-  distributed,
-  hints,
-  hooks,
-  host_memory,
-  inputs,
-  lock,
-  loop,
-  memory,
-  peers,
-  settings,
-  sharding,
-  step,
-)
+from hivit_jax.runtime import distributed, host_memory, lock, watchdog
+from hivit_jax.runtime.signals import Interrupted, StopSignals
+from hivit_jax.train import build, hints, hooks, inputs, loop, memory, settings, sharding, step
 from hivit_jax.train.checkpoint import Checkpoints, Restored
 from hivit_jax.train.logging import (
   MetricWriter,
@@ -37,7 +25,6 @@ from hivit_jax.train.logging import (
   setup_logging,
   write_run_info,
 )
-from hivit_jax.train.signals import Interrupted, StopSignals
 
 _log = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -62,7 +49,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   check_local(workdir)
   directory = pathlib.Path(workdir).expanduser().absolute()
   with (
-    peers.Watch(),
+    watchdog.Watch(),
     told_of_full_memory(config),
     _told_of_full_disk(directory),
     StopSignals() as signals,

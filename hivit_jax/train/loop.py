@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hivit_jax.errors import Stopped, UserError
-from hivit_jax.train import distributed, memory, sharding
-from hivit_jax.train.signals import Interrupted, StopSignals
+from hivit_jax.runtime import distributed
+from hivit_jax.runtime.signals import Interrupted, StopSignals
+from hivit_jax.train import memory, sharding
 
 _log = logging.getLogger(__name__)
 _IN_FLIGHT = 2  # steps given to the device beyond the one it works on

@@ -22,7 +22,7 @@ import time
 import jax
 
 from hivit_jax.errors import Stopped, UserError
-from hivit_jax.train import distributed
+from hivit_jax.runtime import distributed
 
 _log = logging.getLogger(__name__)
 # What one tells the others: a failure, which they may be about to report themselves, or the end.
@@ -54,7 +54,7 @@ class Watch:
     if jax.process_count() > 1:
       self._connect()
       self._open = set(self._connections)
-      threading.Thread(target=self._watch, name='peers', daemon=True).start()
+      threading.Thread(target=self._watch, name='watchdog', daemon=True).start()
     return self
 
   def __exit__(self, kind, error, traceback) -> None:

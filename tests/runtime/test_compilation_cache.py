@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from hivit_jax.train import compilation_cache
+from hivit_jax.runtime import compilation_cache
 from tests import patience
 from tests.runs import ROOT, assert_same_params, metrics
 
 # Prints a result and how many programs were found.
 _COMPILE = """
 import jax
-from hivit_jax.train import compilation_cache
+from hivit_jax.runtime import compilation_cache
 from hivit_jax.train.logging import setup_logging
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))

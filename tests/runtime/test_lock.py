@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from hivit_jax.errors import UserError
-from hivit_jax.train import lock
+from hivit_jax.runtime import lock
 
 
 def test_a_lock_that_is_held_names_its_holder_and_is_free_afterwards(tmp_path):

@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hivit_jax.errors import Stopped, UserError
-from hivit_jax.runtime import distributed
+from hivit_jax.runtime import distributed, host_memory
 from hivit_jax.runtime.signals import Interrupted, StopSignals
-from hivit_jax.train import memory, sharding
+from hivit_jax.train import sharding
 
 _log = logging.getLogger(__name__)
 _IN_FLIGHT = 2  # steps given to the device beyond the one it works on
@@ -141,7 +141,7 @@ def run(
     means = {key: float(np.mean([metrics[key] for metrics in values])) for key in values[0]}
     means['learning_rate'] = float(values[-1]['learning_rate'])
     timing = done.timing(batch_size)
-    means |= {**timing, **memory.in_use(), 'epoch': step * epochs_per_step}
+    means |= {**timing, **host_memory.in_use(), 'epoch': step * epochs_per_step}
     if done.broken:
       means['broken_images'] = done.broken
     writer.write(step, {f'train/{key}': value for key, value in means.items()})

@@ -26,10 +26,10 @@ from ml_collections import config_flags
 
 from hivit_jax import cli
 from hivit_jax.errors import UserError
+from hivit_jax.reporting.metrics import setup_logging
 from hivit_jax.runtime import host_memory
 from hivit_jax.tools.timing import Matmul, TrainingStep
 from hivit_jax.train import build
-from hivit_jax.train.logging import setup_logging
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config of the step to measure.')
 _COMPARE = flags.DEFINE_string('compare', None, 'paper, ladder, or configs, separated by commas.')

@@ -17,11 +17,11 @@ from hivit_jax.data import sources, transforms
 from hivit_jax.data.decode import BrokenImage, read_image
 from hivit_jax.data.subset import Subset
 from hivit_jax.errors import UserError
+from hivit_jax.reporting.metrics import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks import reconstruction
 from hivit_jax.train import build, inputs
 from hivit_jax.train.checkpoint import load_metadata, load_params
-from hivit_jax.train.logging import setup_logging
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a pretraining run, or one of its checkpoints.')
 _IMAGES = flags.DEFINE_list('images', [], 'Image files; none: evaluation images of the run.')

@@ -14,17 +14,17 @@ import ml_collections
 
 from hivit_jax.errors import Stopped, UserError
 from hivit_jax.interop import torch_names
-from hivit_jax.runtime import distributed, host_memory, lock, watchdog
-from hivit_jax.runtime.signals import Interrupted, StopSignals
-from hivit_jax.train import build, hints, hooks, inputs, loop, memory, settings, sharding, step
-from hivit_jax.train.checkpoint import Checkpoints, Restored
-from hivit_jax.train.logging import (
+from hivit_jax.reporting.metrics import (
   MetricWriter,
   Progress,
   config_changes,
   setup_logging,
   write_run_info,
 )
+from hivit_jax.runtime import distributed, host_memory, lock, watchdog
+from hivit_jax.runtime.signals import Interrupted, StopSignals
+from hivit_jax.train import build, hints, hooks, inputs, loop, memory, settings, sharding, step
+from hivit_jax.train.checkpoint import Checkpoints, Restored
 
 _log = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

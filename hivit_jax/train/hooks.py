@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 
 from hivit_jax.data.subset import Subset
 from hivit_jax.errors import UserError
+from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.runtime import distributed
 from hivit_jax.tasks import knn, reconstruction
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.train import build, inputs, sharding
 from hivit_jax.train.build import Steps
-from hivit_jax.train.logging import MetricWriter
 from hivit_jax.train.loop import Hook
 
 

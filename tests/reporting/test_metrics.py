@@ -21,8 +21,14 @@ import numpy as np
 import pytest
 
 from hivit_jax.errors import UserError
-from hivit_jax.train import logging
-from hivit_jax.train.logging import ABSENT, MetricWriter, Progress, config_changes, write_run_info
+from hivit_jax.reporting import metrics
+from hivit_jax.reporting.metrics import (
+  ABSENT,
+  MetricWriter,
+  Progress,
+  config_changes,
+  write_run_info,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -128,7 +134,7 @@ def test_a_cut_between_line_and_newline_loses_nothing(tmp_path):
 def test_lines_survive_kill_minus_nine(tmp_path):
   script = """
 import os, signal, sys
-from hivit_jax.train.logging import MetricWriter
+from hivit_jax.reporting.metrics import MetricWriter
 writer = MetricWriter(sys.argv[1])
 for step in range(1, 4):
   writer.write(step, {'train/loss': step / 8})
@@ -321,7 +327,7 @@ def test_log_messages_do_not_garble_the_bar(terminal):
   log = std_logging.getLogger('hivit_jax.somewhere')
   with contextlib.redirect_stderr(terminal.stream), warnings.catch_warnings():
     warnings.simplefilter('default')
-    logging.setup_logging()
+    metrics.setup_logging()
     with Progress(10) as progress:
       progress.update(1, {'loss': 1.0})
       log.info('first')
@@ -375,8 +381,8 @@ def test_other_processes_show_no_progress(terminal, caplog):
 def test_log_lines_are_short_and_third_parties_quiet(capsys, primary):
   import absl.logging
 
-  logging.setup_logging(primary)
-  logging.setup_logging(primary)  # not twice
+  metrics.setup_logging(primary)
+  metrics.setup_logging(primary)  # not twice
   std_logging.getLogger('hivit_jax.train').info('ours')
   std_logging.getLogger('hivit_jax.train').warning('ours too')
   std_logging.getLogger('jax').info('chatter')
@@ -436,23 +442,23 @@ def test_the_commit_is_that_of_the_checkout_the_code_is_part_of(tmp_path, monkey
     monkeypatch.delenv(name)
   file, stray = tmp_path / 'code.py', tmp_path / 'stray.py'
   file.write_text('1')
-  assert logging._git_state(file) is None
+  assert metrics._git_state(file) is None
   git = ['git', '-C', str(tmp_path), '-c', 'user.name=n', '-c', 'user.email=e@x']
   for arguments in (['init', '-q'], ['add', 'code.py'], ['commit', '-q', '-m', 'one']):
     subprocess.run([*git, *arguments], check=True)
-  state = logging._git_state(file)
+  state = metrics._git_state(file)
   assert re.fullmatch(r'[0-9a-f]{40}', state['commit'])
   assert state['dirty'] is False
   file.write_text('2')
-  assert logging._git_state(file) == state | {'dirty': True}
+  assert metrics._git_state(file) == state | {'dirty': True}
   stray.write_text('')
-  assert logging._git_state(stray) is None
+  assert metrics._git_state(stray) is None
 
 
 def test_importing_it_is_cheap():
   script = """
 import sys
-import hivit_jax.train.logging
+import hivit_jax.reporting.metrics
 heavy = {'jax', 'numpy', 'tensorboardX', 'tqdm'} & set(sys.modules)
 assert not heavy, heavy
 """

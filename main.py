@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
   if _CONFIG.value is None:
     raise UserError('which config? For a first run: --config=configs/demo.py')
   # Imported here: worker processes of the data pipeline import this file, and --help must be fast.
-  from hivit_jax.reporting.metrics import setup_logging
+  from hivit_jax.reporting.console import setup_logging
   from hivit_jax.runtime import compilation_cache, distributed
   from hivit_jax.train import evaluation, experiment
 

@@ -26,7 +26,7 @@ from ml_collections import config_flags
 
 from hivit_jax import cli
 from hivit_jax.errors import UserError
-from hivit_jax.reporting.metrics import setup_logging
+from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import host_memory
 from hivit_jax.tools.timing import Matmul, TrainingStep
 from hivit_jax.train import build

@@ -28,7 +28,7 @@ from hivit_jax.data import folder, transforms
 from hivit_jax.data.decode import BrokenImage, read_image
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, importer, infer
-from hivit_jax.reporting.metrics import setup_logging
+from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tools import contact_sheet

@@ -17,7 +17,7 @@ from hivit_jax.data import sources, transforms
 from hivit_jax.data.decode import BrokenImage, read_image
 from hivit_jax.data.subset import Subset
 from hivit_jax.errors import UserError
-from hivit_jax.reporting.metrics import setup_logging
+from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks import reconstruction
 from hivit_jax.train import build, inputs

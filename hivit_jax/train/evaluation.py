@@ -11,7 +11,7 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, importer, infer
-from hivit_jax.reporting.metrics import setup_logging
+from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import distributed, host_memory, watchdog
 from hivit_jax.train import build, experiment, hooks, inputs, settings, sharding, weights
 

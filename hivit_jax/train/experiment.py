@@ -14,13 +14,9 @@ import ml_collections
 
 from hivit_jax.errors import Stopped, UserError
 from hivit_jax.interop import torch_names
-from hivit_jax.reporting.metrics import (
-  MetricWriter,
-  Progress,
-  config_changes,
-  setup_logging,
-  write_run_info,
-)
+from hivit_jax.reporting.console import Progress, setup_logging
+from hivit_jax.reporting.metrics import MetricWriter
+from hivit_jax.reporting.run_info import config_changes, write_run_info
 from hivit_jax.runtime import distributed, host_memory, lock, watchdog
 from hivit_jax.runtime.signals import Interrupted, StopSignals
 from hivit_jax.train import build, hints, hooks, inputs, loop, memory, settings, sharding, step

@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 
 from hivit_jax.errors import flag
-from hivit_jax.reporting.metrics import ABSENT
+from hivit_jax.reporting.run_info import ABSENT
 from hivit_jax.train import build
 
 _Config = ml_collections.ConfigDict
@@ -97,7 +97,7 @@ def to_train_longer(config: _Config) -> str:
 
 
 def as_before(changes: Mapping[str, tuple[Any, Any]]) -> str:
-  """Flags for the old values of changed settings, see `metrics.config_changes`."""
+  """Flags for the old values of changed settings, see `logging.config_changes`."""
   return ' '.join(flag(key, old) for key, (old, _) in changes.items() if old != ABSENT)
 
 

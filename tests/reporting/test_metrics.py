@@ -1,34 +1,20 @@
-"""What a run's traces promise: one valid line a step, whatever interrupts, and a tidy terminal."""
+"""What a run measures is in its files: one valid line a step, whatever interrupts."""
 
-import contextlib
-import fcntl
 import io
 import json
-import logging as std_logging
 import os
 import pathlib
-import re
 import resource
-import shutil
 import struct
 import subprocess
 import sys
-import termios
-import warnings
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hivit_jax.errors import UserError
-from hivit_jax.reporting import metrics
-from hivit_jax.reporting.metrics import (
-  ABSENT,
-  MetricWriter,
-  Progress,
-  config_changes,
-  write_run_info,
-)
+from hivit_jax.reporting.metrics import MetricWriter
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -149,15 +135,13 @@ def test_other_processes_write_nothing(tmp_path):
   with MetricWriter(tmp_path / 'new', primary=False) as writer:
     writer.write(1, {'a': 1.0})
     writer.write_image(1, 'picture', np.zeros((2, 2, 3), np.uint8))
-  assert write_run_info(tmp_path / 'new', {'a': 1}, primary=False) == {}
   assert not (tmp_path / 'new').exists()
 
 
-@pytest.mark.parametrize('use', [MetricWriter, lambda workdir: write_run_info(workdir, {})])
-def test_an_unwritable_workdir_is_named(tmp_path, use):
+def test_an_unwritable_workdir_is_named(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match=r'cannot write .*file.*another --workdir'):
-    use(tmp_path / 'file' / 'run')
+    MetricWriter(tmp_path / 'file' / 'run')
 
 
 # TensorBoard
@@ -241,225 +225,3 @@ def test_pictures_must_be_uint8_hwc(tmp_path, image):
     pytest.raises(ValueError, match=r'p: expected \(H, W, C\)'),
   ):
     writer.write_image(1, 'p', image)
-
-
-# The terminal
-
-
-@pytest.fixture
-def clean_logging():
-  """Puts the global state that `setup_logging` changes back."""
-  root, ours = std_logging.getLogger(), std_logging.getLogger('hivit_jax')
-  handlers, levels = root.handlers[:], (root.level, ours.level)
-  yield
-  std_logging.captureWarnings(False)
-  root.handlers[:] = handlers
-  root.setLevel(levels[0])
-  ours.setLevel(levels[1])
-
-
-class Terminal:
-  """A pseudo-terminal and what a person would see on it."""
-
-  def __init__(self):
-    self._master, slave = os.openpty()
-    self.resize(100)
-    self.stream = open(slave, 'w')  # noqa: SIM115
-    self._text = ''
-
-  def resize(self, columns: int):
-    fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
-
-  def screen(self) -> list[str]:
-    self.stream.flush()
-    os.set_blocking(self._master, False)
-    text = ''
-    while True:
-      try:
-        text += os.read(self._master, 1 << 16).decode()
-      except BlockingIOError:
-        break
-    self._text += text
-    lines, row, column = [''], 0, 0
-    for part in re.findall(r'\x1b\[\w+|[\r\n]|[^\r\n\x1b]+', self._text):
-      if part == '\r':
-        column = 0
-      elif part == '\n':
-        row += 1
-        lines += [''] * (row + 1 - len(lines))
-      elif part == '\x1b[A':
-        row -= 1
-      else:
-        assert '\x1b' not in part
-        line = lines[row].ljust(column)
-        lines[row] = line[:column] + part + line[column + len(part) :]
-        column += len(part)
-    return [line.rstrip() for line in lines]
-
-  def close(self):
-    self.stream.close()
-    os.close(self._master)
-
-
-@pytest.fixture
-def terminal(clean_logging):
-  terminal = Terminal()
-  yield terminal
-  terminal.close()
-
-
-def test_bar_shows_progress_metrics_and_time_to_go(terminal):
-  now = [0.0]
-  with Progress(200, 100, stream=terminal.stream, clock=lambda: now[0]) as progress:
-    progress.update(110, {'loss': 0.61234567, 'images/s': 1234.5})
-    (bar,) = terminal.screen()
-    assert bar.startswith(' 55% ')
-    assert bar.endswith(' 110/200, loss 0.6123, images/s 1234')
-    now[0] = 100.0
-    progress.update(120, {'loss': 0.5, 'images/s': 12.25})
-  bar, below = terminal.screen()
-  assert bar.startswith(' 60% ')
-  assert bar.endswith(' 120/200, loss 0.5, images/s 12.25, ETA 0:13:20')
-  assert below == ''
-
-
-def test_log_messages_do_not_garble_the_bar(terminal):
-  log = std_logging.getLogger('hivit_jax.somewhere')
-  with contextlib.redirect_stderr(terminal.stream), warnings.catch_warnings():
-    warnings.simplefilter('default')
-    metrics.setup_logging()
-    with Progress(10) as progress:
-      progress.update(1, {'loss': 1.0})
-      log.info('first')
-      progress.update(2, {'loss': 2.0})
-      warnings.warn('a warning that Python would print', stacklevel=1)
-      progress.update(10, {'loss': 3.0})
-    log.info('after')
-  screen = terminal.screen()
-  assert re.fullmatch(r'\d\d:\d\d:\d\d I first', screen[0])
-  assert re.search(r' W .*UserWarning: a warning that Python would print', screen[1])
-  (bar,) = (line for line in screen if '%' in line)
-  assert bar.startswith('100% ')
-  assert bar.endswith(' 10/10, loss 3, ETA 0:00:00')
-  assert re.fullmatch(r'\d\d:\d\d:\d\d I after', screen[-2])
-  assert screen[-1] == ''
-
-
-def test_without_a_terminal_there_are_lines_at_intervals(caplog):
-  caplog.set_level(std_logging.INFO, 'hivit_jax')
-  now = [0.0]
-  with Progress(1000, interval_seconds=10, stream=io.StringIO(), clock=lambda: now[0]) as progress:
-    for step in range(100, 1001, 100):
-      progress.update(step, {'loss': 1 / step, 'images/s': 5000.4})
-      now[0] += 4
-  assert [record.getMessage() for record in caplog.records] == [
-    'step 100/1000 (10%) loss 0.01, images/s 5000',
-    'step 400/1000 (40%) loss 0.0025, images/s 5000, ETA 0:00:24',
-    'step 700/1000 (70%) loss 0.001429, images/s 5000, ETA 0:00:12',
-    'step 1000/1000 (100%) loss 0.001, images/s 5000, ETA 0:00:00',
-  ]
-
-
-def test_a_terminal_without_columns_gets_lines(terminal, caplog):
-  caplog.set_level(std_logging.INFO, 'hivit_jax')
-  terminal.resize(0)
-  with Progress(10, stream=terminal.stream) as progress:
-    progress.update(5, {'loss': 1.0})
-  assert caplog.messages == ['step 5/10 (50%) loss 1']
-
-
-def test_other_processes_show_no_progress(terminal, caplog):
-  caplog.set_level(std_logging.INFO, 'hivit_jax')
-  with Progress(10, stream=terminal.stream, primary=False) as progress:
-    progress.update(10, {'loss': 1.0})
-  assert terminal.screen() == ['']
-  assert not caplog.records
-
-
-@pytest.mark.usefixtures('clean_logging')
-@pytest.mark.parametrize('primary', [True, False])
-def test_log_lines_are_short_and_third_parties_quiet(capsys, primary):
-  import absl.logging
-
-  metrics.setup_logging(primary)
-  metrics.setup_logging(primary)  # not twice
-  std_logging.getLogger('hivit_jax.train').info('ours')
-  std_logging.getLogger('hivit_jax.train').warning('ours too')
-  std_logging.getLogger('jax').info('chatter')
-  absl.logging.info('chatter of orbax')
-  absl.logging.warning('theirs')
-  lines = capsys.readouterr().err.splitlines()
-  assert all(re.match(r'\d\d:\d\d:\d\d [IW] ', line) for line in lines)
-  assert [line[9:] for line in lines] == ['I ours'] * primary + ['W ours too', 'W theirs']
-
-
-# config.json
-
-
-CONFIG = {'model': 'hivit_tiny', 'optim': {'lr': 1e-3, 'betas': (0.9, 0.95)}, 'data': {}}
-
-
-def test_config_json_says_how_the_run_came_about(tmp_path, monkeypatch):
-  monkeypatch.setattr(sys, 'argv', ['main.py', '--workdir=/a b'])
-  assert write_run_info(tmp_path / 'run', CONFIG) == {}
-  info = strict((tmp_path / 'run/config.json').read_text())
-  assert info['config'] == CONFIG | {'optim': {'lr': 1e-3, 'betas': [0.9, 0.95]}}
-  (run,) = info['runs']
-  assert run['command'].endswith("main.py '--workdir=/a b'")
-  assert run['python'] == '.'.join(map(str, sys.version_info[:3]))
-  assert re.match(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]', run['started'])
-  assert {'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'pillow'} <= {
-    name for name, version in run['versions'].items() if version
-  }
-  assert run['devices'] == {'kind': 'cpu', 'count': run['devices']['count'], 'processes': 1}
-
-
-def test_a_resumed_run_is_added_and_changes_are_told(tmp_path):
-  write_run_info(tmp_path, CONFIG)
-  assert config_changes(tmp_path, CONFIG) == {}  # the tuple that became a list is no change
-  changed = {'model': 'hivit_tiny', 'optim': {'lr': 2e-3, 'betas': (0.9, 0.95)}, 'seed': 1}
-  expected = {'optim.lr': (1e-3, 2e-3), 'seed': (ABSENT, 1), 'data': ({}, ABSENT)}
-  assert config_changes(tmp_path, changed) == expected
-  assert write_run_info(tmp_path, changed) == expected
-  assert write_run_info(tmp_path, changed) == {}
-  info = strict((tmp_path / 'config.json').read_text())
-  assert info['config']['seed'] == 1
-  assert [list(run['changed']) for run in info['runs']] == [[], list(expected), []]
-  assert [p.name for p in tmp_path.iterdir()] == ['config.json']
-
-
-@pytest.mark.parametrize('content', ['', '{"config": {', '[]', '{"config": {"a": 1}}', '\0' * 9])
-def test_an_unreadable_config_json_does_not_stop_the_run(tmp_path, caplog, content):
-  (tmp_path / 'config.json').write_text(content)
-  assert write_run_info(tmp_path, CONFIG) == {}
-  assert 'config.json is not what this program writes' in caplog.text
-  assert len(strict((tmp_path / 'config.json').read_text())['runs']) == 1
-
-
-@pytest.mark.skipif(shutil.which('git') is None, reason='needs git')
-def test_the_commit_is_that_of_the_checkout_the_code_is_part_of(tmp_path, monkeypatch):
-  for name in [name for name in os.environ if name.startswith('GIT_')]:
-    monkeypatch.delenv(name)
-  file, stray = tmp_path / 'code.py', tmp_path / 'stray.py'
-  file.write_text('1')
-  assert metrics._git_state(file) is None
-  git = ['git', '-C', str(tmp_path), '-c', 'user.name=n', '-c', 'user.email=e@x']
-  for arguments in (['init', '-q'], ['add', 'code.py'], ['commit', '-q', '-m', 'one']):
-    subprocess.run([*git, *arguments], check=True)
-  state = metrics._git_state(file)
-  assert re.fullmatch(r'[0-9a-f]{40}', state['commit'])
-  assert state['dirty'] is False
-  file.write_text('2')
-  assert metrics._git_state(file) == state | {'dirty': True}
-  stray.write_text('')
-  assert metrics._git_state(stray) is None
-
-
-def test_importing_it_is_cheap():
-  script = """
-import sys
-import hivit_jax.reporting.metrics
-heavy = {'jax', 'numpy', 'tensorboardX', 'tqdm'} & set(sys.modules)
-assert not heavy, heavy
-"""
-  subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)

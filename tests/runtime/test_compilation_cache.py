@@ -15,7 +15,7 @@ from tests.runs import ROOT, assert_same_params, metrics
 _COMPILE = """
 import jax
 from hivit_jax.runtime import compilation_cache
-from hivit_jax.reporting.metrics import setup_logging
+from hivit_jax.reporting.console import setup_logging
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 setup_logging()

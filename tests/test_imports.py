@@ -28,9 +28,10 @@ ALLOWED = {
   'runtime': {'errors'},
   'reporting': {'errors'},
   'train': {'errors', 'models', 'interop', 'tasks', 'data', 'runtime', 'reporting'},
+  'planning': {'errors', 'train'},
   'tools': {
     *('errors', 'environment', 'cli', 'models', 'interop', 'tasks', 'data'),
-    *('runtime', 'reporting', 'train'),
+    *('runtime', 'reporting', 'train', 'planning'),
   },
   'configs': {'errors'},
   'main': {'errors', 'environment', 'cli', 'runtime', 'reporting', 'train'},
@@ -57,6 +58,7 @@ CONFINED = {
     'main.py',
     'hivit_jax/cli.py',
     'hivit_jax/tools/',
+    'hivit_jax/planning/plan.py',
     *(
       f'hivit_jax/train/{name}.py'
       for name in ('build', 'inputs', 'settings', 'hints', 'hooks', 'evaluation', 'experiment')

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from hivit_jax.tools.flops import matmul_flops
+from hivit_jax.planning.flops import matmul_flops
 from hivit_jax.train import build, memory, sharding, step
 
 _STEP_SECONDS = 0.1  # a measurement of a step takes at least so long

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from hivit_jax.tools import hlo
+from hivit_jax.planning import hlo
 
 _KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 

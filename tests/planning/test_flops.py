@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from hivit_jax.models.attention import attend
-from hivit_jax.tools.flops import matmul_flops
+from hivit_jax.planning.flops import matmul_flops
 from tests.helpers import abstract_model
 
 A = jax.ShapeDtypeStruct((3, 5), jnp.float32)

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from hivit_jax.tools import hlo
+from hivit_jax.planning import hlo
 
 # What moves nothing by itself.
 _FREE = {

@@ -8,7 +8,7 @@ import jax
 from jax.extend import core
 
 # Products in the primitives that JAX has for cuDNN's attention. The backward pass of
-# `models.attention`, which computes the logits again, has as many.
+# `ops.attention`, which computes the logits again, has as many.
 _ATTENTION = {'dot_product_attention_fwd_wrapper': 2, 'dot_product_attention_bwd_wrapper': 5}
 
 

@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 from hivit_jax import models
 from hivit_jax.errors import UserError, flag
 from hivit_jax.interop import carried, files, importer, infer
-from hivit_jax.models.attention import IMPLEMENTATIONS
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.hivit import UNIT
 from hivit_jax.models.masking import MaskedDecoder
 from hivit_jax.models.simmim import SimMIM
+from hivit_jax.ops.attention import IMPLEMENTATIONS
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
 from hivit_jax.train import optim, schedules, sharding, step, weights
@@ -88,7 +88,7 @@ def compute_dtype(config: ml_collections.ConfigDict, platform: str | None = None
 
 
 def attention(config: ml_collections.ConfigDict, device: Any = None) -> str:
-  """The implementation of attention, see `models.attention`; 'xla' where there is no NVIDIA GPU.
+  """The implementation of attention, see `ops.attention`; 'xla' where there is no NVIDIA GPU.
 
   Args:
     config: see configs/base.py.

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hivit_jax.models import attention
-from hivit_jax.models.attention import attend
+from hivit_jax.ops import attention
+from hivit_jax.ops.attention import attend
 from tests.helpers import assert_close
 
 SMALL = (5, 2, 6, 4)  # batch, heads, N, D

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hivit_jax.models.gather import gather_pairs, gather_shared, gather_units
+from hivit_jax.ops.gather import gather_pairs, gather_shared, gather_units
 
 IDS = np.array([[4, 0, 2], [1, 2, 3]])
 ALL = np.array([[4, 0, 2, 1, 3], [0, 1, 3, 4, 2]])

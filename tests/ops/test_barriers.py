@@ -5,8 +5,9 @@ import re
 import jax
 import jax.numpy as jnp
 
-from hivit_jax.models import layers
-from hivit_jax.models.barriers import cpu_barrier
+from hivit_jax.ops import norm
+from hivit_jax.ops.barriers import cpu_barrier
+from hivit_jax.ops.linear import affine
 from hivit_jax.train import sharding
 
 
@@ -24,7 +25,7 @@ def test_xla_keeps_barriers_of_training_steps():
 
 def test_the_gradient_of_a_weight_waits_for_that_of_the_input():
   def loss(x, kernel):
-    return jnp.square(layers._affine(x, kernel, None)).sum()
+    return jnp.square(affine(x, kernel, None)).sum()
 
   text = compiled(jax.grad(loss, argnums=(0, 1)), jnp.ones((64, 32)), jnp.ones((32, 48)))
   # Its other operand comes out of a barrier together with the input's gradient.
@@ -33,7 +34,7 @@ def test_the_gradient_of_a_weight_waits_for_that_of_the_input():
 
 def test_the_sums_of_layer_norm_wait_on_gpus_only():
   def loss(x, scale, bias):
-    return layers._normalise(x, scale, bias, 1e-6).sum()
+    return norm._normalise(x, scale, bias, 1e-6).sum()
 
   traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(jnp.ones((4, 8)), *jnp.ones((2, 8)))
   for platform, barriers in (('cuda', 1), ('cpu', 0), ('tpu', 0)):

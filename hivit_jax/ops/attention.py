@@ -5,8 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from hivit_jax.models.barriers import cpu_barrier
-from hivit_jax.models.precision import at_least_float32, widen
+from hivit_jax.ops.barriers import cpu_barrier
+from hivit_jax.ops.precision import at_least_float32, widen
 
 IMPLEMENTATIONS = ('xla', 'cudnn')
 

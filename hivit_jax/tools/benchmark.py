@@ -58,9 +58,9 @@ def main(argv: list[str]) -> None:
   jax.config.update('jax_enable_compilation_cache', False)  # compilation is measured, too
   if _DATA.value:
     setup_logging()
-    from hivit_jax.data import benchmark
+    from hivit_jax.tools import data_benchmark
 
-    benchmark.main(as_json=_JSON.value)
+    data_benchmark.main(as_json=_JSON.value)
   elif _COMPARE.value is not None:
     _compare(_COMPARE.value)
   else:

@@ -24,8 +24,9 @@ from absl import flags
 from flax import nnx
 
 from hivit_jax import cli, models
-from hivit_jax.data import folder, transforms
+from hivit_jax.data import transforms
 from hivit_jax.data.decode import BrokenImage, read_image
+from hivit_jax.data.sources import folder
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, importer, infer
 from hivit_jax.reporting.console import setup_logging

@@ -13,9 +13,10 @@ from absl import flags
 from flax import nnx
 
 from hivit_jax import cli
-from hivit_jax.data import sources, transforms
+from hivit_jax.data import transforms
 from hivit_jax.data.decode import BrokenImage, read_image
-from hivit_jax.data.subset import Subset
+from hivit_jax.data.sources.base import open_source
+from hivit_jax.data.sources.subset import Subset
 from hivit_jax.errors import UserError
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
@@ -81,7 +82,7 @@ def _read(files: list[str], config: ml_collections.ConfigDict) -> np.ndarray:
 
 
 def _evaluation_images(config: ml_collections.ConfigDict) -> np.ndarray:
-  source = sources.open_source(config.data.name, config.data.eval_split, config.data.data_dir)
+  source = open_source(config.data.name, config.data.eval_split, config.data.data_dir)
   source = Subset(source, _COUNT.value)
   with inputs.eval_batches(config, source, len(source), alone=True) as batches:
     return next(batches)['image']

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hivit_jax.data.subset import Subset
+from hivit_jax.data.sources.subset import Subset
 from hivit_jax.errors import UserError
 from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.runtime import distributed

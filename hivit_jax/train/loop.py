@@ -104,7 +104,7 @@ def run(
   Args:
     state: of the model and optimizer at `start_step`; donated.
     train_step: see `step.make_train_step`.
-    batches: this process's batches from `start_step` on, a `data.pipeline.Loader`.
+    batches: this process's batches from `start_step` on, a `data.loader.Loader`.
     mesh: the devices.
     start_step, total_steps: steps done, and when to end.
     batch_size: examples a step over all processes, for images/s.

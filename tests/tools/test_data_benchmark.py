@@ -5,21 +5,21 @@ import json
 
 import pytest
 
-from hivit_jax.data import benchmark
 from hivit_jax.data.transforms import train_transform
 from hivit_jax.errors import UserError
+from hivit_jax.tools import data_benchmark
 
 TINY = {'images': 65, 'repeats': 2, 'size': 64, 'num_threads': 2}
 
 
 def test_photographs_are_jpeg_files_of_imagenet_like_size():
-  for file in benchmark.photo_files():
+  for file in data_benchmark.photo_files():
     assert file.startswith(b'\xff\xd8')
     assert 30_000 < len(file) < 300_000
 
 
 def test_report_has_every_side_per_core_and_by_the_clock(capsys):
-  report = benchmark.main(as_json=True, **TINY)
+  report = data_benchmark.main(as_json=True, **TINY)
   assert json.loads(capsys.readouterr().out) == report
   assert report['images_per_turn'] == 128  # Whole batches.
   for side in ('bare', 'pipeline', 'supervised'):
@@ -31,7 +31,7 @@ def test_report_has_every_side_per_core_and_by_the_clock(capsys):
 
 
 def test_table_names_the_targets_and_what_was_measured(capsys):
-  benchmark.main(**TINY)
+  data_benchmark.main(**TINY)
   table = capsys.readouterr().out
   for expected in (
     'bare decode + resize',
@@ -46,9 +46,11 @@ def test_table_names_the_targets_and_what_was_measured(capsys):
 def test_supervised_side_is_the_published_augmentation(monkeypatch):
   made = []
   monkeypatch.setattr(
-    benchmark, 'train_transform', lambda *a, **k: made.append(train_transform(*a, **k)) or made[-1]
+    data_benchmark,
+    'train_transform',
+    lambda *a, **k: made.append(train_transform(*a, **k)) or made[-1],
   )
-  benchmark.measure(**TINY | {'images': 1, 'repeats': 1})
+  data_benchmark.measure(**TINY | {'images': 1, 'repeats': 1})
   kinds = [[type(step).__name__ for step in transform.steps] for transform in made]
   assert kinds == 2 * [
     ['RandomResizedCrop', 'RandomFlip'],
@@ -59,4 +61,4 @@ def test_supervised_side_is_the_published_augmentation(monkeypatch):
 def test_missing_photographs_are_a_user_error(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='pip install scikit-image'):
-    benchmark.photo_files()
+    data_benchmark.photo_files()

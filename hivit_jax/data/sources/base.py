@@ -57,12 +57,13 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
       commands that prepare it), is stored in another format, or lacks the split.
   """
   if name.startswith('folder:'):
-    from hivit_jax.data.folder import FolderSource
+    from hivit_jax.data.sources.folder import FolderSource
 
     return FolderSource(name.removeprefix('folder:'), split)
 
   # Imported here: TFDS takes a third of a second, which folders need not pay.
-  from hivit_jax.data import builders, tfds_source
+  from hivit_jax.data import builders
+  from hivit_jax.data.sources import tfds as tfds_source
 
   wanted = tfds_source.DatasetName.parse(name)
   if wanted.name in builders.EMBEDDED:
@@ -83,7 +84,8 @@ def _not_prepared(wanted, data_dir: str | None) -> UserError:
   """Returns the error for a set that is nowhere: unknown, or known but not prepared."""
   import tensorflow_datasets as tfds
 
-  from hivit_jax.data import builders, tfds_source
+  from hivit_jax.data import builders
+  from hivit_jax.data.sources import tfds as tfds_source
 
   known = {*tfds.list_builders(with_community_datasets=False), *builders.EMBEDDED}
   folders = tfds_source.data_dirs(data_dir)

@@ -22,8 +22,8 @@ from typing import Any
 
 from PIL import Image
 
-from hivit_jax.data.chunks import generator
-from hivit_jax.data.pipeline import train_loader, usable_cores
+from hivit_jax.data.loader import train_loader, usable_cores
+from hivit_jax.data.stream import generator
 from hivit_jax.data.transforms import RandomResizedCrop, train_transform
 from hivit_jax.errors import UserError
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hivit_jax.data import chunks, transforms
+from hivit_jax.data import stream, transforms
 from hivit_jax.data.builders.digits import Digits
-from hivit_jax.data.pipeline import eval_loader, train_loader
-from hivit_jax.data.sources import open_source
+from hivit_jax.data.loader import eval_loader, train_loader
+from hivit_jax.data.sources.base import open_source
 from hivit_jax.errors import UserError
 from tests import patience
 from tests.patience import wait_until
@@ -150,7 +150,7 @@ def test_threads_and_prefetching_change_nothing(options):
 def test_size_of_the_chunks_changes_nothing(monkeypatch):
   source = MemorySource(90)
   expected = take(train_loader(source, stamp, batch_size=80, seed=5), 4)
-  monkeypatch.setattr(chunks, 'CHUNK_ROWS', 7)
+  monkeypatch.setattr(stream, 'CHUNK_ROWS', 7)
   assert_same(take(train_loader(source, stamp, batch_size=80, seed=5), 4), expected)
 
 
@@ -436,8 +436,8 @@ def test_killed_worker_process_is_an_error_and_no_deadlock():
 
 SCRIPT = """
   import os, signal, sys, time
-  from hivit_jax.data.pipeline import train_loader
-  from tests.data.test_pipeline import MemorySource, fail_on_30, stamp
+  from hivit_jax.data.loader import train_loader
+  from tests.data.test_loader import MemorySource, fail_on_30, stamp
 
   if __name__ == '__main__':
     signals = []
@@ -498,7 +498,7 @@ def test_workers_end_with_a_killed_parent(script):
 
 def test_data_path_imports_no_model_and_no_training_code():
   code = (
-    'import sys, hivit_jax.data.pipeline, hivit_jax.data.transforms;'
+    'import sys, hivit_jax.data.loader, hivit_jax.data.transforms;'
     "print([m for m in sys.modules if m.startswith('hivit_jax.') and 'data' not in m])"
   )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from hivit_jax.data.decode import MODES, BrokenImage, decode_image
-from hivit_jax.data.sources import Source
+from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import UserError
 
 CHUNK_ROWS = 32  # At most; few enough that all cores work on one batch.
@@ -118,7 +118,7 @@ class Chunks(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class TrainChunks(Chunks):
-  """Chunks of the training stream; see `pipeline.train_loader`."""
+  """Chunks of the training stream; see `loader.train_loader`."""
 
   seed: int
   remedy: ClassVar[str] = 'replaced by another'
@@ -156,7 +156,7 @@ class TrainChunks(Chunks):
 
 @dataclasses.dataclass(frozen=True)
 class EvalChunks(Chunks):
-  """Chunks of one pass over the source, and padding behind it; see `pipeline.eval_loader`."""
+  """Chunks of one pass over the source, and padding behind it; see `loader.eval_loader`."""
 
   remedy: ClassVar[str] = 'left out'
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
-from hivit_jax.data import splits
+from hivit_jax.data.sources import splits
 from hivit_jax.errors import UserError
 
 IMAGE_SUFFIXES = (

@@ -13,7 +13,7 @@ from tensorflow_datasets.core import dataset_builder
 from tensorflow_datasets.core.utils import file_utils, version
 from tensorflow_datasets.proto import tf_example_pb2
 
-from hivit_jax.data import splits
+from hivit_jax.data.sources import splits
 from hivit_jax.errors import UserError
 
 INFO_FILE = 'dataset_info.json'

@@ -1,7 +1,7 @@
 """From a source of examples to batches of uint8 images: threads, worker processes, broken files.
 
 Hosts, threads, worker processes and restarts change nothing in what is seen, for what stands at a
-position of the stream is a function of (seed, position); see `chunks`. Any step can be loaded
+position of the stream is a function of (seed, position); see `stream`. Any step can be loaded
 without those before it, so a checkpoint needs no state of the input: the step number is the state.
 
 Grain runs the threads and worker processes, over chunks of a host's batch.
@@ -21,7 +21,8 @@ import numpy as np
 from absl import flags, logging
 from PIL import Image
 
-from hivit_jax.data.chunks import (
+from hivit_jax.data.sources.base import Source
+from hivit_jax.data.stream import (
   Broken,
   Chunks,
   EvalChunks,
@@ -30,7 +31,6 @@ from hivit_jax.data.chunks import (
   example_name,
   listed,
 )
-from hivit_jax.data.sources import Source
 from hivit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
   # Imported here: worker processes of the data pipeline import this file, and --help must be fast.
   from hivit_jax.reporting.console import setup_logging
   from hivit_jax.runtime import compilation_cache, distributed
-  from hivit_jax.train import evaluation, experiment
+  from hivit_jax.train import evaluation, run
 
   setup_logging()  # before JAX looks for other processes and devices, and says so
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     given = cli.given_settings(sys.argv)
     evaluation.evaluate(_CONFIG.value, _WORKDIR.value, default, given)
   else:
-    experiment.run(_CONFIG.value, _WORKDIR.value or default)
+    run.run(_CONFIG.value, _WORKDIR.value or default)
 
 
 if __name__ == '__main__':

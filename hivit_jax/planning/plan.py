@@ -22,7 +22,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.planning import costs, hlo, roofline
 from hivit_jax.planning.collectives import collectives
 from hivit_jax.planning.flops import matmul_flops
-from hivit_jax.train import build, settings, sharding
+from hivit_jax.train import assemble, sharding, validate
 
 _GIB = 2**30
 
@@ -144,19 +144,19 @@ def plan(
     UserError: a setting that does not make sense, or does not fit the devices.
   """
   config = config.copy_and_resolve_references()
-  settings.check(config)
+  validate.check(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
-  config.model.dtype = build.compute_dtype(config, devices[0].platform)
-  training = build.training(config, mesh)
+  config.model.dtype = assemble.compute_dtype(config, devices[0].platform)
+  training = assemble.training(config, mesh)
   abstract, train_step = training.abstract, training.train_step
   batch = _abstract_batch(config, mesh)
   report = {
     'model': config.model.name,
     'task': config.task,
-    'image_size': list(build.image_size(config)),
+    'image_size': list(assemble.image_size(config)),
     'dtype': config.model.dtype,
-    'attention': build.attention(config, devices[0]),
+    'attention': assemble.attention(config, devices[0]),
     'batch_size': config.batch_size,
     'devices': mesh.size,
     'device_kind': devices[0].device_kind,
@@ -211,7 +211,7 @@ def _schedule(program: hlo.Program, chip: roofline.Chip, cycles: int) -> float |
 
 def _abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
   place = sharding.batch_sharding(mesh)
-  images = (config.batch_size, *build.image_size(config), config.channels)
+  images = (config.batch_size, *assemble.image_size(config), config.channels)
   return {
     'image': jax.ShapeDtypeStruct(images, jnp.uint8, sharding=place),
     'label': jax.ShapeDtypeStruct(images[:1], jnp.int32, sharding=place),

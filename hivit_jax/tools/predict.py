@@ -33,7 +33,7 @@ from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tools import contact_sheet
-from hivit_jax.train import build, weights
+from hivit_jax.train import assemble, weights
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a classifier, or one of its checkpoints.')
 _WEIGHTS = flags.DEFINE_string('weights', None, 'A .pth or .safetensors file instead.')
@@ -111,7 +111,7 @@ def _predictor(
   """Returns a function from up to `batch_size` images to (B, classes) probabilities."""
   told, config = infer.pixels(state.metadata), state.metadata.get('config')
   statistics = {key: tuple(told.get(key, value)) for key, value in _IMAGENET.items()}
-  dtype = build.compute_dtype(ml_collections.ConfigDict(config)) if config else 'float32'
+  dtype = assemble.compute_dtype(ml_collections.ConfigDict(config)) if config else 'float32'
   create = functools.partial(models.create_model, described.name, **described.arguments)
   model = nnx.eval_shape(functools.partial(create, dtype=dtype))
   importer.load_into(model, state)

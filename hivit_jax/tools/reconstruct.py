@@ -21,7 +21,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks import reconstruction
-from hivit_jax.train import build, inputs
+from hivit_jax.train import assemble, inputs
 from hivit_jax.train.checkpoint import load_metadata, load_params
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a pretraining run, or one of its checkpoints.')
@@ -40,11 +40,11 @@ def main(argv: list[str]) -> None:
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
   files = _IMAGES.value + argv[1:]
   config = ml_collections.ConfigDict(load_metadata(workdir).get('config', {'task': None}))
-  if not build.is_pretraining(config):
+  if not assemble.is_pretraining(config):
     found = f'trained with config.task="{config.task}"' if config.task else 'converted, not trained'
     raise UserError(f'--workdir={workdir} was {found}; give the --workdir of a pretraining run')
-  task = build.task(config)
-  graphdef, abstract = nnx.split(nnx.eval_shape(build.model_creator(config)))
+  task = assemble.task(config)
+  graphdef, abstract = nnx.split(nnx.eval_shape(assemble.model_creator(config)))
   images = _read(files, config) if files else _evaluation_images(config)
   restored = load_params(workdir, nnx.to_pure_dict(abstract))
   pictures = reconstruction.Reconstructor(
@@ -71,7 +71,7 @@ def _run_directory(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _read(files: list[str], config: ml_collections.ConfigDict) -> np.ndarray:
-  transform = transforms.eval_transform(build.image_size(config), config.data.eval_crop)
+  transform = transforms.eval_transform(assemble.image_size(config), config.data.eval_crop)
   images = []
   for file in files:
     try:

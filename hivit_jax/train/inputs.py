@@ -1,4 +1,4 @@
-"""From a config to examples and batches; apart from `build`, so that a benchmark needs no data."""
+"""From a config to examples and batches; not in `assemble`, so that a benchmark needs no data."""
 
 import logging
 import re
@@ -12,8 +12,8 @@ from hivit_jax.data import loader, transforms
 from hivit_jax.data.sources import base
 from hivit_jax.data.sources.relabelled import Relabelled
 from hivit_jax.errors import UserError
-from hivit_jax.train import build
-from hivit_jax.train.build import image_size
+from hivit_jax.train import assemble
+from hivit_jax.train.assemble import image_size
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def open_source(config: ml_collections.ConfigDict, split: str) -> Any:
 
 def set_num_classes(config: ml_collections.ConfigDict, source: Any) -> None:
   """Settles `config.model.num_classes` by a source; raises UserError if they do not agree."""
-  if build.is_pretraining(config):
+  if assemble.is_pretraining(config):
     return
   count = source.num_classes
   if not count:

@@ -19,7 +19,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.planning import costs, hlo, plan, roofline
 from hivit_jax.planning.collectives import Collective, collectives
 from hivit_jax.tools.plan import format_report
-from hivit_jax.train import build, optim, sharding, step
+from hivit_jax.train import assemble, optim, sharding, step
 from tests import patience
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def plans() -> dict:
     config.mesh.fsdp = fsdp
     reports[f'fsdp={fsdp}'] = plan.plan(config, jax.devices())
   graphdef, optimizer, abstract = step.abstract_state(
-    build.model_creator(config), build.optimizer(config), sharding.make_mesh(1)
+    assemble.model_creator(config), assemble.optimizer(config), sharding.make_mesh(1)
   )
   del graphdef
   trained, _ = optim.split(abstract['params'], optimizer.trained)

@@ -12,7 +12,7 @@ import ml_collections
 
 from hivit_jax.data import randaugment, transforms
 from hivit_jax.errors import UserError, flag
-from hivit_jax.train import build, schedules
+from hivit_jax.train import assemble, schedules
 
 _Test = Callable[[Any], bool]
 
@@ -116,7 +116,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       value = _get(config, key)
       if value is not None and not _holds(test, value):
         raise UserError(f'config.{key}={value}: expected {expected}')
-  config.image_size = build.image_size(config)
+  config.image_size = assemble.image_size(config)
   if config.optim.warmup_epochs >= config.epochs:
     raise UserError(
       f'config.optim.warmup_epochs={config.optim.warmup_epochs} is not shorter than '

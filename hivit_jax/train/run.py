@@ -19,7 +19,7 @@ from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.reporting.run_info import config_changes, write_run_info
 from hivit_jax.runtime import distributed, host_memory, lock, watchdog
 from hivit_jax.runtime.signals import Interrupted, StopSignals
-from hivit_jax.train import build, hints, hooks, inputs, loop, memory, settings, sharding, step
+from hivit_jax.train import assemble, hints, hooks, inputs, loop, memory, sharding, step, validate
 from hivit_jax.train.checkpoint import Checkpoints, Restored
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
       nothing was changed then; or a disk that is full.
     Stopped: after SIGTERM or SIGINT, with a checkpoint saved.
   """
-  host_memory.keep_freed_memory(one_arena=build.is_large(config))
+  host_memory.keep_freed_memory(one_arena=assemble.is_large(config))
   primary = distributed.primary()
   setup_logging(primary)
   check_local(workdir)
@@ -118,7 +118,7 @@ def _set_up(
 ) -> dict[str, Any] | None:
   """Makes the arguments of `loop.run`, or None if the run is finished; `stack` closes them."""
   primary = distributed.primary()
-  settings.check(config)
+  validate.check(config)
   ignored = hints.without_effect(config)
   if ignored and primary:
     _log.warning('settings without effect in this run: %s', ', '.join(ignored))
@@ -126,16 +126,16 @@ def _set_up(
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
   memory.check_images(mesh, config.image_size, config.channels, config.batch_size)
   check_evaluation_batch(config, mesh)
-  build.task(config)  # what is wrong with it is said before data are looked for
+  assemble.task(config)  # what is wrong with it is said before data are looked for
   with distributed.primary_first():  # embedded data sets are prepared
     train_source = inputs.open_source(config, config.data.train_split)
     eval_source = inputs.open_source(config, config.data.eval_split)
   inputs.set_num_classes(config, train_source)
-  if not build.is_pretraining(config):
+  if not assemble.is_pretraining(config):
     inputs.check_classes(train_source.class_names, config.data.train_split, eval_source)
     inputs.check_labels(train_source)
-  steps = build.Steps(len(train_source), config.batch_size)
-  task, graphdef, optimizer, abstract, train_step = build.training(
+  steps = assemble.Steps(len(train_source), config.batch_size)
+  task, graphdef, optimizer, abstract, train_step = assemble.training(
     config, mesh, epochs_per_step=steps.epochs_per_step
   )
   memory.check_state(mesh, dict(abstract))
@@ -171,7 +171,7 @@ def _set_up(
         'one: --config.init=WORKDIR'
       )
     state = step.init_state(
-      build.initial_model(config, train_source.class_names), optimizer, abstract
+      assemble.initial_model(config, train_source.class_names), optimizer, abstract
     )
     _log_overview(state['params'])
   if primary:
@@ -179,7 +179,7 @@ def _set_up(
   _log.info(
     '%s step %d of %d: %s, %d training examples of %s, %d evaluation examples, %s on %d x %s',
     'resuming at' if restored else 'starting at', start, total, config.model.name,
-    len(train_source), train_source.name, len(eval_source), build.compute_dtype(config),
+    len(train_source), train_source.name, len(eval_source), assemble.compute_dtype(config),
     mesh.size, mesh.devices.flat[0].device_kind,
   )  # fmt: skip
   told: set[str] = set()  # broken images of evaluations, so that each is named once
@@ -242,7 +242,7 @@ def _warn_of_changes(
   restored: Restored,
   directory: pathlib.Path,
   config: ml_collections.ConfigDict,
-  steps: build.Steps,
+  steps: assemble.Steps,
   total: int,
 ) -> None:
   """Says what differs from the run that saved the checkpoint, and what that does."""
@@ -281,7 +281,7 @@ def _report(
   if picture:
     lines.append(f'reconstructions: {picture}')
   lines.append(f'curves: tensorboard --logdir={shlex.quote(str(directory))}/tensorboard')
-  pretrained = build.is_pretraining(config)
+  pretrained = assemble.is_pretraining(config)
   tool = 'reconstruct' if pretrained else 'predict'
   more = '--images=PICTURE.jpg --mask_ratio=0.6' if pretrained else 'PICTURE.jpg'
   lines.append(f'next, try your own pictures: {python} -m hivit_jax.tools.{tool} {workdir} {more}')

@@ -62,11 +62,11 @@ def main(argv: list[str]) -> None:
   file, _, variant = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
   name = '_'.join(filter(None, (pathlib.Path(file).stem, variant)))
   default = f'workdirs/{name}'
+  given = cli.given_settings(sys.argv)
   if _MODE.value == 'evaluate':
-    given = cli.given_settings(sys.argv)
     evaluation.evaluate(_CONFIG.value, _WORKDIR.value, default, given)
   else:
-    run.run(_CONFIG.value, _WORKDIR.value or default)
+    run.run(_CONFIG.value, _WORKDIR.value or default, given)
 
 
 if __name__ == '__main__':

@@ -83,10 +83,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.name = 'adamw'  # or lars
   config.optim.base_lr = 1e-4  # per 256 images of batch_size: lr = base_lr * batch_size / 256
   config.optim.lr = config_dict.placeholder(float)  # peak; instead of base_lr
-  config.optim.base_end_lr = 0.0  # after the cosine, per 256 images, too
-  config.optim.end_lr = config_dict.placeholder(float)  # for any batch; instead of base_end_lr
+  config.optim.base_end_lr = 0.0  # final rate of the cosine, per 256 images
+  config.optim.end_lr = config_dict.placeholder(float)  # for any batch; replaces base_end_lr
   config.optim.base_warmup_start_lr = 0.0  # at the first step, per 256 images
-  config.optim.warmup_start_lr = config_dict.placeholder(float)  # for any batch, instead
+  config.optim.warmup_start_lr = config_dict.placeholder(float)  # for any batch; replaces it
   config.optim.warmup_epochs = 40.0  # of linear rise, part of `epochs`
   config.optim.schedule = 'cosine'  # after the warmup; or multistep
   # Does the cosine start after the warmup? If not, it counts from epoch 0: the warmup hides its
@@ -99,7 +99,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.eps = 1e-8  # of AdamW
   config.optim.momentum = 0.9  # of LARS
   config.optim.layer_decay = config_dict.placeholder(float)  # of the rate, block by block; None: 1
-  config.optim.layer_decay_of = 'rate'  # the whole curve; peak: all start and end alike
+  config.optim.layer_decay_of = 'rate'  # scales the whole curve; peak: only the peak
   config.optim.weight_decay = 0.05  # times the learning rate; not of biases and LayerNorms
   config.optim.clip_norm = config_dict.placeholder(float)  # of the global gradient; None: off
 
@@ -161,7 +161,8 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.optim.layer_decay_of = 'rate'
     if config.optim.layer_decay:
       config.optim.layer_decay = 0.8
-    config.augment.mix_group = 8
+    if config.augment.mixup or config.augment.cutmix:
+      config.augment.mix_group = 8
   config.init = None
   config.data.update(name='digits', train_split='train[:64]', eval_split='test[:32]')
   config.log_every_steps = 1
@@ -225,8 +226,8 @@ def supervised(
 ) -> ml_collections.ConfigDict:
   """Training from scratch: Table 2 of arXiv 2205.14949, and the recipe of Swin, which it follows.
 
-  Of Swin it is the code of the published weights: since October 2022 its cosine starts after the
-  warmup (`config.optim.warmup_prefix`).
+  The Swin recipe is that of the code behind the published weights: since October 2022 its cosine
+  starts after the warmup (`config.optim.warmup_prefix`).
 
   Args:
     size: tiny, small or base; of Swin also a step of the ladder, such as base_global.
@@ -257,7 +258,7 @@ def finetune(
   mix_group: int = 64,
   **optim,
 ) -> ml_collections.ConfigDict:
-  """Finetuning after MAE, by default of what `mae_<model>_<size>.py` left.
+  """Finetuning after MAE, by default from the weights of `mae_<model>_<size>.py`.
 
   Args:
     size: tiny, small, base or large.

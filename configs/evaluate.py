@@ -3,7 +3,7 @@
   python main.py --config=configs/evaluate.py --mode=evaluate --workdir=WORKDIR
   python main.py --config=configs/evaluate.py --mode=evaluate --config.init=hivit_base.pth
 
-A run is evaluated as it evaluated itself: model, image size, data, crop and k-NN settings are its
+A run is evaluated with its own settings: model, image size, data, crop and k-NN settings are its
 own, unless a flag such as --config.data.eval_split=... says otherwise. Files exported here bring
 model, image size and pixel statistics; of files of other code the model is inferred.
 

@@ -294,6 +294,4 @@ def test_an_autoencoder_has_no_accuracy(runs, finished):
     runs, 'evaluate.py', '--mode=evaluate', f'--workdir={finished.workdir}',
     **{'knn.every_epochs': 0},
   )  # fmt: skip
-  assert 'nothing to evaluate but its features, with --config=configs/evaluate.py:knn' in _error(
-    done
-  )
+  assert 'evaluate its features with --config=configs/evaluate.py:knn' in _error(done)

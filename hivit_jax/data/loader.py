@@ -35,6 +35,7 @@ from hivit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
+PREFETCH = 2  # Batches that are ready before they are asked for.
 MAX_THREADS = 16  # More of them would mostly wait for the interpreter lock: use worker processes.
 TRUSTED_SAMPLE = 1000  # Examples to be seen before a share of broken ones is taken at face value.
 ENDLESS = 2**38  # Steps; positions stay below 2**62.
@@ -53,7 +54,7 @@ def train_loader(
   channels: int = 3,
   num_threads: int | None = None,
   num_workers: int = 0,
-  prefetch: int = 2,
+  prefetch: int = PREFETCH,
   max_broken_fraction: float = 0.01,
 ) -> 'Loader':
   """Returns this host's batches of the training stream, beginning with `start_step`.
@@ -110,7 +111,7 @@ def eval_loader(
   channels: int = 3,
   num_threads: int | None = None,
   num_workers: int = 0,
-  prefetch: int = 2,
+  prefetch: int = PREFETCH,
   max_broken_fraction: float = 0.01,
   told: set[str] | None = None,
 ) -> 'Loader':

@@ -109,7 +109,7 @@ def load_into(
   values, report = fit(model, state, partial=partial, image_size=image_size, redraw=redraw)
   if bad := files.not_finite({'.'.join(path): value for path, value in values.items()}):
     _log.warning(
-      '%s: %d parameters hold NaN or infinite numbers, the first is %s; the model will, too',
+      '%s: %d parameters hold NaN or infinite numbers, the first is %s, and so will the model',
       state.source, len(bad), bad[0],
     )  # fmt: skip
   params = nnx.state(model)

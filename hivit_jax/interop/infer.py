@@ -38,7 +38,7 @@ class Described(NamedTuple):
   Attributes:
     name: of the model.
     arguments: of its class.
-    guessed: which of the arguments nothing says; they have the value of the published models.
+    guessed: arguments that nothing determines; they have the values of the published models.
   """
 
   name: str

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hivit_jax.errors import UserError
+from hivit_jax.errors import UserError, flag
 from hivit_jax.interop import carried, infer
 from hivit_jax.interop.files import StateDict
 
@@ -131,14 +131,18 @@ def _cause(
     return str(error)
   if base != infer.architecture(wanted):
     return f'This is {described.name}, which is another kind of model'
+  differ = {}
   for key in ('embed_dim', 'depth', 'depths', 'stem_blocks'):
     ours = getattr(getattr(model, 'encoder', model), key, None)
     theirs = described.arguments.get(key, ours if key == 'stem_blocks' else None)
     if ours is not None and theirs != ours:
-      return (
-        f'The checkpoint has {key}={theirs}, the model {ours}: create the model with '
-        f'{described.name}, {key}={theirs}'
-      )
+      differ[key] = theirs, ours
+  if 'depths' in differ and 'stem_blocks' not in described.arguments:
+    differ.pop('stem_blocks', None)  # follows from the depths
+  if differ:
+    settings = ', '.join(f'{key}={theirs}, not {ours}' for key, (theirs, ours) in differ.items())
+    flags = ' '.join(flag(f'model.{key}', theirs) for key, (theirs, _) in differ.items())
+    return f'The weights have {settings}: create the model so, or start with {flags}'
   if there != infer.family(wanted) and not partial:
     # Of ViT and Swin there is no model without a head.
     whole = (there != 'backbone' or base == 'hivit') and not _other_decoder(state)

@@ -118,7 +118,7 @@ def _size(key: str, value: Any) -> tuple[int, int]:
 
 def _check_dtype(dtype: Any) -> None:
   try:
-    known = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    known = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
   except TypeError:
     known = False
   if not known:

@@ -165,7 +165,7 @@ class Attention(nnx.Module):
     table_init: Callable = _normal,
   ):
     if features % heads:
-      raise UserError(f'{features} channels cannot be split into {heads} heads')
+      raise UserError(f'num_heads={heads} does not divide {features} channels')
     self.heads = heads
     self.grid = grid
     self.qkv = linear(features, 3 * features, rngs=rngs, dtype=dtype)

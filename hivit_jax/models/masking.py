@@ -134,6 +134,12 @@ class MaskedDecoder:
     dtype: Any,
   ) -> None:
     kept_units(self.grid[0] * self.grid[1], mask_ratio)  # a bad ratio fails here, not in a step
+    if embed_dim % 4:
+      raise UserError(f'decoder_embed_dim={embed_dim} is not a multiple of 4')
+    if embed_dim % num_heads:
+      raise UserError(
+        f'decoder_num_heads={num_heads} does not divide decoder_embed_dim={embed_dim}'
+      )
     self.mask_ratio = mask_ratio
     self.norm_pix_loss = norm_pix_loss
     options = {'rngs': rngs, 'dtype': dtype}

@@ -215,6 +215,9 @@ class SwinEncoder(layers.StochasticDepth, nnx.Module):
     global_stages: int = 0,
     masked: bool = False,
   ):
+    for key, value in (('depths', depths), ('num_heads', num_heads)):
+      if isinstance(value, int) or len(value) != len(depths):
+        raise UserError(f'{key}={value}: expected one number for each stage of depths={depths}')
     if scan:
       raise UserError('Swin takes no scan=True: every second block is shifted')
     stride = PATCH * 2 ** (len(depths) - 1)

@@ -94,7 +94,7 @@ class Neighbours:
       temperature: of the votes; small: the nearest decide.
 
     Returns:
-      (Q,) int32 predicted labels.
+      (Q,) int32 predicted labels; -1 for queries without neighbours, such as NaN.
     """
     if self._filled:
       self._merge()
@@ -141,6 +141,7 @@ def _vote(similarities, labels, num_classes, temperature):
     # has less than k, are infinitely far away and weigh nothing.
     weights = jnp.exp((top - top.max(axis=1, keepdims=True)) / temperature)
     votes = jax.nn.one_hot(labels, num_classes) * weights[..., None]  # (rows, k, classes)
-    return votes.sum(axis=1).argmax(axis=-1)
+    found = jnp.isfinite(top).any(axis=1)  # not so for NaN features or an empty bank
+    return jnp.where(found, votes.sum(axis=1).argmax(axis=-1), -1)
 
   return jax.lax.map(vote, (similarities, labels))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -128,13 +127,11 @@ def model_creator(config: ml_collections.ConfigDict, device: Any = None) -> Call
     try:
       return models.create_model(config.model.name, seed=config.seed, **arguments)
     except UserError as error:  # models know their arguments, not where these come from
-      own = '|'.join(key for key in config.model if key != 'name')
-      name = rf'\b(?:(image_size|channels)|({own}))\b'
-
-      def setting(match: re.Match) -> str:
-        return f'config.{match[1]}' if match[1] else f'config.model.{match[2]}'
-
-      raise UserError(re.sub(name, setting, str(error), count=1)) from error
+      culprit = str(error).split('=')[0].split(' ')[0]
+      section = (
+        'config.' if culprit in config else 'config.model.' if culprit in config.model else ''
+      )
+      raise UserError(f'{section}{error}') from error
 
   return create
 
@@ -182,8 +179,7 @@ def _redrawn(
     return dict.fromkeys(('head.weight', 'head.bias'), 'the file is for other classes')
   if not names:
     _log.info(
-      '%s has no class names, and %d classes as the data: its head is taken for one of the same '
-      'classes%s',
+      '%s has no class names but as many classes as the data, %d: assuming they are the same%s',
       state.source, len(head), ', though its weight is drawn anew' if result else '',
     )  # fmt: skip
   return result
@@ -209,6 +205,10 @@ def infer_model(
     config.image_size = size
   described = carried.model_of(state, image_size=image_size(config), **known)
   name = described.name.removeprefix('backbone_')  # pooled, its features are those of a classifier
+  if 'model.name' in given and config.model.name != name:
+    raise UserError(
+      f'config.model.name={config.model.name}, but {state.source} is for {name}; leave it out'
+    )
   if name not in models.MODELS:
     raise UserError(f'{state.source} is for the model "{name}", which is none of those here')
   cls = models.MODELS[name][0]
@@ -237,7 +237,8 @@ def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:
   if name is None:
     raise UserError(
       'config.model.name is not set; hivit_jax.list_models() has the names, such as '
-      f'{flag("model.name", fitting[0])}. configs/evaluate.py goes with --mode=evaluate'
+      f'{flag("model.name", fitting[0])}. To evaluate weights: '
+      '--config=configs/evaluate.py --mode=evaluate'
     )
   if not issubclass(models.MODELS.get(name, (wanted,))[0], wanted):
     size = name.rsplit('_', 1)[-1]

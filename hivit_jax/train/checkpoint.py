@@ -286,10 +286,9 @@ class Checkpoints:
     """Removes what a failed save has left: a full disk needs the room."""
     if not self._primary:
       return
-    # Other threads of Orbax's do not know yet that it has failed, and create what was removed.
-    deadline = quiet_since = time.monotonic()
-    deadline += _ABANDON_SECONDS
-    while time.monotonic() < min(deadline, quiet_since + _QUIET_SECONDS):
+    # Other Orbax threads do not know yet that the save has failed, and recreate what was removed.
+    start = quiet_since = time.monotonic()
+    while time.monotonic() < min(start + _ABANDON_SECONDS, quiet_since + _QUIET_SECONDS):
       if self._remove_unfinished(str(step)):
         quiet_since = time.monotonic()
       time.sleep(_QUIET_SECONDS / 10)

@@ -33,7 +33,7 @@ def evaluate(
   """Evaluates weights and prints the metrics as JSON.
 
   Weights are those of the newest checkpoint in `workdir` or, without one, of a run in
-  `default_workdir`, else of `config.init`. A run is evaluated as it evaluated itself: its
+  `default_workdir`, else of `config.init`. A run is evaluated with its own settings: its
   checkpoint's config replaces `config` except for what is `given`. Converted weights bring their
   model, image size and pixel statistics in the same way. For files of other code the config
   decides; if it names no model, names and shapes tell it.
@@ -62,7 +62,9 @@ def _evaluate(
   given: Collection[str],
 ) -> dict[str, float]:
   trained = pathlib.Path(default_workdir, 'checkpoints').exists() and config.model.name is not None
-  path = workdir or (default_workdir if trained else config.init)
+  if workdir and config.init and 'init' in given:
+    raise UserError(f'--workdir={workdir} and --config.init={config.init}: give one of them')
+  path = workdir or (config.init if 'init' in given or not trained else default_workdir)
   if not path:
     raise UserError('what to evaluate? Give --workdir=DIRECTORY or --config.init=FILE')
   run.check_local(path)
@@ -99,7 +101,7 @@ def _evaluate(
   ]
   if not evaluations:
     raise UserError(
-      f'{state.source} is {config.model.name}: nothing to evaluate but its features, with '
+      f'{state.source} is {config.model.name}, which has no classifier; evaluate its features with '
       '--config=configs/evaluate.py:knn or --config.knn.every_epochs=1'
     )
   metrics: dict[str, float] = {}
@@ -145,4 +147,4 @@ def _as_trained(
     if theirs[key] != own[key]
   ]
   if other:
-    _log.info('other than in the run, as the command line says: %s', '; '.join(other))
+    _log.info('overridden on the command line: %s', '; '.join(other))

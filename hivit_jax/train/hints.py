@@ -1,6 +1,6 @@
 """What a person may want to change in a config, as flags that can be copied."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import ml_collections
@@ -22,7 +22,7 @@ def _no_pictures(config: _Config) -> str | None:
 
 def _no_choice(config: _Config) -> str | None:
   both = config.augment.mixup and config.augment.cutmix
-  return None if both else 'it chooses between augment.mixup and augment.cutmix'
+  return None if both else 'used only with both augment.mixup and augment.cutmix'
 
 
 # Settings with their defaults, and why nothing reads them in a config; None: something does.
@@ -36,6 +36,22 @@ _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] 
   ),
   ({'pictures.every_epochs': 20.0}, _no_pictures),
   ({'augment.switch_probability': 0.5}, _no_choice),
+  (
+    {'augment.mix_group': None},
+    lambda c: None if c.augment.mixup or c.augment.cutmix else 'no augment.mixup or augment.cutmix',
+  ),
+  (
+    {'optim.milestones': (), 'optim.milestone_factor': 0.1},
+    lambda c: None if c.optim.schedule == 'multistep' else f'optim.schedule={c.optim.schedule}',
+  ),
+  (
+    {'optim.base_end_lr': 0.0, 'optim.end_lr': None, 'optim.warmup_prefix': True},
+    lambda c: None if c.optim.schedule == 'cosine' else f'optim.schedule={c.optim.schedule}',
+  ),
+  (
+    {'optim.layer_decay_of': 'rate'},
+    lambda c: 'optim.layer_decay=None' if c.optim.layer_decay is None else None,
+  ),
   (
     {'augment.color_jitter': 0.0},
     lambda c: f'augment.rand_augment={c.augment.rand_augment}' if c.augment.rand_augment else None,
@@ -53,15 +69,24 @@ _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] 
 )
 
 
-def without_effect(config: _Config) -> list[str]:
-  """Settings that were changed from their defaults and that training does not read, with why."""
-  return [
-    f'{key}={value} ({why})'
+def without_effect(config: _Config, given: Collection[str] = ()) -> list[str]:
+  """Settings that training does not read, with why.
+
+  Args:
+    config: see configs/base.py; of its settings those count that differ from their defaults.
+    given: dotted settings on the command line, which count whatever their values are.
+  """
+  unread = {
+    key: why
     for defaults, reason in _READERS
     if (why := reason(config)) is not None
     for key, default in defaults.items()
-    if (value := _get(config, key)) != default
-  ]
+    if _get(config, key) != default
+  }
+  for key in ('lr', 'end_lr', 'warmup_start_lr'):
+    if f'optim.base_{key}' in given and config.optim[key] is not None:
+      unread[f'optim.base_{key}'] = f'optim.{key}={config.optim[key]}'
+  return [f'{key}={_get(config, key)} ({why})' for key, why in unread.items()]
 
 
 def for_memory(config: _Config) -> str:

@@ -35,7 +35,7 @@ def set_num_classes(config: ml_collections.ConfigDict, source: Any) -> None:
   if not count:
     raise UserError(
       f'{source.name} ({source.split}) has no class folders, and config.task="{config.task}" needs '
-      'classes: <root>/<split>/<class>/*.jpg; pretraining does without'
+      'classes: <root>/<split>/<class>/*.jpg; pretraining does not need them'
     )
   config.model.num_classes = config.model.num_classes or count
   if config.model.num_classes < count:
@@ -71,6 +71,11 @@ def with_classes_of(names: Sequence[str] | None, count: int, where: str, source:
     UserError: the model does not have the source's classes, as far as can be known.
   """
   own = source.class_names
+  if not own:
+    raise UserError(
+      f'{source.name} ({source.split}) has no class folders to compare predictions with '
+      '(<root>/<split>/<class>/*.jpg); choose another --config.data.eval_split'
+    )
   if not names and count == _IMAGENET_CLASSES and all(map(_SYNSET.fullmatch, own)):
     # Here: TFDS is slow to import.
     from hivit_jax.data.builders import imagenet_files
@@ -85,7 +90,7 @@ def with_classes_of(names: Sequence[str] | None, count: int, where: str, source:
         '(configs/finetune_hivit_b.py, --config.init)'
       )
     _log.warning(
-      '%s has no class names: its %d classes are taken for the %d of %s (%s), in the same order',
+      '%s has no class names: assuming its %d classes are the %d of %s (%s), in the same order',
       where, count, len(own), source.name, source.split,
     )  # fmt: skip
     return source
@@ -95,7 +100,7 @@ def with_classes_of(names: Sequence[str] | None, count: int, where: str, source:
   if not all(name in index for name in own):
     raise _other_classes(names, where, source)
   _log.info(
-    'the %d classes of %s (%s) are found by name among the %d of %s; answers among all %d count',
+    'the %d classes of %s (%s) are found by name among the %d of %s; predictions are over all %d',
     len(own), source.name, source.split, len(names), where, count,
   )  # fmt: skip
   return Relabelled(source, [index[name] for name in own], names)

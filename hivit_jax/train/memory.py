@@ -15,9 +15,17 @@ _GIGABYTE = 1e9
 
 
 def check_images(
-  mesh: Mesh, image_size: tuple[int, int], channels: int, batch_size: int, key: str = 'batch_size'
+  mesh: Mesh,
+  image_size: tuple[int, int],
+  channels: int,
+  batch_size: int,
+  key: str = 'batch_size',
+  *,
+  prefetched: int = 0,
 ) -> None:
-  """UserError if the devices have no room for one batch of uint8 images, whatever the model is.
+  """UserError if there is no room for batches of uint8 images, whatever the model is.
+
+  Each device holds one batch. On CPUs those that the loader has prefetched are in the same memory.
 
   Args:
     mesh: the devices.
@@ -25,9 +33,11 @@ def check_images(
     channels: of the images.
     batch_size: over all devices.
     key: the setting that it comes from.
+    prefetched: batches that the host holds meanwhile.
   """
-  one = math.prod(image_size) * channels
   room = host_memory.available(mesh.local_devices)
+  copies = 1 + prefetched if mesh.devices.flat[0].platform == 'cpu' else 1
+  one = copies * math.prod(image_size) * channels
   own = batch_size // mesh.size * one
   if room is None or own <= room:
     return
@@ -37,7 +47,7 @@ def check_images(
   raise UserError(
     f'config.{key}={batch_size} images of config.image_size={height},{width} take '
     f'{own / _GIGABYTE:.1f} GB on each of {mesh.size} x {_kind(mesh)}, where '
-    f'{room / _GIGABYTE:.1f} GB are to be had; try {smaller}a smaller --config.image_size'
+    f'only {room / _GIGABYTE:.1f} GB are available; try {smaller}a smaller --config.image_size'
   )
 
 
@@ -63,7 +73,7 @@ def check_state(mesh: Mesh, state: Mapping[str, Any]) -> None:
   ]
   raise UserError(
     f'the training state takes {needed / _GIGABYTE:.1f} GB ({", ".join(parts)}) on each of '
-    f'{mesh.size} x {_kind(mesh)}, where {room / _GIGABYTE:.1f} GB are to be had; what helps: '
+    f'{mesh.size} x {_kind(mesh)}, where only {room / _GIGABYTE:.1f} GB are available; what helps: '
     f'{", ".join(ways)}'
   )
 

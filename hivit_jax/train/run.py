@@ -6,12 +6,13 @@ import logging
 import pathlib
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import ml_collections
 
+from hivit_jax.data.loader import PREFETCH
 from hivit_jax.errors import Stopped, UserError
 from hivit_jax.interop import torch_names
 from hivit_jax.reporting.console import Progress, setup_logging
@@ -27,12 +28,13 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ORDER = {'seed', 'batch_size', 'data.name', 'data.train_split'}  # settings that decide who is next
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+def run(config: ml_collections.ConfigDict, workdir: str, given: Collection[str] = ()) -> None:
   """Trains as the config says, from the newest checkpoint in `workdir` if there is one.
 
   Args:
     config: see configs/base.py.
     workdir: directory of everything that the run leaves; created if needed.
+    given: dotted settings on the command line, for `hints.without_effect`.
 
   Raises:
     UserError: a setting, data set or checkpoint that does not fit, or another run in `workdir`:
@@ -53,7 +55,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   ):
     try:
       with signals.interruptible():
-        training = _set_up(config, directory, stack)
+        training = _set_up(config, directory, stack, given)
     except Interrupted:
       raise Stopped(
         f'{signals.received}: stopped before training began; the same command starts again'
@@ -114,17 +116,20 @@ def told_of_full_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
 
 
 def _set_up(
-  config: ml_collections.ConfigDict, directory: pathlib.Path, stack: contextlib.ExitStack
+  config: ml_collections.ConfigDict,
+  directory: pathlib.Path,
+  stack: contextlib.ExitStack,
+  given: Collection[str],
 ) -> dict[str, Any] | None:
   """Makes the arguments of `loop.run`, or None if the run is finished; `stack` closes them."""
   primary = distributed.primary()
   validate.check(config)
-  ignored = hints.without_effect(config)
+  ignored = hints.without_effect(config, given)
   if ignored and primary:
     _log.warning('settings without effect in this run: %s', ', '.join(ignored))
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
-  memory.check_images(mesh, config.image_size, config.channels, config.batch_size)
+  _check_images(config, mesh, 'batch_size')
   check_evaluation_batch(config, mesh)
   assemble.task(config)  # what is wrong with it is said before data are looked for
   with distributed.primary_first():  # embedded data sets are prepared
@@ -215,9 +220,15 @@ def _set_up(
 def check_evaluation_batch(config: ml_collections.ConfigDict, mesh: Any) -> None:
   """UserError if batches of evaluations cannot be split over the devices, or do not fit there."""
   if config.evaluation.every_epochs or config.knn.every_epochs:
-    size, key = config.evaluation.batch_size, 'evaluation.batch_size'
-    sharding.check_batch_size(size, mesh, key=key)
-    memory.check_images(mesh, config.image_size, config.channels, size, key)
+    key = 'evaluation.batch_size'
+    sharding.check_batch_size(config.evaluation.batch_size, mesh, key=key)
+    _check_images(config, mesh, key)
+
+
+def _check_images(config: ml_collections.ConfigDict, mesh: Any, key: str) -> None:
+  size = dict(validate.dotted(config))[key]
+  channels = config.channels
+  memory.check_images(mesh, config.image_size, channels, size, key, prefetched=PREFETCH)
 
 
 def _restore(

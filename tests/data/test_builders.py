@@ -287,8 +287,8 @@ def test_a_tar_that_was_cut_off_anywhere_is_noticed(tmp_path, which, listed):
     with pytest.raises(UserError) as error:
       prepared_imagenet(tmp_path, **{which: tar})
     message = re.fullmatch(
-      rf'{tar} is damaged or cut off \((?:unexpected end of data|no end mark)\): it has '
-      r'0\.0\d\d GB, and (\d+) images until there(, the last \w+\.JPEG)?; download it again',
+      rf'{tar} is damaged or truncated \((?:unexpected end of data|no end mark)\): it ends after '
+      r'0\.0\d\d GB and (\d+) images(, the last one \w+\.JPEG)?; download it again',
       str(error.value),
     )
     assert message, error.value

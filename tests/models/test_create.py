@@ -61,11 +61,14 @@ def test_all_of_a_model_has_the_attention_asked_for(name):
     ('hivit_tiny', {'dtype': 'bf16'}, "dtype='bf16': expected float32 or bfloat16"),
     ('hivit_tiny', {'dtype': 'int32'}, "dtype='int32': expected float32 or bfloat16"),
     ('hivit_tiny', {'embed_dim': 90}, 'embed_dim must be a multiple of 4, got 90'),
-    ('hivit_tiny', {'num_heads': 5}, '384 channels cannot be split into 5 heads'),
+    ('hivit_tiny', {'num_heads': 5}, 'num_heads=5 does not divide 384 channels'),
     ('hivit_tiny', {'drop_path_rate': 1.0}, 'drop_path_rate .* below 1, got 1.0'),
     ('hivit_tiny', {'drop_path_rate': -0.1}, 'drop_path_rate .* below 1, got -0.1'),
     ('mae_hivit_tiny', {'image_size': 16}, 'mask_ratio 0.75 keeps 0 of 1 units'),
-    ('mae_hivit_tiny', {'decoder_num_heads': 7}, '512 channels cannot be split into 7 heads'),
+    ('mae_hivit_tiny', {'decoder_num_heads': 7}, 'decoder_num_heads=7 does not divide decoder_emb'),
+    ('mae_hivit_tiny', {'decoder_embed_dim': 30}, 'decoder_embed_dim=30 is not a multiple of 4'),
+    ('swin_tiny', {'num_heads': 3}, 'num_heads=3: expected one number for each stage'),
+    ('hivit_tiny', {'dtype': None}, 'dtype=None: expected float32 or bfloat16'),
   ],
 )
 def test_mistakes_are_told_in_one_line(name, overrides, message):

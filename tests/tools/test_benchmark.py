@@ -19,7 +19,6 @@ def test_every_kind_of_step_is_measured(runs, config):
   for key in ('compile_seconds', 'step_ms', 'gflop_per_image', 'matmul_gflops', 'step_memory_mb'):
     assert report[key] > 0, key
   assert 0 < report['host_ms_fastest'] <= report['host_ms_per_step']
-  assert report['matmul_share'] > 0
   assert report['batch_size'] == 2
 
 
@@ -36,7 +35,6 @@ def test_steps_are_compared_in_turns(runs, tmp_path):
   assert (first['ratio'], first['ratio_range']) == (1, [1, 1])
   low, high = second['ratio_range']
   assert 0 < low <= second['ratio'] <= high
-  assert first['images_per_second'] > 0 < second['images_per_second']
   assert first['gflop_per_image'] != second['gflop_per_image']
   with Image.open(out / 'comparison.png') as picture:
     assert picture.width > picture.height > 300

@@ -89,7 +89,7 @@ def test_cudnn_is_for_nvidia_gpus_only():
       '',
       None,
       ['weight', 'bias'],
-      'has no class names, and 3 classes as the data: its head is tak',
+      'has no class names but as many classes as the data, 3',
     ),
     ('', 1e-5, ['bias'], r'no class names.* though its weight is drawn anew'),
     ('ant bee', None, [], r'new, not in the file: head\.bias, head\.weight'),

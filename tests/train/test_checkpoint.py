@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -554,21 +553,25 @@ def test_nothing_is_left_of_a_save_that_failed_while_other_threads_went_on(tmp_p
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, big_state(1), {}, wait=True)
     leftover = tmp_path / '2.writing.orbax-checkpoint-tmp'
+    clock, late = [0.0], [0.2, 0.4, 0.9]
 
-    def write_late():
-      for _ in range(3):
-        time.sleep(0.2)
-        leftover.mkdir(exist_ok=True)
+    def sleep(seconds):
+      clock[0] += seconds
+      if late and clock[0] >= late[0]:
+        late.pop(0)
+        leftover.mkdir()
         (leftover / 'data').write_text('')
 
     def save(*_):
-      threading.Thread(target=write_late).start()
+      monkeypatch.setattr(checkpoint.time, 'monotonic', lambda: clock[0])
+      monkeypatch.setattr(checkpoint.time, 'sleep', sleep)
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, '_orbax_save', save)
     with pytest.raises(UserError, match=r'No space left on device; .*/1 is kept'):
       checkpoints.save(2, big_state(2), {})
-  time.sleep(0.3)
+    monkeypatch.undo()
+  assert not late
   assert [path.name for path in tmp_path.iterdir()] == ['1']
 
 

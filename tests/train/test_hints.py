@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from configs import base, demo, finetune_hivit_b, linear_hivit_b, mae_hivit_b
+from configs import base, demo, finetune_hivit_b, linear_hivit_b, mae_hivit_b, simmim_swin_b
 from hivit_jax.train import hints
 from tests.runs import warnings_of
 from tests.test_configs import NAMES, load, variants
@@ -33,8 +33,12 @@ def test_no_config_has_a_setting_without_effect(name):
     (finetune_hivit_b, 'pictures.every_epochs', 1.0, 'task=classify'),
     (finetune_hivit_b, 'augment.color_jitter', 0.4, 'augment.rand_augment=rand-m9-mstd0.5-inc1'),
     (linear_hivit_b, 'optim.b1', 0.8, 'optim.name=lars'),
-    (linear_hivit_b, 'augment.switch_probability', 0.1, 'it chooses between augment.mixup and'),
+    (linear_hivit_b, 'augment.switch_probability', 0.1, 'used only with both augment.mixup and'),
     (demo, 'init_ema', True, 'init=None'),
+    (mae_hivit_b, 'augment.mix_group', 64, 'no augment.mixup or augment.cutmix'),
+    (mae_hivit_b, 'optim.milestones', (5.0,), 'optim.schedule=cosine'),
+    (simmim_swin_b, 'optim.warmup_prefix', False, 'optim.schedule=multistep'),
+    (mae_hivit_b, 'optim.layer_decay_of', 'peak', 'optim.layer_decay=None'),
   ],
 )
 def test_a_setting_that_nothing_reads_is_named_with_the_reason(module, setting, value, why):
@@ -42,6 +46,14 @@ def test_a_setting_that_nothing_reads_is_named_with_the_reason(module, setting, 
   config.update_from_flattened_dict({setting: value})
   (line,) = hints.without_effect(config)
   assert line.startswith(f'{setting}={value} ({why}')
+
+
+def test_a_rate_per_batch_beside_a_fixed_one_is_named_if_it_was_given():
+  config = demo.get_config()
+  assert config.optim.lr == 1e-3
+  assert hints.without_effect(config) == []
+  given = {'optim.base_lr', 'optim.base_end_lr'}
+  assert hints.without_effect(config, given) == ['optim.base_lr=0.0001 (optim.lr=0.001)']
 
 
 def test_what_is_read_is_not_named():

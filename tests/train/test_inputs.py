@@ -38,7 +38,9 @@ def test_a_part_of_imagenet_by_synsets_gets_the_official_labels(tmp_path, caplog
   assert (source.num_classes, len(source)) == (1000, 6)
   (record,) = caplog.records
   assert 'the 3 classes of folder:' in record.getMessage()
-  assert 'are found by name among the 1000 of FILE; answers among all 1000' in record.getMessage()
+  assert (
+    'are found by name among the 1000 of FILE; predictions are over all 1000' in record.getMessage()
+  )
 
 
 def test_all_of_imagenet_stays_as_it_is_without_a_word(tmp_path, caplog):
@@ -70,9 +72,7 @@ def test_as_many_classes_without_names_are_warned_of(tmp_path, caplog):
   assert inputs.with_classes_of(None, 2, 'FILE', source) is source
   (record,) = caplog.records
   assert record.levelname == 'WARNING'
-  assert record.getMessage().startswith(
-    'FILE has no class names: its 2 classes are taken for the 2'
-  )
+  assert record.getMessage().startswith('FILE has no class names: assuming its 2 classes are the 2')
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_a_state_that_does_not_fit_is_refused_with_its_parts_and_the_ways_out(mo
     memory.check_state(mesh, state)
   assert str(error.value).startswith(
     'the training state takes 12.0 GB (parameters 4.0, optimizer state 4.0, their average 4.0) on '
-    f'each of {mesh.size} x cpu, where 12.0 GB are to be had; what helps: '
+    f'each of {mesh.size} x cpu, where only 12.0 GB are available; what helps: '
   )
   assert '--config.ema_decay=None, a smaller --config.model.name' in str(error.value)
 
@@ -49,8 +49,12 @@ def test_what_is_split_over_devices_counts_by_its_share(monkeypatch):
 def test_images_that_do_not_fit_are_refused_with_the_batch_that_does(monkeypatch):
   mesh = sharding.make_mesh()
   batch = 8 * mesh.size
-  small_device(monkeypatch, 8 * 32 * 64 * 3)
+  small_device(monkeypatch, 3 * 8 * 32 * 64 * 3)
+  memory.check_images(mesh, (32, 64), 3, batch, prefetched=2)  # in the same memory
+  small_device(monkeypatch, 3 * 8 * 32 * 64 * 3 - 1)
   memory.check_images(mesh, (32, 64), 3, batch)
+  with pytest.raises(UserError, match=f'try --config.batch_size={7 * mesh.size} or a smaller'):
+    memory.check_images(mesh, (32, 64), 3, batch, prefetched=2)
   small_device(monkeypatch, 8 * 32 * 64 * 3 - 1)
   with pytest.raises(UserError, match=f'try --config.batch_size={7 * mesh.size} or a smaller'):
     memory.check_images(mesh, (32, 64), 3, batch)

@@ -199,10 +199,10 @@ def _whole_tar(path: Path, found: Sequence[str]) -> Iterator[tarfile.TarFile]:
       if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError('no end mark')
     except tarfile.TarError as error:
+      last = f', the last one {found[-1]}' if found else ''
       raise UserError(
-        f'{path} is damaged or cut off ({error}): it has {path.stat().st_size / 1e9:.3f} GB, and '
-        f'{len(found)} images until there{f", the last {found[-1]}" if found else ""}; download '
-        'it again'
+        f'{path} is damaged or truncated ({error}): it ends after '
+        f'{path.stat().st_size / 1e9:.3f} GB and {len(found)} images{last}; download it again'
       ) from None
 
 

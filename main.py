@@ -52,8 +52,9 @@ def main(argv: list[str]) -> None:
   if _CONFIG.value is None:
     raise UserError('which config? For a first run: --config=configs/demo.py')
   # Imported here: worker processes of the data pipeline import this file, and --help must be fast.
-  from hivit_jax.train import compilation_cache, distributed, evaluation, experiment
-  from hivit_jax.train.logging import setup_logging
+  from hivit_jax.reporting.console import setup_logging
+  from hivit_jax.runtime import compilation_cache, distributed
+  from hivit_jax.train import evaluation, run
 
   setup_logging()  # before JAX looks for other processes and devices, and says so
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
   if _MODE.value == 'evaluate':
     evaluation.evaluate(_CONFIG.value, _WORKDIR.value, default, given)
   else:
-    experiment.run(_CONFIG.value, _WORKDIR.value or default, given)
+    run.run(_CONFIG.value, _WORKDIR.value or default, given)
 
 
 if __name__ == '__main__':

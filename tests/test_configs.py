@@ -19,7 +19,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from configs import base
 from hivit_jax.errors import UserError
-from hivit_jax.train import build, experiment, hints, settings, sharding
+from hivit_jax.train import assemble, hints, sharding, validate
+from hivit_jax.train.run import run as train
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(file.stem for file in (ROOT / 'configs').glob('*.py') if file.stem != 'base')
@@ -110,7 +111,7 @@ def reads_of(config: ml_collections.ConfigDict, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(ml_collections.ConfigDict, '__getitem__', recorded_getitem)
     patch.setattr(ml_collections.ConfigDict, 'to_dict', silent(ml_collections.ConfigDict.to_dict))
-    patch.setattr(settings, 'check', silent(settings.check))
+    patch.setattr(validate, 'check', silent(validate.check))
     patch.setattr(hints, 'without_effect', silent(hints.without_effect))
     yield found
 
@@ -139,7 +140,7 @@ def debug_run(tmp_path_factory):
     config.data.data_dir = data_dir
     workdir = tmp_path_factory.mktemp(name)
     with reads_of(config, monkeypatch) as reads:
-      experiment.run(config, str(workdir))
+      train(config, str(workdir))
     return Run(workdir, config, reads)
 
   data_dir = str(tmp_path_factory.mktemp('data'))
@@ -209,8 +210,8 @@ def test_every_setting_has_a_comment():
 
 
 def test_what_may_be_none_is_none_by_default():
-  defaults = settings.dotted(base.get_config())
-  assert {key for key, value in defaults if value is None} == settings.OPTIONAL
+  defaults = validate.dotted(base.get_config())
+  assert {key for key, value in defaults if value is None} == validate.OPTIONAL
 
 
 @functools.cache
@@ -218,7 +219,7 @@ def count_parameters(model: str) -> int:
   """Of the model that a config's settings, as JSON, describe."""
   config = base.get_config()
   config.update(json.loads(model))
-  state = nnx.state(nnx.eval_shape(build.model_creator(config)))
+  state = nnx.state(nnx.eval_shape(assemble.model_creator(config)))
   return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 

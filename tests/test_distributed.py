@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from hivit_jax.train import distributed
+from hivit_jax.runtime import distributed
 from tests.runs import error_of, last_step, metrics, on_devices
 from tests.test_runs import folder_of_images
 
@@ -112,12 +112,12 @@ def test_of_three_processes_two_end_with_one_line_each(runs, tmp_path):
 
 _SLOW = """
 import sys, time
-from hivit_jax.train import checkpoint
-write = checkpoint._write_sums
+from hivit_jax.train import integrity
+write = integrity.write_sums
 def slow(path):
   time.sleep(8)  # longer than the patience with a process that fails
   write(path)
-checkpoint._write_sums = slow
+integrity.write_sums = slow
 sys.argv = sys.argv[1:]
 import runpy
 runpy.run_path(sys.argv[0], run_name='__main__')

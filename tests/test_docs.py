@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from hivit_jax.train import build
+from hivit_jax.train import assemble
 from tests.test_configs import PARAMETERS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def test_the_table_of_configs_is_that_of_the_configs():
     assert f'`{config.data.name}`' in data, file
     assert float(epochs.split(',')[0]) == config.epochs, file
     assert int(batch) == config.batch_size, file
-    assert build.schedule(config).lr == pytest.approx(float(lr)), file
+    assert assemble.schedule(config).lr == pytest.approx(float(lr)), file
 
 
 def test_python_in_the_readme_runs():

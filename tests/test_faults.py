@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hivit_jax.data.chunks import epoch_order
-from hivit_jax.data.folder import FolderSource
+from hivit_jax.data.sources.folder import FolderSource
+from hivit_jax.data.stream import epoch_order
 from hivit_jax.train.checkpoint import load_metadata
 from tests import soak
 from tests.runs import (

@@ -16,7 +16,7 @@ import hivit_jax
 from hivit_jax.data import randaugment, transforms
 from hivit_jax.interop import torch_names
 from hivit_jax.tasks import mixing
-from hivit_jax.train import build, inputs, optim, settings
+from hivit_jax.train import assemble, inputs, optim, validate
 from tests.helpers import GOLDEN
 
 _GOLDEN = json.loads((GOLDEN / 'recipes.json').read_text())
@@ -107,7 +107,7 @@ def load(name: str, changes: dict | None = None) -> ml_collections.ConfigDict:
   file, _, variant = name.partition(':')
   config = importlib.import_module(f'configs.{file}').get_config(variant or None)
   config.update_from_flattened_dict(changes or {})
-  settings.check(config)
+  validate.check(config)
   return config
 
 
@@ -124,7 +124,7 @@ def recipe(name: str) -> tuple[dict, ml_collections.ConfigDict]:
 def _abstract_model(arguments: str) -> nnx.Module:
   config = ml_collections.ConfigDict(json.loads(arguments))
   config.model.ignore_type()
-  return nnx.eval_shape(build.model_creator(config))
+  return nnx.eval_shape(assemble.model_creator(config))
 
 
 def abstract_model(config: ml_collections.ConfigDict) -> nnx.Module:
@@ -141,7 +141,7 @@ def test_every_official_run_is_compared_or_has_a_reason():
 @pytest.mark.parametrize('name', RECIPES)
 def test_learning_rates_at_every_epoch_and_of_every_layer(name):
   golden, config = recipe(name)
-  schedule = build.schedule(config)
+  schedule = assemble.schedule(config)
   epochs, scales = np.array(golden['epoch']), golden['layer_scales'] or {'head': 1.0}
   rates = golden['lr'] if golden['layer_scales'] else {'head': golden['lr']}
   assert len(epochs) > 30
@@ -208,10 +208,10 @@ def test_augmentation(name):
     assert theirs['interpolation'] == 'bicubic'
   assert next(steps, None) is None
 
-  task = build.task(config)
+  task = assemble.task(config)
   statistics = official['Normalize']
   assert (list(task.mean), list(task.std)) == (statistics['mean'], statistics['std'])
-  if build.is_pretraining(config):
+  if assemble.is_pretraining(config):
     assert not golden['mixup']
     return
   erasing = official.get('RandomErasing')
@@ -320,7 +320,7 @@ def test_factor_of_the_rate_and_weight_decay_of_every_parameter(name):
   expected = dict(zip(_DECAY['names'][golden['names']], pairs, strict=True))
   _, config = recipe(DECAYS[name])
   params = nnx.to_pure_dict(nnx.state(abstract_model(config)))
-  optimizer = build.optimizer(config)(params)
+  optimizer = assemble.optimizer(config)(params)
   # Without gradients the update of a parameter of ones is its weight decay.
   ones = jax.tree.map(lambda leaf: np.ones((1,) * leaf.ndim, np.float32), params)
   trained, _ = optim.split(ones, optimizer.trained)
@@ -368,5 +368,5 @@ def test_300_epochs_are_the_default_of_mae():
 def test_rates_that_are_set_as_such_do_not_follow_the_batch():
   own = {'optim.lr': 3e-3, 'optim.end_lr': 0.0, 'optim.warmup_start_lr': 2e-6}
   for batch in (256, 4096):
-    schedule = build.schedule(load('supervised_hivit_b', {'batch_size': batch} | own))
+    schedule = assemble.schedule(load('supervised_hivit_b', {'batch_size': batch} | own))
     assert (schedule.lr, schedule.end_lr, schedule.warmup_start_lr) == (3e-3, 0.0, 2e-6)

@@ -13,7 +13,7 @@ from hivit_jax.interop import files, importer, infer, mismatch, torch_names
 from hivit_jax.interop.files import StateDict, normal_names
 from hivit_jax.interop.infer import Described
 from hivit_jax.models import positions, swin
-from hivit_jax.models.layers import BATCH_NORM_EPS
+from hivit_jax.ops.norm import BATCH_NORM_EPS
 
 # Layout -> (what it is, the key under which a .pth file has the state dict)
 LAYOUTS = {

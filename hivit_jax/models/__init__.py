@@ -8,7 +8,6 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError, suggest
-from hivit_jax.models.attention import IMPLEMENTATIONS
 from hivit_jax.models.backbone import HiViTBackbone
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.layers import Attention
@@ -16,6 +15,7 @@ from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.simmim import SimMIM
 from hivit_jax.models.swin import Swin
 from hivit_jax.models.vit import ViT, ViTMaskedAutoencoder
+from hivit_jax.ops.attention import IMPLEMENTATIONS
 
 # Table 1 of arXiv 2205.14949; large follows its scaling, the paper gives none.
 _SIZES = {

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hivit_jax.models import layers
 from hivit_jax.models.hivit import HiViTEncoder
+from hivit_jax.ops.norm import layer_norm
 
 
 class _MaxPool(nnx.Module):
@@ -74,9 +74,7 @@ class HiViTBackbone(HiViTEncoder):
     self.global_blocks = tuple(global_blocks)
     self.level_norms = level_norms
     if level_norms:
-      norms = [
-        layers.layer_norm(info.channels, rngs=rngs, dtype=dtype) for info in self.feature_info
-      ]
+      norms = [layer_norm(info.channels, rngs=rngs, dtype=dtype) for info in self.feature_info]
       self.fpn1, self.fpn2, self.fpn3, _ = norms
       self.fpn4 = nnx.List([_MaxPool(), norms[3]])
 

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from hivit_jax.models import layers
-from hivit_jax.models.precision import at_least_float32
+from hivit_jax.ops import norm
+from hivit_jax.ops.linear import linear
+from hivit_jax.ops.precision import at_least_float32
 
 
 class Classifier:
@@ -35,9 +36,9 @@ class Classifier:
     rngs: nnx.Rngs,
     dtype: Any,
   ) -> None:
-    self.head_norm = layers.batch_norm(width, rngs=rngs) if batch_norm else None
+    self.head_norm = norm.batch_norm(width, rngs=rngs) if batch_norm else None
     # Not in bfloat16, in which several logits would be the largest.
-    self.head = layers.linear(width, num_classes, std=std, rngs=rngs, dtype=at_least_float32(dtype))
+    self.head = linear(width, num_classes, std=std, rngs=rngs, dtype=at_least_float32(dtype))
 
   def __call__(
     self, images: jax.Array, *, noise: jax.Array | None = None, train: bool = False

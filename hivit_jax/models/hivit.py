@@ -20,7 +20,9 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.models import classifier, layers, resize, windows
-from hivit_jax.models.gather import gather_shared, gather_units
+from hivit_jax.ops.gather import gather_shared, gather_units
+from hivit_jax.ops.linear import linear
+from hivit_jax.ops.norm import layer_norm
 
 UNIT = 16  # pixels: side of a unit, the stride of the tokens
 PATCH = 4  # pixels: side of a sub-patch
@@ -119,7 +121,7 @@ class PatchEmbed(nnx.Module):
       dtype=dtype,
       rngs=rngs,
     )
-    self.norm = layers.layer_norm(features, rngs=rngs, dtype=dtype)
+    self.norm = layer_norm(features, rngs=rngs, dtype=dtype)
     self.dtype = dtype
 
   def __call__(self, units: jax.Array) -> jax.Array:
@@ -132,10 +134,8 @@ class PatchMerge(nnx.Module):
   """Joins 2x2 neighbours: concatenation, LayerNorm, Linear(4c -> 2c) without bias."""
 
   def __init__(self, features: int, *, rngs: nnx.Rngs, dtype: Any):
-    self.norm = layers.layer_norm(4 * features, rngs=rngs, dtype=dtype)
-    self.reduction = layers.linear(
-      4 * features, 2 * features, use_bias=False, rngs=rngs, dtype=dtype
-    )
+    self.norm = layer_norm(4 * features, rngs=rngs, dtype=dtype)
+    self.reduction = linear(4 * features, 2 * features, use_bias=False, rngs=rngs, dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """(B, K, cells, c) -> (B, K, cells / 4, 2c)."""
@@ -454,7 +454,7 @@ class HiViT(HiViTEncoder, classifier.Classifier):
       table_init=nnx.initializers.normal(0.02),
       rngs=rngs,
     )
-    self.fc_norm = layers.layer_norm(embed_dim, rngs=rngs, dtype=dtype)
+    self.fc_norm = layer_norm(embed_dim, rngs=rngs, dtype=dtype)
     self._add_head(
       embed_dim, num_classes, std=head_std, batch_norm=head_batch_norm, rngs=rngs, dtype=dtype
     )

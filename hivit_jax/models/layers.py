@@ -10,168 +10,20 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.models import attention, positions, resize
-from hivit_jax.models.barriers import cpu_after, cpu_barrier, cuda_barrier
-from hivit_jax.models.precision import at_least_float32, widen
+from hivit_jax.models import positions, resize
+from hivit_jax.ops import attention
+from hivit_jax.ops.barriers import cpu_barrier
+from hivit_jax.ops.gelu import gelu
+from hivit_jax.ops.linear import affine, linear
+from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.precision import widen
 
-LAYER_NORM_EPS = 1e-6
-BATCH_NORM_EPS = 1e-6
 _normal = nnx.initializers.normal(0.02)
-
-
-@jax.custom_vjp
-def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-  """(rows, in), (in, out), (out,) -> (rows, out), in the type of `x`.
-
-  The gradients of kernel and bias are float32 sums also where `x` is bfloat16, and so is what
-  devices add up: with eight significant bits the sum would get worse with every device.
-  """
-  out = x @ kernel.astype(x.dtype)
-  return out if bias is None else out + bias.astype(x.dtype)
-
-
-def _affine_forward(x, kernel, bias):
-  return _affine(x, kernel, bias), (x, kernel, bias)
-
-
-def _affine_backward(residuals, g):
-  x, kernel, bias = residuals
-  dx = g @ kernel.astype(g.dtype).T
-  # CPUs: a transpose and a plain product are faster than a product that transposes. The input's
-  # gradient first: elementwise work that waits for it then runs beside this product.
-  wide = at_least_float32(g.dtype)
-  dkernel = jnp.matmul(cpu_barrier(x.T), cpu_after(g, dx), preferred_element_type=wide)
-  dbias = None if bias is None else widen(g).sum(axis=0).astype(bias.dtype)
-  return dx, dkernel.astype(kernel.dtype), dbias
-
-
-_affine.defvjp(_affine_forward, _affine_backward)
 
 
 def add_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
   """`x + parameter` in the type of `x`; the parameter's gradient is a sum in at least float32."""
   return (widen(x) + parameter).astype(x.dtype)
-
-
-class Linear(nnx.Linear):
-  """`nnx.Linear` computed as one product of two matrices, whatever the leading axes.
-
-  With three and more axes XLA's CPU backend copies activations for the weight's gradient: over the
-  whole MAE step of HiViT-B these copies took longer than the products.
-  """
-
-  def __call__(self, inputs: jax.Array) -> jax.Array:
-    """(..., in_features) -> (..., out_features)."""
-    x = inputs.reshape(-1, inputs.shape[-1]).astype(self.dtype)
-    out = _affine(x, self.kernel[...], None if self.bias is None else self.bias[...])
-    return out.reshape(*inputs.shape[:-1], out.shape[-1])
-
-
-def linear(
-  in_features: int,
-  out_features: int,
-  *,
-  rngs: nnx.Rngs,
-  dtype: Any,
-  use_bias: bool = True,
-  std: float = 0.02,
-) -> Linear:
-  """Linear layer with the initialisation of the reference.
-
-  The reference draws from a normal of standard deviation `std` cut at +-2 (absolute, 100 standard
-  deviations), which is a plain normal; biases start at zero.
-  """
-  init = nnx.initializers.normal(std)
-  return Linear(
-    in_features, out_features, use_bias=use_bias, kernel_init=init, dtype=dtype, rngs=rngs
-  )
-
-
-@jax.custom_vjp
-def _normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-  return _normalise_forward(x, scale, bias, epsilon)[0]
-
-
-def _normalise_forward(x, scale, bias, epsilon):
-  x32 = widen(x)
-  mean = x32.mean(axis=-1, keepdims=True)
-  # Not the fast variance E[x^2] - E[x]^2, which cancels badly for features with a large mean.
-  rsqrt = jax.lax.rsqrt(jnp.square(x32 - mean).mean(axis=-1, keepdims=True) + epsilon)
-  out = (x32 - mean) * rsqrt * scale + bias
-  return out.astype(x.dtype), (x, mean, rsqrt, scale)
-
-
-def _normalise_backward(residuals, g):
-  x, mean, rsqrt, scale = residuals
-  product, normal, g32 = _product_with_normal(x, mean, rsqrt, g)
-  along = (product * scale).mean(axis=-1, keepdims=True)
-  dx = rsqrt * (g32 * scale - (g32 * scale).mean(axis=-1, keepdims=True) - normal * along)
-  # GPUs: without a barrier XLA writes the product to memory, in float32, for this sum.
-  product, _, g32 = _product_with_normal(*cuda_barrier(x, mean, rsqrt, g))
-  return dx.astype(x.dtype), product.sum(axis=0), g32.sum(axis=0), None
-
-
-def _product_with_normal(x, mean, rsqrt, g):
-  g = widen(g)
-  normal = (widen(x) - mean) * rsqrt
-  return g * normal, normal, g
-
-
-_normalise.defvjp(_normalise_forward, _normalise_backward)
-
-
-class LayerNorm(nnx.LayerNorm):
-  """LayerNorm over the last axis; statistics in at least float32.
-
-  Differentiated by hand: for the backward pass it keeps its input and two numbers a row, and takes
-  four sums instead of the seven that follow from its parts.
-  """
-
-  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-    """(..., features) -> the same shape."""
-    if mask is not None:
-      raise NotImplementedError('nnx.LayerNorm takes a mask, this one does not')
-    rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    params: Any = self
-    out = _normalise(rows, params.scale[...], params.bias[...], self.epsilon)
-    return out.reshape(x.shape)
-
-
-def layer_norm(
-  features: int, *, rngs: nnx.Rngs, dtype: Any, epsilon: float = LAYER_NORM_EPS
-) -> LayerNorm:
-  """LayerNorm with the epsilon of the reference."""
-  return LayerNorm(features, epsilon=epsilon, dtype=dtype, rngs=rngs)
-
-
-def batch_norm(features: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
-  """BatchNorm without scale and bias, in float32; running statistics move by a tenth a step."""
-  return nnx.BatchNorm(
-    features,
-    momentum=0.9,
-    epsilon=BATCH_NORM_EPS,
-    use_bias=False,
-    use_scale=False,
-    use_fast_variance=False,
-    rngs=rngs,
-  )
-
-
-@jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-  """Exact GELU. For the backward pass it keeps its input and nothing else."""
-  # With erf: the erfc of `jax.nn.gelu` is precise where x * cdf(x) vanishes, but twice as slow.
-  return 0.5 * x * (1.0 + jax.lax.erf(x * 2**-0.5))
-
-
-def _gelu_backward(x, g):
-  x32 = widen(x)
-  cdf = 0.5 * (1.0 + jax.lax.erf(x32 * 2**-0.5))
-  density = jnp.exp(-0.5 * jnp.square(x32)) * (2 * math.pi) ** -0.5
-  return ((widen(g) * (cdf + x32 * density)).astype(x.dtype),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def torch_conv_init(fan_in: int) -> Callable:
@@ -218,7 +70,7 @@ def convolve_patches(conv: Any, patches: jax.Array, dtype: Any) -> jax.Array:
   """
   kernel = conv.kernel[...]
   rows = patches.reshape(-1, patches.shape[-1]).astype(dtype)
-  x = _affine(rows, kernel.reshape(-1, kernel.shape[-1]), conv.bias[...])
+  x = affine(rows, kernel.reshape(-1, kernel.shape[-1]), conv.bias[...])
   return x.reshape(*patches.shape[:-1], -1)
 
 

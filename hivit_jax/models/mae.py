@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hivit_jax.models import layers, positions
+from hivit_jax.models import positions
 from hivit_jax.models.hivit import HiViTEncoder, to_rows_and_columns
 from hivit_jax.models.masking import MaskedDecoder
+from hivit_jax.ops.norm import layer_norm
 
 
 class MaskedAutoencoder(HiViTEncoder, MaskedDecoder):
@@ -66,7 +67,7 @@ class MaskedAutoencoder(HiViTEncoder, MaskedDecoder):
       rngs=rngs,
     )
     if hifeat:
-      self.norm = layers.layer_norm(7 * embed_dim, rngs=rngs, dtype=dtype)
+      self.norm = layer_norm(7 * embed_dim, rngs=rngs, dtype=dtype)
     self.hifeat = hifeat
     self._add_decoder(
       7 * embed_dim if hifeat else embed_dim,

@@ -11,9 +11,11 @@ from jax import core
 
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers, positions
-from hivit_jax.models.gather import gather_units
 from hivit_jax.models.hivit import UNIT, split_units
-from hivit_jax.models.precision import widen
+from hivit_jax.ops.gather import gather_units
+from hivit_jax.ops.linear import linear
+from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.precision import widen
 
 
 @struct.dataclass
@@ -141,7 +143,7 @@ class MaskedDecoder:
     self.mask_ratio = mask_ratio
     self.norm_pix_loss = norm_pix_loss
     options = {'rngs': rngs, 'dtype': dtype}
-    self.decoder_embed = layers.linear(width, embed_dim, **options)
+    self.decoder_embed = linear(width, embed_dim, **options)
     self.mask_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, embed_dim)))
     # Fixed: `decode` stops its gradient and the optimizers freeze it by name.
     position = positions.sincos_2d(embed_dim, self.grid, self.class_tokens)
@@ -149,8 +151,8 @@ class MaskedDecoder:
     self.decoder_blocks = nnx.List(
       layers.Block(embed_dim, num_heads, mlp_ratio=4.0, **options) for _ in range(depth)
     )
-    self.decoder_norm = layers.layer_norm(embed_dim, **options)
-    self.decoder_pred = layers.linear(embed_dim, UNIT * UNIT * self.channels, **options)
+    self.decoder_norm = layer_norm(embed_dim, **options)
+    self.decoder_pred = linear(embed_dim, UNIT * UNIT * self.channels, **options)
 
   def decode(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
     """Latents of the kept units -> (B, N, 16 * 16 * channels) float32 pixels.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hivit_jax.models import resize
-from hivit_jax.models.gather import gather_pairs
+from hivit_jax.ops.gather import gather_pairs
 
 
 def sincos_2d(dim: int, grid: tuple[int, int], class_tokens: int = 0) -> jax.Array:

@@ -11,8 +11,8 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers
 from hivit_jax.models.masking import MAEOutput, random_masking
-from hivit_jax.models.precision import widen
 from hivit_jax.models.swin import PATCH, SwinEncoder
+from hivit_jax.ops.precision import widen
 
 _LOSS_EPS = 1e-5
 

@@ -16,7 +16,9 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.models.precision import widen
+from hivit_jax.ops.linear import linear
+from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.precision import widen
 
 PATCH = 4  # pixels
 LAYER_NORM_EPS = 1e-5
@@ -26,7 +28,7 @@ Grid = tuple[int, int]
 
 
 def _norm(features: int, *, rngs: nnx.Rngs, dtype: Any) -> nnx.LayerNorm:
-  return layers.layer_norm(features, rngs=rngs, dtype=dtype, epsilon=LAYER_NORM_EPS)
+  return layer_norm(features, rngs=rngs, dtype=dtype, epsilon=LAYER_NORM_EPS)
 
 
 def to_windows(x: Any, side: int) -> Any:
@@ -109,9 +111,7 @@ class SwinMerge(nnx.Module):
 
   def __init__(self, features: int, *, rngs: nnx.Rngs, dtype: Any):
     self.norm = _norm(4 * features, rngs=rngs, dtype=dtype)
-    self.reduction = layers.linear(
-      4 * features, 2 * features, use_bias=False, rngs=rngs, dtype=dtype
-    )
+    self.reduction = linear(4 * features, 2 * features, use_bias=False, rngs=rngs, dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """(B, h, w, c) -> (B, h / 2, w / 2, 2c)."""

@@ -14,9 +14,11 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers, positions
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.models.gather import gather_shared, gather_units
 from hivit_jax.models.hivit import UNIT, split_units, unit_grid
 from hivit_jax.models.masking import MaskedDecoder
+from hivit_jax.ops.gather import gather_shared, gather_units
+from hivit_jax.ops.linear import Linear
+from hivit_jax.ops.norm import layer_norm
 
 
 class PatchEmbed(nnx.Module):
@@ -185,7 +187,7 @@ class ViT(ViTEncoder, Classifier):
       dtype=dtype,
       rngs=rngs,
     )
-    self.fc_norm = layers.layer_norm(embed_dim, rngs=rngs, dtype=dtype)
+    self.fc_norm = layer_norm(embed_dim, rngs=rngs, dtype=dtype)
     self._add_head(
       embed_dim, num_classes, std=head_std, batch_norm=head_batch_norm, rngs=rngs, dtype=dtype
     )
@@ -239,7 +241,7 @@ class ViTMaskedAutoencoder(ViTEncoder, MaskedDecoder):
       dtype=dtype,
       rngs=rngs,
     )
-    self.norm = layers.layer_norm(embed_dim, rngs=rngs, dtype=dtype)
+    self.norm = layer_norm(embed_dim, rngs=rngs, dtype=dtype)
     self._add_decoder(
       embed_dim,
       decoder_embed_dim,
@@ -252,7 +254,7 @@ class ViTMaskedAutoencoder(ViTEncoder, MaskedDecoder):
     )
     xavier = nnx.initializers.xavier_uniform()
     for _, module in nnx.iter_modules(self):
-      if isinstance(module, layers.Linear):
+      if isinstance(module, Linear):
         module.kernel[...] = xavier(rngs.params(), module.kernel.shape)
 
   def latent(

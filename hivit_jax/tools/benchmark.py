@@ -26,9 +26,10 @@ from ml_collections import config_flags
 
 from hivit_jax import cli
 from hivit_jax.errors import UserError
+from hivit_jax.reporting.console import setup_logging
+from hivit_jax.runtime import host_memory
 from hivit_jax.tools.timing import Matmul, TrainingStep
-from hivit_jax.train import build, host_memory
-from hivit_jax.train.logging import setup_logging
+from hivit_jax.train import assemble
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config of the step to measure.')
 _COMPARE = flags.DEFINE_string('compare', None, 'paper, ladder, or configs, separated by commas.')
@@ -57,13 +58,13 @@ def main(argv: list[str]) -> None:
   jax.config.update('jax_enable_compilation_cache', False)  # compilation is measured, too
   if _DATA.value:
     setup_logging()
-    from hivit_jax.data import benchmark
+    from hivit_jax.tools import data_benchmark
 
-    benchmark.main(as_json=_JSON.value)
+    data_benchmark.main(as_json=_JSON.value)
   elif _COMPARE.value is not None:
     _compare(_COMPARE.value)
   else:
-    host_memory.keep_freed_memory(one_arena=build.is_large(_CONFIG.value))
+    host_memory.keep_freed_memory(one_arena=assemble.is_large(_CONFIG.value))
     setup_logging()
     report = measure_step(_CONFIG.value, batch_size=_BATCH_SIZE.value, repeats=_STEPS.value)
     print(json.dumps(report) if _JSON.value else format_report(report))
@@ -82,7 +83,7 @@ def _compare(name: str) -> None:
       (out / 'comparison.json').touch()
     except OSError as error:
       raise UserError(f'cannot write to --out={out}: {error.strerror}') from error
-  large = any(build.is_large(config) for group in groups.values() for config in group.values())
+  large = any(assemble.is_large(config) for group in groups.values() for config in group.values())
   host_memory.keep_freed_memory(one_arena=large)
   setup_logging()
   report = compare.run(
@@ -123,7 +124,7 @@ def measure_step(
   starts = _host_seconds(config)
   return {
     'model': config.model.name,
-    'image_size': list(build.image_size(config)),
+    'image_size': list(assemble.image_size(config)),
     'device': f'{step.mesh.size} x {device.device_kind}',
     'jax': jax.__version__,
     'dtype': step.dtype,

@@ -11,7 +11,7 @@ import jax
 from hivit_jax import cli
 from hivit_jax.errors import UserError, suggest
 from hivit_jax.tools.timing import Matmul, TrainingStep
-from hivit_jax.train import build
+from hivit_jax.train import assemble
 
 # Groups of configs; within one, the first is what the others are compared with.
 COMPARISONS = {
@@ -52,7 +52,7 @@ def _load(name: str) -> Any:
       f'there are {", ".join(COMPARISONS)}, or configs separated by commas'
     )
   config = cli.config_from_file(f'{path}{colon}{variant}')
-  build.task(config)  # says what is missing before others are measured
+  assemble.task(config)  # says what is missing before others are measured
   return config
 
 

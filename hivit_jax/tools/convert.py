@@ -59,7 +59,7 @@ def _from_torch(path: str, out: pathlib.Path) -> None:
 
   from hivit_jax import models
   from hivit_jax.interop import carried, files, importer, torch_names
-  from hivit_jax.train.logging import setup_logging
+  from hivit_jax.reporting.console import setup_logging
 
   if files.is_weight_file(out) and out.suffix != '.safetensors':
     raise UserError(f'--out={out}: give a directory or a .safetensors file')
@@ -109,8 +109,8 @@ def _write_checkpoint(out: pathlib.Path, params: dict, metadata: dict) -> None:
 
 def _to_torch(path: str, out: pathlib.Path) -> None:
   from hivit_jax.interop import carried, exporter, files
+  from hivit_jax.reporting.console import setup_logging
   from hivit_jax.train import weights
-  from hivit_jax.train.logging import setup_logging
 
   if not files.is_weight_file(out):
     raise UserError(f'--out={out}: the name must end in .pth or .safetensors')

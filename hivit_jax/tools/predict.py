@@ -24,14 +24,16 @@ from absl import flags
 from flax import nnx
 
 from hivit_jax import cli, models
-from hivit_jax.data import folder, transforms
+from hivit_jax.data import transforms
 from hivit_jax.data.decode import BrokenImage, read_image
+from hivit_jax.data.sources import folder
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, importer, infer
+from hivit_jax.reporting.console import setup_logging
+from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tools import contact_sheet
-from hivit_jax.train import build, compilation_cache, weights
-from hivit_jax.train.logging import setup_logging
+from hivit_jax.train import assemble, weights
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a classifier, or one of its checkpoints.')
 _WEIGHTS = flags.DEFINE_string('weights', None, 'A .pth or .safetensors file instead.')
@@ -109,7 +111,7 @@ def _predictor(
   """Returns a function from up to `batch_size` images to (B, classes) probabilities."""
   told, config = infer.pixels(state.metadata), state.metadata.get('config')
   statistics = {key: tuple(told.get(key, value)) for key, value in _IMAGENET.items()}
-  dtype = build.compute_dtype(ml_collections.ConfigDict(config)) if config else 'float32'
+  dtype = assemble.compute_dtype(ml_collections.ConfigDict(config)) if config else 'float32'
   create = functools.partial(models.create_model, described.name, **described.arguments)
   model = nnx.eval_shape(functools.partial(create, dtype=dtype))
   importer.load_into(model, state)

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from hivit_jax.train import build, settings
+from hivit_jax.train import assemble, validate
 
 
 def learning_rates(
@@ -26,8 +26,8 @@ def learning_rates(
   Raises:
     UserError: a setting that makes no sense.
   """
-  settings.check(config)
-  schedule, at = build.schedule(config), np.asarray(epochs, np.float64)
+  validate.check(config)
+  schedule, at = assemble.schedule(config), np.asarray(epochs, np.float64)
   rates = {'learning_rate': schedule(at)}
   if config.optim.layer_decay is not None:
     rates['first_layer'] = schedule(at, _lowest_scale(config))
@@ -36,7 +36,7 @@ def learning_rates(
 
 def grid(config: ml_collections.ConfigDict, points: int = 1001) -> np.ndarray:
   """Epochs to draw the curve by, with both sides of each place where it may jump."""
-  settings.check(config)
+  validate.check(config)
   jumps = np.array([config.optim.warmup_epochs, *config.optim.milestones])
   jumps = jumps[jumps < config.epochs]  # a cosine ignores milestones, wherever they are
   even = np.linspace(0, config.epochs, points)
@@ -44,7 +44,7 @@ def grid(config: ml_collections.ConfigDict, points: int = 1001) -> np.ndarray:
 
 
 def _lowest_scale(config: ml_collections.ConfigDict) -> float:
-  build.task(config)  # says what is wrong with the model's name
+  assemble.task(config)  # says what is wrong with the model's name
   jax.config.update('jax_platforms', 'cpu')  # an accelerator that others use is left alone
-  params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(build.model_creator(config))))
-  return min(jax.tree.leaves(build.optimizer(config)(params).scales))
+  params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(assemble.model_creator(config))))
+  return min(jax.tree.leaves(assemble.optimizer(config)(params).scales))

@@ -13,14 +13,16 @@ from absl import flags
 from flax import nnx
 
 from hivit_jax import cli
-from hivit_jax.data import sources, transforms
+from hivit_jax.data import transforms
 from hivit_jax.data.decode import BrokenImage, read_image
-from hivit_jax.data.subset import Subset
+from hivit_jax.data.sources.base import open_source
+from hivit_jax.data.sources.subset import Subset
 from hivit_jax.errors import UserError
+from hivit_jax.reporting.console import setup_logging
+from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks import reconstruction
-from hivit_jax.train import build, compilation_cache, inputs
+from hivit_jax.train import assemble, inputs
 from hivit_jax.train.checkpoint import load_metadata, load_params
-from hivit_jax.train.logging import setup_logging
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a pretraining run, or one of its checkpoints.')
 _IMAGES = flags.DEFINE_list('images', [], 'Image files; none: evaluation images of the run.')
@@ -38,11 +40,11 @@ def main(argv: list[str]) -> None:
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
   files = _IMAGES.value + argv[1:]
   config = ml_collections.ConfigDict(load_metadata(workdir).get('config', {'task': None}))
-  if not build.is_pretraining(config):
+  if not assemble.is_pretraining(config):
     found = f'trained with config.task="{config.task}"' if config.task else 'converted, not trained'
     raise UserError(f'--workdir={workdir} was {found}; give the --workdir of a pretraining run')
-  task = build.task(config)
-  graphdef, abstract = nnx.split(nnx.eval_shape(build.model_creator(config)))
+  task = assemble.task(config)
+  graphdef, abstract = nnx.split(nnx.eval_shape(assemble.model_creator(config)))
   images = _read(files, config) if files else _evaluation_images(config)
   restored = load_params(workdir, nnx.to_pure_dict(abstract))
   pictures = reconstruction.Reconstructor(
@@ -69,7 +71,7 @@ def _run_directory(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _read(files: list[str], config: ml_collections.ConfigDict) -> np.ndarray:
-  transform = transforms.eval_transform(build.image_size(config), config.data.eval_crop)
+  transform = transforms.eval_transform(assemble.image_size(config), config.data.eval_crop)
   images = []
   for file in files:
     try:
@@ -80,7 +82,7 @@ def _read(files: list[str], config: ml_collections.ConfigDict) -> np.ndarray:
 
 
 def _evaluation_images(config: ml_collections.ConfigDict) -> np.ndarray:
-  source = sources.open_source(config.data.name, config.data.eval_split, config.data.data_dir)
+  source = open_source(config.data.name, config.data.eval_split, config.data.data_dir)
   source = Subset(source, _COUNT.value)
   with inputs.eval_batches(config, source, len(source), alone=True) as batches:
     return next(batches)['image']

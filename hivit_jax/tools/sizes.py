@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax import models
-from hivit_jax.tools.flops import matmul_flops, matmul_outputs
+from hivit_jax.planning.flops import matmul_flops, matmul_outputs
 
 
 def forward(name: str, **overrides: Any) -> tuple[Any, tuple[Any, ...]]:

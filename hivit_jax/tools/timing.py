@@ -7,8 +7,8 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from hivit_jax.tools.flops import matmul_flops
-from hivit_jax.train import build, memory, sharding, step
+from hivit_jax.planning.flops import matmul_flops
+from hivit_jax.train import assemble, memory, sharding, step
 
 _STEP_SECONDS = 0.1  # a measurement of a step takes at least so long
 _MATMUL_SECONDS = 0.1  # and one of the reference
@@ -33,20 +33,20 @@ class TrainingStep:
       config: see configs/base.py.
       batch_size: images on each device.
     """
-    build.task(config)  # first: it has something to say about the model
+    assemble.task(config)  # first: it has something to say about the model
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     config = config.copy_and_resolve_references()
     config.batch_size = batch_size * mesh.size
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
-    self.config, self.mesh, self.dtype = config, mesh, build.compute_dtype(config)
-    size = build.image_size(config)
+    self.config, self.mesh, self.dtype = config, mesh, assemble.compute_dtype(config)
+    size = assemble.image_size(config)
     memory.check_images(mesh, size, config.channels, config.batch_size)
-    training = build.training(config, mesh)
+    training = assemble.training(config, mesh)
     memory.check_state(mesh, dict(training.abstract))
     self._step = training.train_step
     self._batch = _synthetic_batch(config, mesh)
     self._state = step.init_state(
-      build.model_creator(config), training.optimizer, training.abstract
+      assemble.model_creator(config), training.optimizer, training.abstract
     )
     start = time.perf_counter()
     lowered = self._step.lower(self._state, self._batch)
@@ -83,7 +83,7 @@ class TrainingStep:
 
 
 def _synthetic_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, jax.Array]:
-  shape = (config.batch_size // jax.process_count(), *build.image_size(config), config.channels)
+  shape = (config.batch_size // jax.process_count(), *assemble.image_size(config), config.channels)
   images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
   labels = np.zeros(shape[0], np.int32)
   return sharding.put_batch({'image': images, 'label': labels}, mesh)

@@ -10,16 +10,13 @@ classes nor empty states are part of the format. Orbax's custom metadata (the JS
 A step being written is called `<step>.writing*` and gets its name, by one rename, when all is on
 the disk; a damaged one is moved to `<step>.damaged`.
 
-Why sums of our own: OCDBT guards its index with CRC-32C but not the array data, where a flipped
-bit is loaded without a word; and an Orbax read that fails half-way says so once for every array.
-Files are therefore verified before Orbax sees them, and whatever goes wrong after that is not
+Files are verified before Orbax sees them, see `integrity`; whatever goes wrong after that is not
 damage but an error to be raised.
 """
 
 import collections
 import concurrent.futures
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -36,13 +33,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from hivit_jax.errors import UserError
-from hivit_jax.train import distributed
+from hivit_jax.runtime import distributed
+from hivit_jax.train import integrity
 
 _log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _METADATA_FILE = '_CHECKPOINT_METADATA'  # documented in Orbax's checkpoint format guide
-_SUMS_FILE = 'SHA256SUMS'
 _WRITING = '.writing'
 _QUIET_SECONDS, _ABANDON_SECONDS = 1.0, 5.0  # that nothing comes back after a failed save; at most
 _SHOWN_DIFFERENCES = 3
@@ -71,10 +68,6 @@ class _Record(NamedTuple):
 
   leaves: dict[KeyPath, _Leaf]
   metadata: dict[str, Any]
-
-
-class _Damaged(Exception):
-  """The files of a checkpoint are not those that were written; the message says in what."""
 
 
 class Checkpoints:
@@ -271,9 +264,9 @@ class Checkpoints:
       response.result()
       if not self._primary:
         return
-      _write_sums(self._writing(step))
+      integrity.write_sums(self._writing(step))
       self._writing(step).rename(self.path(step))
-      _sync(self.directory)
+      integrity.sync(self.directory)
     except Exception:
       self._abandon(step)
       raise
@@ -424,7 +417,7 @@ def _newest_usable(
     path = directory / str(candidate)
     try:
       record = read(path)
-    except _Damaged as error:
+    except integrity.Damaged as error:
       damaged[candidate] = str(error)
       _log.warning('DAMAGED checkpoint of step %d, %s: %s', candidate, path, error)
       continue
@@ -488,7 +481,7 @@ def _make_record(leaves: Mapping[KeyPath, Any], metadata: Mapping[str, Any]) -> 
 
 def _read_record(path: pathlib.Path) -> _Record:
   """Reads and verifies what `_make_record` made; the file is JSON, so this needs no Orbax."""
-  _verify(path, [_METADATA_FILE])
+  integrity.verify(path, [_METADATA_FILE])
   record = json.loads((path / _METADATA_FILE).read_bytes())['custom_metadata']
   if record['format'] != _FORMAT:
     raise UserError(
@@ -501,61 +494,8 @@ def _read_record(path: pathlib.Path) -> _Record:
 
 def _read_verified(path: pathlib.Path) -> _Record:
   """Like `_read_record`, after verifying every file of the checkpoint."""
-  _verify(path, None)
+  integrity.verify(path, None)
   return _read_record(path)
-
-
-def _files(path: pathlib.Path) -> list[str]:
-  """The files of a checkpoint but for the list of sums, relative to it."""
-  files = (file.relative_to(path).as_posix() for file in path.rglob('*') if file.is_file())
-  return sorted(file for file in files if file != _SUMS_FILE)
-
-
-def _write_sums(path: pathlib.Path) -> None:
-  """Writes `SHA256SUMS` in the format of the sha256sum program; all is on the disk afterwards."""
-  lines = []
-  for name in _files(path):
-    with open(path / name, 'rb') as file:
-      lines.append(f'{hashlib.file_digest(file, "sha256").hexdigest()}  {name}\n')
-      os.fsync(file.fileno())
-  with open(path / _SUMS_FILE, 'w') as file:
-    file.writelines(lines)
-    file.flush()
-    os.fsync(file.fileno())
-  _sync(path)
-
-
-def _sync(directory: pathlib.Path) -> None:
-  """Makes the names in a directory survive a power failure."""
-  descriptor = os.open(directory, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
-
-
-def _verify(path: pathlib.Path, names: list[str] | None) -> None:
-  """Raises _Damaged unless the named files (None: all, and no others) are as they were written."""
-  name = _SUMS_FILE
-  try:
-    text = (path / _SUMS_FILE).read_bytes().decode(errors='replace')
-    sums = {name: digest for digest, name in re.findall(r'^([0-9a-f]{64})  (.+)\n', text, re.M)}
-    if text != ''.join(f'{digest}  {name}\n' for name, digest in sums.items()):
-      raise _Damaged(f'{_SUMS_FILE} was altered: it is malformed')
-    if names is None:
-      names = sorted({*_files(path), *sums})
-    for name in names:
-      if name not in sums:
-        raise _Damaged(f'{name} is not listed in {_SUMS_FILE}')
-      with open(path / name, 'rb') as file:
-        if hashlib.file_digest(file, 'sha256').hexdigest() != sums[name]:
-          raise _Damaged(f'{name} was altered: it does not match {_SUMS_FILE}')
-  except PermissionError as error:
-    raise UserError(f'cannot read {error.filename}: {error.strerror}') from error
-  except FileNotFoundError as error:
-    raise _Damaged(f'{os.path.relpath(error.filename, path)} is missing') from error
-  except OSError as error:  # an unreadable sector
-    raise _Damaged(f'{name}: {error.strerror}') from error
 
 
 def _check_fit(

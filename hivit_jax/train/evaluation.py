@@ -11,19 +11,9 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, importer, infer
-from hivit_jax.train import (
-  build,
-  distributed,
-  experiment,
-  hooks,
-  host_memory,
-  inputs,
-  peers,
-  settings,
-  sharding,
-  weights,
-)
-from hivit_jax.train.logging import setup_logging
+from hivit_jax.reporting.console import setup_logging
+from hivit_jax.runtime import distributed, host_memory, watchdog
+from hivit_jax.train import assemble, hooks, inputs, run, sharding, validate, weights
 
 _log = logging.getLogger(__name__)
 
@@ -51,15 +41,15 @@ def evaluate(
   Args:
     config: see configs/base.py. With k-NN accuracy and no other in it, nothing else is computed.
     workdir: a workdir, or one of its checkpoints.
-    default_workdir: where `experiment.run` leaves what this config trains.
+    default_workdir: where `run.run` leaves what this config trains.
     given: dotted settings that win over the run's.
 
   Raises:
     UserError: a setting, data set or file that does not fit.
   """
-  host_memory.keep_freed_memory(one_arena=build.is_large(config))
+  host_memory.keep_freed_memory(one_arena=assemble.is_large(config))
   setup_logging(distributed.primary())
-  with peers.Watch(), experiment.told_of_full_memory(config):
+  with watchdog.Watch(), run.told_of_full_memory(config):
     metrics = _evaluate(config, workdir, default_workdir, given)
   if distributed.primary():
     print(json.dumps(metrics))
@@ -77,33 +67,33 @@ def _evaluate(
   path = workdir or (config.init if 'init' in given or not trained else default_workdir)
   if not path:
     raise UserError('what to evaluate? Give --workdir=DIRECTORY or --config.init=FILE')
-  experiment.check_local(path)
+  run.check_local(path)
   state = weights.read(path, ema=config.init_ema)
-  settings.check(config)
+  validate.check(config)
   if 'config' in state.metadata:
     _as_trained(config, state.metadata['config'], given)
-    settings.check(config)
+    validate.check(config)
   elif config.model.name is None or carried.read(state.metadata):
-    build.infer_model(config, state, given)
+    assemble.infer_model(config, state, given)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  experiment.check_evaluation_batch(config, mesh)
-  build.task(config)
+  run.check_evaluation_batch(config, mesh)
+  assemble.task(config)
   headless = infer.family(state.arrays) == 'backbone'
   with distributed.primary_first():
     source = inputs.open_source(config, config.data.eval_split)
   bank = inputs.open_source(config, config.data.train_split) if config.knn.every_epochs else source
   labelled = source
-  if not headless and not build.is_pretraining(config) and config.evaluation.every_epochs:
+  if not headless and not assemble.is_pretraining(config) and config.evaluation.every_epochs:
     labelled = _labelled_as(state, source)
     inputs.set_num_classes(config, labelled)
-  task = build.task(config)
-  create = build.model_creator(config)
+  task = assemble.task(config)
+  create = assemble.model_creator(config)
   model = create() if headless else nnx.eval_shape(create)
   importer.load_into(model, state, partial=headless)
   graphdef, params = nnx.split(model)
   params = nnx.to_pure_dict(params)
   on_devices = sharding.put(params, sharding.state_shardings(params, mesh))
-  steps = build.Steps(len(bank), config.batch_size)
+  steps = assemble.Steps(len(bank), config.batch_size)
   told: set[str] = set()  # broken images, so that each is named once
   evaluations = [
     *([] if headless else hooks.accuracy_hook(config, task, graphdef, mesh, labelled, steps, told)),
@@ -138,23 +128,23 @@ def _as_trained(
   """Sets a config to that of a run, but for what is given or `_OWN`."""
   knn_alone = config.knn.every_epochs and not config.evaluation.every_epochs
   every = config.knn.every_epochs
-  own = dict(settings.dotted(config))
-  run = {
+  own = dict(validate.dotted(config))
+  theirs = {
     key: tuple(value) if isinstance(value, list) else value
-    for key, value in settings.dotted(ml_collections.ConfigDict(trained))
+    for key, value in validate.dotted(ml_collections.ConfigDict(trained))
     if key in own and key not in _OWN
   }
   with config.ignore_type():
-    config.update_from_flattened_dict({k: v for k, v in run.items() if k not in given})
+    config.update_from_flattened_dict({k: v for k, v in theirs.items() if k not in given})
   if knn_alone:
     config.evaluation.every_epochs = 0.0
     config.knn.every_epochs = every
   elif not config.knn.every_epochs and 'evaluation.every_epochs' not in given:
     config.evaluation.every_epochs = 1.0  # the run may have done without; now it is asked for
   other = [
-    f'{key}: {run[key]} -> {own[key]}'
-    for key in sorted(run.keys() & set(given))
-    if run[key] != own[key]
+    f'{key}: {theirs[key]} -> {own[key]}'
+    for key in sorted(theirs.keys() & set(given))
+    if theirs[key] != own[key]
   ]
   if other:
     _log.info('overridden on the command line: %s', '; '.join(other))

@@ -6,18 +6,18 @@ from typing import Any
 import ml_collections
 
 from hivit_jax.errors import flag
-from hivit_jax.train import build
-from hivit_jax.train.logging import ABSENT
+from hivit_jax.reporting.run_info import ABSENT
+from hivit_jax.train import assemble
 
 _Config = ml_collections.ConfigDict
 
 
 def _no_labels(config: _Config) -> str | None:
-  return f'task={config.task}' if build.is_pretraining(config) else None
+  return f'task={config.task}' if assemble.is_pretraining(config) else None
 
 
 def _no_pictures(config: _Config) -> str | None:
-  return None if build.is_pretraining(config) else f'task={config.task}'
+  return None if assemble.is_pretraining(config) else f'task={config.task}'
 
 
 def _no_choice(config: _Config) -> str | None:
@@ -109,7 +109,7 @@ def for_finite_numbers(config: _Config) -> str:
   warmup = 2 * o.warmup_epochs or config.epochs / 20
   if warmup < config.epochs:
     ways.append(flag('optim.warmup_epochs', f'{warmup:g}'))
-  if build.compute_dtype(config) != 'float32':
+  if assemble.compute_dtype(config) != 'float32':
     ways.append(flag('model.dtype', 'float32'))
   return ', '.join(ways)
 
@@ -122,7 +122,7 @@ def to_train_longer(config: _Config) -> str:
 
 
 def as_before(changes: Mapping[str, tuple[Any, Any]]) -> str:
-  """Flags for the old values of changed settings, see `logging.config_changes`."""
+  """Flags for the old values of changed settings, see `run_info.config_changes`."""
   return ' '.join(flag(key, old) for key, (old, _) in changes.items() if old != ABSENT)
 
 

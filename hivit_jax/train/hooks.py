@@ -10,13 +10,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hivit_jax.data.subset import Subset
+from hivit_jax.data.sources.subset import Subset
 from hivit_jax.errors import UserError
+from hivit_jax.reporting.metrics import MetricWriter
+from hivit_jax.runtime import distributed
 from hivit_jax.tasks import knn, reconstruction
 from hivit_jax.tasks.classify import ClassifyTask
-from hivit_jax.train import build, distributed, inputs, sharding
-from hivit_jax.train.build import Steps
-from hivit_jax.train.logging import MetricWriter
+from hivit_jax.train import assemble, inputs, sharding
+from hivit_jax.train.assemble import Steps
 from hivit_jax.train.loop import Hook
 
 
@@ -155,7 +156,7 @@ def picture_hook(
 ) -> list[Hook]:
   """Reconstructions of the same evaluation images each time, as PNG files and in TensorBoard."""
   options = config.pictures
-  if not build.is_pretraining(config) or not options.every_epochs:
+  if not assemble.is_pretraining(config) or not options.every_epochs:
     return []
   source = Subset(eval_source, options.count)
   # Pictures are one process's business: its whole batch, no part of a global one.

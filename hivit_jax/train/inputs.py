@@ -1,4 +1,4 @@
-"""From a config to examples and batches; apart from `build`, so that a benchmark needs no data."""
+"""From a config to examples and batches; not in `assemble`, so that a benchmark needs no data."""
 
 import logging
 import re
@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import ml_collections
 
-from hivit_jax.data import pipeline, sources, transforms
-from hivit_jax.data.relabelled import Relabelled
+from hivit_jax.data import loader, transforms
+from hivit_jax.data.sources import base
+from hivit_jax.data.sources.relabelled import Relabelled
 from hivit_jax.errors import UserError
-from hivit_jax.train import build
-from hivit_jax.train.build import image_size
+from hivit_jax.train import assemble
+from hivit_jax.train.assemble import image_size
 
 _log = logging.getLogger(__name__)
 
@@ -23,12 +24,12 @@ _SHOWN = 6  # names in a message
 
 def open_source(config: ml_collections.ConfigDict, split: str) -> Any:
   """Examples of a split of the config's data set."""
-  return sources.open_source(config.data.name, split, config.data.data_dir)
+  return base.open_source(config.data.name, split, config.data.data_dir)
 
 
 def set_num_classes(config: ml_collections.ConfigDict, source: Any) -> None:
   """Settles `config.model.num_classes` by a source; raises UserError if they do not agree."""
-  if build.is_pretraining(config):
+  if assemble.is_pretraining(config):
     return
   count = source.num_classes
   if not count:
@@ -153,7 +154,7 @@ def train_transform(config: ml_collections.ConfigDict) -> transforms.TrainTransf
 
 def train_batches(config: ml_collections.ConfigDict, source: Any, start: int, end: int) -> Any:
   """This process's training batches of steps [start, end)."""
-  return pipeline.train_loader(
+  return loader.train_loader(
     source,
     train_transform(config),
     batch_size=config.batch_size,
@@ -179,10 +180,10 @@ def eval_batches(
     source: the examples.
     batch_size: over all processes.
     alone: all examples, not this process's share.
-    told: broken examples that the log has already; see `pipeline.eval_loader`.
+    told: broken examples that the log has already; see `loader.eval_loader`.
   """
   transform = transforms.eval_transform(image_size(config), config.data.eval_crop)
   options = _loader_options(config)
   if alone:
     options |= {'process_index': 0, 'process_count': 1}
-  return pipeline.eval_loader(source, transform, batch_size=batch_size, told=told, **options)
+  return loader.eval_loader(source, transform, batch_size=batch_size, told=told, **options)

@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hivit_jax.errors import Stopped, UserError
-from hivit_jax.train import distributed, memory, sharding
-from hivit_jax.train.signals import Interrupted, StopSignals
+from hivit_jax.runtime import distributed, host_memory
+from hivit_jax.runtime.signals import Interrupted, StopSignals
+from hivit_jax.train import sharding
 
 _log = logging.getLogger(__name__)
 _IN_FLIGHT = 2  # steps given to the device beyond the one it works on
@@ -103,7 +104,7 @@ def run(
   Args:
     state: of the model and optimizer at `start_step`; donated.
     train_step: see `step.make_train_step`.
-    batches: this process's batches from `start_step` on, a `data.pipeline.Loader`.
+    batches: this process's batches from `start_step` on, a `data.loader.Loader`.
     mesh: the devices.
     start_step, total_steps: steps done, and when to end.
     batch_size: examples a step over all processes, for images/s.
@@ -140,7 +141,7 @@ def run(
     means = {key: float(np.mean([metrics[key] for metrics in values])) for key in values[0]}
     means['learning_rate'] = float(values[-1]['learning_rate'])
     timing = done.timing(batch_size)
-    means |= {**timing, **memory.in_use(), 'epoch': step * epochs_per_step}
+    means |= {**timing, **host_memory.in_use(), 'epoch': step * epochs_per_step}
     if done.broken:
       means['broken_images'] = done.broken
     writer.write(step, {f'train/{key}': value for key, value in means.items()})

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hivit_jax.models.barriers import cpu_barrier
+from hivit_jax.ops.barriers import cpu_barrier
 from hivit_jax.train import optim, sharding
 from hivit_jax.train.packing import State, elementwise, pack
 

@@ -16,7 +16,7 @@ from hivit_jax.data.builders.digits import Digits
 from hivit_jax.data.builders.imagenet import ImageNet2012
 from hivit_jax.data.builders.packages import package_file
 from hivit_jax.data.builders.photo_tiles import PhotoTiles
-from hivit_jax.data.sources import open_source
+from hivit_jax.data.sources.base import open_source
 from hivit_jax.errors import UserError
 from tests import patience
 from tests.data.imagenet_tars import write_tars
@@ -126,7 +126,7 @@ def test_the_same_bytes_every_time_and_tfds_reads_them(embedded, tmp_path, build
 
 def test_processes_that_prepare_at_once_do_not_break_each_other(tmp_path):
   code = (
-    'import sys; from hivit_jax.data.sources import open_source; '
+    'import sys; from hivit_jax.data.sources.base import open_source; '
     's = open_source("digits", "train", sys.argv[1]); print(len(s), s[3]["label"])'
   )
   command = [sys.executable, '-W', 'error', '-c', code, str(tmp_path)]
@@ -198,7 +198,7 @@ def test_a_write_that_fails_ends_with_one_line_and_can_be_mended(tmp_path):
   code = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
-from hivit_jax.data.sources import open_source
+from hivit_jax.data.sources.base import open_source
 from hivit_jax.errors import UserError
 try:
   open_source("digits", "train", sys.argv[1])

@@ -16,7 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from hivit_jax.data.sources import open_source
+from hivit_jax.data.sources.base import open_source
 from hivit_jax.errors import UserError
 from tests import patience
 from tests.data.imagenet_tars import write_tars
@@ -408,7 +408,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
 def test_opening_is_quiet_and_imports_neither_tensorflow_nor_jax(prepared_by_tfds):
   code = """
 import sys
-from hivit_jax.data.sources import open_source
+from hivit_jax.data.sources.base import open_source
 source = open_source('imagenet2012', 'train[:50%]', sys.argv[1])
 heavy = {'tensorflow', 'jax', 'grain', 'sklearn', 'skimage'} & set(sys.modules)
 print(len(source), source[0]['label'] >= 0, heavy or 'none')
@@ -423,7 +423,7 @@ import resource, sys
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
 from hivit_jax.data.builders.digits import Digits
-from hivit_jax.data.sources import open_source
+from hivit_jax.data.sources.base import open_source
 Digits(data_dir=sys.argv[1], examples_per_shard=10).download_and_prepare()
 source = open_source('digits', 'train', sys.argv[1])
 print(len(source), len({source[i]['image'] for i in range(len(source))}) > 1000)

@@ -15,7 +15,9 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import torch_names
 from hivit_jax.models import layers, positions
 from hivit_jax.models.hivit import join_units, split_units, to_rows_and_columns, unit_patches
-from hivit_jax.tools.flops import matmul_flops
+from hivit_jax.ops.gelu import gelu
+from hivit_jax.ops.norm import layer_norm
+from hivit_jax.planning.flops import matmul_flops
 from tests.helpers import (
   GOLDEN,
   TINY,
@@ -571,7 +573,7 @@ def test_bfloat16_where_it_belongs(name):
 
 def test_layer_norm_of_features_with_a_large_mean():
   x = 300 + np.random.default_rng(0).standard_normal((4, 64), np.float32)
-  norm = layers.layer_norm(64, rngs=nnx.Rngs(0), dtype=jnp.float32)
+  norm = layer_norm(64, rngs=nnx.Rngs(0), dtype=jnp.float32)
   wide = x.astype(np.float64)
   expected = (wide - wide.mean(axis=1, keepdims=True)) / np.sqrt(
     wide.var(axis=1, keepdims=True) + 1e-6
@@ -581,7 +583,7 @@ def test_layer_norm_of_features_with_a_large_mean():
 
 def test_gelu_is_the_exact_one():
   x = np.linspace(-6, 6, 101, dtype=np.float32)
-  np.testing.assert_allclose(layers.gelu(x), x * stats.norm.cdf(x), atol=2e-6)
+  np.testing.assert_allclose(gelu(x), x * stats.norm.cdf(x), atol=2e-6)
 
 
 # --- mistakes

@@ -21,8 +21,9 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import exporter, files
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tools import convert
-from hivit_jax.train import evaluation, experiment, inputs
+from hivit_jax.train import evaluation, inputs
 from hivit_jax.train.checkpoint import Checkpoints, load_params
+from hivit_jax.train.run import run as train
 from hivit_jax.train.weights import read
 from tests import patience
 from tests.helpers import TINY_SWIN, TINY_VIT, quick_jit, random_model
@@ -201,7 +202,7 @@ def test_a_run_starts_from_converted_weights_at_another_image_size_by_config_alo
   config.pictures.every_epochs = 0.0
   config.max_steps = 1
   with caplog.at_level(logging.INFO):
-    experiment.run(config, str(tmp_path / 'run'))
+    train(config, str(tmp_path / 'run'))
   trained = read(tmp_path / 'run').arrays
   state = golden_state('mae_hifeat_normpix')
   assert trained['absolute_pos_embed'].shape == (1, 4, 32)

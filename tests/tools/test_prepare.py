@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hivit_jax.data.sources import open_source
+from hivit_jax.data.sources.base import open_source
 from hivit_jax.errors import UserError
 from tests import patience
 from tests.data.imagenet_tars import write_tars

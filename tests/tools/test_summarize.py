@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from hivit_jax.errors import UserError
+from hivit_jax.planning.flops import matmul_flops, matmul_outputs
 from hivit_jax.tools import sizes
-from hivit_jax.tools.flops import matmul_flops, matmul_outputs
 from tests.helpers import TINY, TINY_MAE
 from tests.runs import error_of
 

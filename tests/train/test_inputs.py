@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from hivit_jax.data.builders import imagenet_files
-from hivit_jax.data.folder import FolderSource
+from hivit_jax.data.sources.folder import FolderSource
 from hivit_jax.errors import UserError
 from hivit_jax.train import inputs
 

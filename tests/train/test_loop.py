@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from hivit_jax.errors import Stopped
+from hivit_jax.runtime.signals import StopSignals
 from hivit_jax.train import loop, sharding
-from hivit_jax.train.signals import StopSignals
 
 BATCH = 4
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from hivit_jax.errors import UserError
+from hivit_jax.planning import hlo
+from hivit_jax.planning.collectives import collectives
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
-from hivit_jax.tools import hlo
-from hivit_jax.tools.collectives import collectives
 from hivit_jax.train import optim, sharding, step
 from tests import patience
 from tests.helpers import TINY, abstract_model, random_model

@@ -11,10 +11,10 @@ from flax import nnx
 
 import hivit_jax
 from hivit_jax.interop import torch_names
+from hivit_jax.planning.flops import matmul_flops
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tasks.mae import MAETask
-from hivit_jax.tools.flops import matmul_flops
 from hivit_jax.train import optim, sharding, step
 from hivit_jax.train.schedules import Schedule
 from tests.helpers import assert_close, assert_trees_close, random_model

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hivit_jax.train import build, sharding
+from hivit_jax.train import assemble, sharding
 
 # Every kind of model, by a config that trains it.
 CONFIGS = {
@@ -29,9 +29,9 @@ def step(request) -> tuple[str, dict]:
   name, model = CONFIGS[request.param]
   config = importlib.import_module(f'configs.{name}').get_config('debug')
   config.model.update(model, dtype='bfloat16')
-  training = build.training(config, sharding.make_mesh())
+  training = assemble.training(config, sharding.make_mesh())
   batch = {
-    'image': jax.ShapeDtypeStruct((BATCH, *build.image_size(config), 3), jnp.uint8),
+    'image': jax.ShapeDtypeStruct((BATCH, *assemble.image_size(config), 3), jnp.uint8),
     'label': jax.ShapeDtypeStruct((BATCH,), jnp.int32),
   }
   traced = training.train_step.trace(training.abstract, batch)

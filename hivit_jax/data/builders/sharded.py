@@ -25,8 +25,9 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tensorflow_datasets.core import constants
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
-from hivit_jax.data import splits, tfds_source
 from hivit_jax.data.builders.progress import Progress
+from hivit_jax.data.sources import splits
+from hivit_jax.data.sources import tfds as tfds_source
 from hivit_jax.errors import UserError
 
 _PLAN_FILE = 'preparation.json'

@@ -1,0 +1,257 @@
+"""Data sets on disk in the TFDS layout, read from ArrayRecord files without TensorFlow."""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from tensorflow_datasets.core import dataset_builder
+from tensorflow_datasets.core.utils import file_utils, version
+from tensorflow_datasets.proto import tf_example_pb2
+
+from hivit_jax.data.sources import splits
+from hivit_jax.errors import UserError
+
+INFO_FILE = 'dataset_info.json'
+_NAME = re.compile(r'(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?')
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetName:
+  """The parts of `name`, `name/config`, `name:1.0.0` or `name/config:1.*.*`."""
+
+  name: str
+  config: str | None = None
+  version: str | None = None
+
+  @classmethod
+  def parse(cls, text: str) -> 'DatasetName':
+    """Parses the name of a data set; raises UserError if it is none."""
+    match = _NAME.fullmatch(text)
+    if not match:
+      raise UserError(
+        f'{text!r} is not the name of a data set; write a TFDS name such as imagenet2012, '
+        'cifar10:3.0.2 or name/config:1.0.0, or folder:/path/to/root'
+      )
+    return cls(match['name'], match['config'], match['version'])
+
+  def __str__(self) -> str:
+    config = f'/{self.config}' if self.config else ''
+    return self.name + config + (f':{self.version}' if self.version else '')
+
+
+@dataclasses.dataclass(slots=True)
+class _ShardRange:
+  """Records [skip, skip + take) of one file, in the form that ArrayRecordDataSource reads."""
+
+  filename: str
+  skip: int
+  take: int
+  examples_in_shard: int
+
+
+def data_dirs(data_dir: str | os.PathLike | None) -> list[Path]:
+  """Returns the folders to look in: the one given, or TFDS's defaults (TFDS_DATA_DIR)."""
+  return [Path(folder).expanduser() for folder in file_utils.list_data_dirs(data_dir)]
+
+
+def file_formats(folder: Path) -> set[str]:
+  """Returns the formats of the prepared data set in `folder`; empty if there is none."""
+  try:
+    info = json.loads((folder / INFO_FILE).read_text())
+  except (FileNotFoundError, NotADirectoryError):
+    return set()
+  except (OSError, ValueError) as error:
+    raise UserError(f'cannot read {folder / INFO_FILE}: {error}') from None
+  return {info.get('fileFormat', 'tfrecord'), *info.get('alternativeFileFormats', [])}
+
+
+def find_prepared(wanted: DatasetName, data_dir: str | os.PathLike | None) -> Path | None:
+  """Finds a data set that TFDS or our builders prepared.
+
+  Args:
+    wanted: the data set; without a version, the highest one is taken.
+    data_dir: folder to look in; None for TFDS's defaults.
+
+  Returns:
+    The folder with its files in ArrayRecord, or None if the set is not there in any format.
+
+  Raises:
+    UserError: if it is there as TFRecord only, or in several configs of which none was named.
+  """
+  unusable = []
+  for root in data_dirs(data_dir):
+    base = root / wanted.name
+    if wanted.config:
+      base /= wanted.config
+    elif not version.list_all_versions(base):
+      base = _only_config(wanted, base)
+    for number in reversed(version.list_all_versions(base)):
+      if wanted.version and not number.match(wanted.version):
+        continue
+      formats = file_formats(base / str(number))
+      if 'array_record' in formats:
+        return base / str(number)
+      if formats:
+        unusable.append((base / str(number), formats))
+  if unusable:
+    folder, formats = unusable[0]
+    raise UserError(
+      f'{wanted} in {folder} is stored as {"/".join(sorted(formats))}, which cannot be read at '
+      'random without TensorFlow; prepare it as ArrayRecord in another folder and give that one as '
+      f'--config.data.data_dir: {preparation(wanted, "/path/to/other/folder")}'
+    )
+  return None
+
+
+def _only_config(wanted: DatasetName, base: Path) -> Path:
+  """Returns the folder of the config to read when none was named."""
+  if not base.is_dir():
+    return base
+  configs = sorted(c.name for c in base.iterdir() if version.list_all_versions(c))
+  default = dataset_builder.load_default_config_name(tfds.core.Path(base))
+  if default in configs:
+    return base / default
+  if len(configs) > 1:
+    names = ', '.join(f'{wanted.name}/{config}' for config in configs)
+    raise UserError(f'{wanted.name} is prepared in several configs; name one: {names}')
+  return base / configs[0] if configs else base
+
+
+def preparation(wanted: DatasetName, folder: str | os.PathLike) -> str:
+  """Returns the commands that prepare a data set in `folder`."""
+  from hivit_jax.data import builders
+
+  if wanted.name == 'imagenet2012':
+    return (
+      'python -m hivit_jax.tools.prepare imagenet2012 --train_tar=ILSVRC2012_img_train.tar '
+      f'--val_tar=ILSVRC2012_img_val.tar --data_dir={folder} (the files are on image-net.org '
+      'after a free registration; --source_dir=... takes extracted folders instead)'
+    )
+  if wanted.name in builders.EMBEDDED:
+    return f'python -m hivit_jax.tools.prepare {wanted.name} --data_dir={folder}'
+  return (
+    'pip install tensorflow tensorflow-datasets importlib-resources (in an environment of its '
+    'own: only this step needs TensorFlow), then there: python -c "import tensorflow_datasets as '
+    f"tfds; tfds.builder('{wanted}', data_dir='{folder}')"
+    ".download_and_prepare(file_format='array_record')\""
+  )
+
+
+class TfdsSource:
+  """One split of a prepared data set. Images stay encoded: decoding is the pipeline's work.
+
+  Safe to read from several threads; cheap to pickle (files are opened again where it arrives).
+
+  Attributes:
+    name: the data set as the user named it.
+    split: the split as the user gave it.
+    class_names: names of the classes, by label.
+  """
+
+  def __init__(self, name: str, split: str, folder: Path):
+    """Reads the description of the data set; opens no data file.
+
+    Args:
+      name: the data set, for messages.
+      split: in the grammar of `splits.parse_split`.
+      folder: as `find_prepared` gives it.
+
+    Raises:
+      UserError: for an unknown split, a missing file, or a set that has no image and label.
+    """
+    self.name = name
+    self.split = split
+    try:
+      info = tfds.builder_from_directory(folder, file_format='array_record').info
+    except (OSError, ValueError) as error:
+      reason = str(error).strip().splitlines()[0]
+      raise UserError(f'{folder} has no readable description of a data set: {reason}') from None
+    features: Any = info.features  # a FeaturesDict, which TFDS's annotations do not say
+    self._image_key, self._label_key = _image_and_label(name, features, info.supervised_keys)
+    self._file_name_key = next((k for k in ('file_name', 'filename') if k in features), None)
+    self.class_names = tuple(features[self._label_key].names)
+    sizes = {key: value.num_examples for key, value in info.splits.items()}
+    splits.parse_split(name, split, sizes, sizes.__getitem__)
+    ranges = [
+      _ShardRange(os.fspath(r.filename), r.skip, r.take, r.examples_in_shard)
+      for r in info.splits[split].file_instructions
+    ]
+    present = set(os.listdir(folder))
+    missing = [r.filename for r in ranges if os.path.basename(r.filename) not in present]
+    if missing:
+      raise UserError(
+        f'{name}: {len(missing)} of {len(ranges)} files of split {split!r} are missing, the first '
+        f'is {missing[0]}; copy them again, or delete {folder} and prepare it again'
+      )
+    _allow_open_files(len(ranges))
+    self._records = ArrayRecordDataSource(ranges)
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+  def _features(self, index: int):
+    if not 0 <= index < len(self):
+      raise IndexError(f'{self.name}/{self.split} has {len(self)} examples, asked for {index}')
+    example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
+    record = self._records[index]
+    if not record:  # is all that array_record says
+      raise OSError('empty record: its file was cut off while it was open')
+    example.ParseFromString(record)
+    return example.features.feature
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> dict:
+    """Returns `image` (the encoded file, bytes) and `label` (int)."""
+    features = self._features(index)
+    return {
+      'image': features[self._image_key].bytes_list.value[0],
+      'label': features[self._label_key].int64_list.value[0],
+    }
+
+  def example_name(self, index: int) -> str:
+    """Returns `name/split[index]`, and the file name where the set has one."""
+    name = f'{self.name}/{self.split}[{index}]'
+    if self._file_name_key:
+      file_name = self._features(index)[self._file_name_key].bytes_list.value[0]
+      name += f' ({file_name.decode(errors="replace")})'
+    return name
+
+
+def _image_and_label(name: str, features: Any, supervised_keys: Any) -> tuple[str, str]:
+  """Returns the keys of the image and of its class."""
+  keys: list = list(supervised_keys or ())[:2]
+  if len(keys) < 2 or not all(isinstance(key, str) and key in features for key in keys):
+    keys = [None, None]
+
+  def find(kind: type, usual: str, supervised: str | None) -> str | None:
+    found = [k for k, v in features.items() if isinstance(v, kind) and supervised in (None, k)]
+    return usual if usual in found else found[0] if len(found) == 1 else None
+
+  image = find(tfds.features.Image, 'image', keys[0])
+  label = find(tfds.features.ClassLabel, 'label', keys[1])
+  if image and label:
+    return image, label
+  listing = ', '.join(f'{key} ({type(value).__name__})' for key, value in features.items())
+  raise UserError(
+    f'{name} is not an image classification data set: it needs one Image and one ClassLabel, and '
+    f'has {listing}'
+  )
+
+
+def _allow_open_files(count: int) -> None:
+  """Raises the soft limit on open files, for child processes too: every shard stays open."""
+  import resource
+
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  wanted = count + 1024
+  if soft != resource.RLIM_INFINITY and soft < wanted:
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))

@@ -1,0 +1,73 @@
+"""What the matrix products of a function amount to, counted from its jaxpr."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+# Products in the primitives that JAX has for cuDNN's attention. The backward pass of
+# `ops.attention`, which computes the logits again, has as many.
+_ATTENTION = {'dot_product_attention_fwd_wrapper': 2, 'dot_product_attention_bwd_wrapper': 5}
+
+
+def matmul_flops(function: Callable, *args: Any) -> int:
+  """Operations in the matrix products of one call, 2 per multiply-add.
+
+  Counted from the program as traced, before any compiler: loops (`lax.scan`) count with their
+  length and recomputation (`jax.checkpoint`) as often as it happens; of a `cond` the dearest branch
+  counts, of a choice by platform the cheapest. Elementwise operations do not count, as in the
+  published GMACs.
+
+  Args:
+    function: traceable by JAX.
+    *args: its arguments or their `jax.ShapeDtypeStruct`s.
+  """
+  return _total(function, args, _flops)
+
+
+def matmul_outputs(function: Callable, *args: Any) -> int:
+  """Elements of all results of matrix products: "activations" (arXiv 2003.13678); see above."""
+  return _total(function, args, lambda eqn: math.prod(eqn.outvars[0].aval.shape))
+
+
+def _flops(eqn: Any) -> int:
+  if products := _ATTENTION.get(eqn.primitive.name):
+    (batch, n, heads, d), keys = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
+    return products * 2 * batch * heads * n * keys * d
+  ((contract, _), _) = eqn.params['dimension_numbers']
+  lhs = eqn.invars[0].aval.shape
+  return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+
+
+def _total(function: Callable, args: Any, measure: Callable[[Any], int]) -> int:
+  if isinstance(function, jax.stages.Wrapped):
+    # By itself: with compiler options it cannot be traced inside another function.
+    return _count(function.trace(*args).jaxpr.jaxpr, measure)
+  return _count(jax.make_jaxpr(function)(*args).jaxpr, measure)
+
+
+def _count(jaxpr: core.Jaxpr, measure: Callable[[Any], int]) -> int:
+  total = 0
+  for eqn in jaxpr.eqns:
+    name = eqn.primitive.name
+    if name == 'dot_general' or name in _ATTENTION:
+      total += measure(eqn)
+    elif name == 'conv_general_dilated':
+      raise NotImplementedError('convolutions are not counted: no model here uses one')
+    else:
+      inner = [_count(sub, measure) for sub in _subjaxprs(eqn.params)]
+      if name == 'cond':
+        # By platform: some have products in the place of sums.
+        total += (min if eqn.params.get('branches_platforms') else max)(inner)
+      elif name == 'while' and any(inner):
+        raise ValueError('matrix products in a while loop of unknown length cannot be counted')
+      else:
+        total += sum(inner) * (eqn.params['length'] if name == 'scan' else 1)
+  return total
+
+
+def _subjaxprs(params: dict) -> list[Any]:
+  values = [v for p in params.values() for v in (p if isinstance(p, tuple | list) else (p,))]
+  return [getattr(v, 'jaxpr', v) for v in values if hasattr(v, 'eqns')]

@@ -1,0 +1,193 @@
+"""How much of the speed of bare decoding and resizing the input pipeline keeps.
+
+All sides read the same JPEG files from memory in the same number of threads, by turns in one
+process. The bare side is PIL alone: decode, crop, bicubic resize. The pipeline is `train_loader`
+with the augmentation of MAE pretraining: shuffled order, random crops, flips, arrays, batches. The
+supervised pipeline has that of the classifiers instead: smaller crops, and RandAugment.
+
+Images per second *per core* are images per second of CPU time (`time.process_time`: all threads of
+the process), so that neither idle cores nor other programs count.
+"""
+
+import concurrent.futures
+import functools
+import importlib.util
+import io
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from PIL import Image
+
+from hivit_jax.data.loader import train_loader, usable_cores
+from hivit_jax.data.stream import generator
+from hivit_jax.data.transforms import RandomResizedCrop, train_transform
+from hivit_jax.errors import UserError
+
+PHOTO_SIZE = (500, 375)  # Width and height: the most frequent ones in ImageNet.
+JPEG_QUALITY = 95
+PHOTOS = ('astronaut.png', 'coffee.png', 'motorcycle_left.png', 'ihc.png', 'rocket.jpg')
+BATCH_SIZE = 64
+RAND_AUGMENT = 'rand-m9-mstd0.5-inc1'
+# Side -> the one it is compared with, and the share of its speed to be kept.
+TARGETS = {'pipeline': ('bare', 0.85), 'supervised': ('pipeline', 0.7)}
+
+
+class MemorySource:
+  """A few encoded images, over and over."""
+
+  name, split, class_names, num_classes = 'benchmark', 'train', ('photo',), 1
+
+  def __init__(self, files: list[bytes], length: int):
+    self._files = files
+    self._length = length
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return {'image': self._files[index % len(self._files)], 'label': 0}
+
+  def example_name(self, index: int) -> str:
+    return f'{self.name}[{index}]'
+
+
+def photo_files() -> list[bytes]:
+  """Returns photographs that scikit-image carries, as JPEG files of `PHOTO_SIZE`.
+
+  Raises:
+    UserError: scikit-image is not installed.
+  """
+  spec = importlib.util.find_spec('skimage')  # Finds it without importing it.
+  if spec is None or not spec.submodule_search_locations:
+    raise UserError('The photographs of scikit-image are missing: pip install scikit-image')
+  folder = pathlib.Path(spec.submodule_search_locations[0], 'data')
+  files = []
+  for name in PHOTOS:
+    with Image.open(folder / name) as image:
+      photo = image.convert('RGB').resize(PHOTO_SIZE, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    photo.save(buffer, 'JPEG', quality=JPEG_QUALITY)
+    files.append(buffer.getvalue())
+  return files
+
+
+def measure(
+  *, images: int = 512, repeats: int = 7, size: int = 224, num_threads: int | None = None
+) -> dict[str, Any]:
+  """Measures bare PIL, the pipeline of pretraining and that of supervised training by turns.
+
+  Args:
+    images: Images in a turn; rounded up to whole batches.
+    repeats: Turns of each side. Speeds are medians over them.
+    size: Side of the output, in pixels.
+    num_threads: Threads of either side; None for one a usable core.
+
+  Returns:
+    `bare`, `pipeline` and `supervised`, each with `images_per_second_per_core` (CPU time) and
+    `images_per_second` (wall clock); the last two also with `kept` and `kept_wall`, the share of
+    the speed of the one before, as the median over pairs of neighbouring turns, and `target`; and
+    the conditions of the measurement.
+
+  Raises:
+    UserError: scikit-image, which has the photographs, is not installed.
+  """
+  files = photo_files()
+  steps = -(-images // BATCH_SIZE)
+  images = steps * BATCH_SIZE
+  threads = num_threads or usable_cores()
+  source = MemorySource(files, images)
+  crop, rng = RandomResizedCrop((size, size)), generator(0, 0)
+  work = [(files[i % len(files)], crop.box(*PHOTO_SIZE, rng)) for i in range(images)]
+
+  def bare_share(thread: int) -> None:
+    for file, box in work[thread::threads]:
+      image = Image.open(io.BytesIO(file)).convert('RGB')
+      image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+
+  def bare() -> None:
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+      list(pool.map(bare_share, range(threads)))
+
+  def pipeline(**augmentation: Any) -> None:
+    transform = train_transform(size, **augmentation)
+    options = {'batch_size': BATCH_SIZE, 'seed': 0, 'num_steps': steps, 'num_threads': threads}
+    with train_loader(source, transform, **options) as loader:
+      for _ in loader:
+        pass
+
+  supervised = functools.partial(pipeline, scale=(0.08, 1.0), rand_augment=RAND_AUGMENT)
+  sides = {'bare': bare, 'pipeline': pipeline, 'supervised': supervised}
+  for run in sides.values():  # Imports, allocations, clock speed.
+    run()
+  turns = [{name: _speeds(run, images) for name, run in sides.items()} for _ in range(repeats)]
+  report: dict[str, Any] = {}
+  for name in sides:
+    per_core, wall = _medians(turn[name] for turn in turns)
+    report[name] = {'images_per_second_per_core': per_core, 'images_per_second': wall}
+  for name, (other, target) in TARGETS.items():
+    kept, kept_wall = _medians(
+      [speed / reference for speed, reference in zip(turn[name], turn[other], strict=True)]
+      for turn in turns
+    )
+    report[name] |= {'kept': kept, 'kept_wall': kept_wall, 'target': target}
+  return report | {
+    'threads': threads,
+    'images_per_turn': images,
+    'turns': repeats,
+    'image_size': size,
+    'photo_size': list(PHOTO_SIZE),
+    'photo_kilobytes': sum(map(len, files)) / len(files) / 1000,
+  }
+
+
+def format_report(report: dict[str, Any]) -> str:
+  """Returns the result of `measure` as a few lines for a person."""
+  width, height = report['photo_size']
+  lines = [
+    f'JPEG {width}x{height}, {report["photo_kilobytes"]:.0f} kB, from memory to '
+    f'{report["image_size"]}x{report["image_size"]}; {report["threads"]} threads; medians of '
+    f'{report["turns"]} turns of {report["images_per_turn"]} images',
+    f'{"images/s":24}{"per core (CPU time)":>22}{"wall clock":>14}',
+  ]
+  for name, title in (
+    ('bare', 'bare decode + resize'),
+    ('pipeline', 'pipeline'),
+    ('supervised', 'supervised pipeline'),
+  ):
+    side = report[name]
+    lines.append(
+      f'{title:24}{side["images_per_second_per_core"]:22.1f}{side["images_per_second"]:14.1f}'
+    )
+    if name in TARGETS:
+      lines.append(
+        f'{"  kept":24}{side["kept"]:22.1%}{side["kept_wall"]:14.1%}   '
+        f'(of {TARGETS[name][0]}; target: {side["target"]:.0%} per core)'
+      )
+  return '\n'.join(lines)
+
+
+def main(*, as_json: bool = False, **options: Any) -> dict[str, Any]:
+  """Measures, prints a table or one JSON object, and returns the numbers.
+
+  Args:
+    as_json: Print JSON.
+    **options: Those of `measure`.
+  """
+  report = measure(**options)
+  print(json.dumps(report) if as_json else format_report(report))
+  return report
+
+
+def _speeds(run: Callable[[], None], images: int) -> tuple[float, float]:
+  """Images per second of CPU time and of wall-clock time."""
+  cpu, wall = time.process_time(), time.perf_counter()
+  run()
+  return images / (time.process_time() - cpu), images / (time.perf_counter() - wall)
+
+
+def _medians(rows: Iterable[Sequence[float]]) -> list[float]:
+  return [statistics.median(column) for column in zip(*rows, strict=True)]

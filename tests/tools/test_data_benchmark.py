@@ -1,0 +1,64 @@
+"""The input benchmark: every side is measured, and reported in either form."""
+
+import importlib.util
+import json
+
+import pytest
+
+from hivit_jax.data.transforms import train_transform
+from hivit_jax.errors import UserError
+from hivit_jax.tools import data_benchmark
+
+TINY = {'images': 65, 'repeats': 2, 'size': 64, 'num_threads': 2}
+
+
+def test_photographs_are_jpeg_files_of_imagenet_like_size():
+  for file in data_benchmark.photo_files():
+    assert file.startswith(b'\xff\xd8')
+    assert 30_000 < len(file) < 300_000
+
+
+def test_report_has_every_side_per_core_and_by_the_clock(capsys):
+  report = data_benchmark.main(as_json=True, **TINY)
+  assert json.loads(capsys.readouterr().out) == report
+  assert report['images_per_turn'] == 128  # Whole batches.
+  for side in ('bare', 'pipeline', 'supervised'):
+    assert report[side]['images_per_second_per_core'] > 10
+    assert report[side]['images_per_second'] > 10
+  # A loose bound for a loaded machine: the sides did the same amount of the same work.
+  assert 0.4 < report['pipeline']['kept'] < 1.5
+  assert 0.4 < report['supervised']['kept'] < 1.5
+
+
+def test_table_names_the_targets_and_what_was_measured(capsys):
+  data_benchmark.main(**TINY)
+  table = capsys.readouterr().out
+  for expected in (
+    'bare decode + resize',
+    'supervised pipeline',
+    'of bare; target: 85% per core',
+    'of pipeline; target: 70% per core',
+    '2 threads',
+  ):
+    assert expected in table
+
+
+def test_supervised_side_is_the_published_augmentation(monkeypatch):
+  made = []
+  monkeypatch.setattr(
+    data_benchmark,
+    'train_transform',
+    lambda *a, **k: made.append(train_transform(*a, **k)) or made[-1],
+  )
+  data_benchmark.measure(**TINY | {'images': 1, 'repeats': 1})
+  kinds = [[type(step).__name__ for step in transform.steps] for transform in made]
+  assert kinds == 2 * [
+    ['RandomResizedCrop', 'RandomFlip'],
+    ['RandomResizedCrop', 'RandomFlip', 'RandAugment'],
+  ]
+
+
+def test_missing_photographs_are_a_user_error(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match='pip install scikit-image'):
+    data_benchmark.photo_files()

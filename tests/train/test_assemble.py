@@ -1,0 +1,117 @@
+"""What a config's settings come to."""
+
+import re
+import types
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import base
+from hivit_jax.errors import UserError
+from hivit_jax.interop import exporter, files
+from hivit_jax.train.assemble import Steps, attention, image_size, initial_model
+from tests.helpers import TINY, random_model
+
+IMAGENET = Steps(1_281_167, 4096)  # an epoch is 312.8 steps
+
+
+def test_epochs_are_rounded_to_steps_and_at_least_one():
+  assert IMAGENET.of(300) == 93835
+  assert IMAGENET.of(1e-9) == 1
+
+
+@pytest.mark.parametrize('every', [1, 2.5, 7])
+@pytest.mark.parametrize('keep', [100, 3])
+def test_checkpoints_kept_for_ever_are_among_those_that_are_saved(every, keep):
+  checkpoint = base.get_config().checkpoint
+  checkpoint.update(every_epochs=every, keep_every_epochs=float(keep))
+  kept = IMAGENET.between_kept(checkpoint)
+  assert kept % IMAGENET.between_saves(checkpoint) == 0
+  assert kept * IMAGENET.epochs_per_step == pytest.approx(max(keep, every), abs=every / 2)
+
+
+def test_zero_epochs_switch_saving_and_keeping_off():
+  checkpoint = base.get_config().checkpoint
+  checkpoint.keep_every_epochs = 0.0
+  assert IMAGENET.between_kept(checkpoint) is None
+  assert IMAGENET.between_saves(checkpoint) == 313
+  checkpoint.update(every_epochs=0.0, keep_every_epochs=100.0)
+  assert IMAGENET.between_saves(checkpoint) is None
+  assert IMAGENET.between_kept(checkpoint) is None
+
+
+def test_an_image_size_may_be_one_side():
+  config = base.get_config()
+  config.image_size = (96,)
+  assert image_size(config) == (96, 96)
+  config.image_size = (96, 64)
+  assert image_size(config) == (96, 64)
+
+
+def test_cudnn_is_for_nvidia_gpus_only():
+  config = base.get_config()
+  gpu = types.SimpleNamespace(platform='gpu', compute_capability='9.0', device_kind='NVIDIA H200')
+  assert attention(config, gpu) == 'xla'
+  config.model.attention = 'cudnn'
+  assert attention(config, gpu) == 'cudnn'
+  assert attention(config) == 'xla'  # here
+  for capability in ('7.5', 'gfx942'):
+    other = types.SimpleNamespace(**vars(gpu) | {'compute_capability': capability})
+    with pytest.raises(UserError, match=rf'compute capability 8\.0 or more, not {capability} '):
+      attention(config, other)
+  config.model.dtype = 'float32'
+  with pytest.raises(UserError, match='attention=cudnn computes in bfloat16 only'):
+    attention(config, gpu)
+  config.model.attention = 'flash'
+  with pytest.raises(UserError, match='attention="flash" is not one of xla, cudnn'):
+    attention(config)
+
+
+@pytest.mark.parametrize(
+  ('in_file', 'head_std', 'kept', 'said'),
+  [
+    ('ant bee cat', None, ['weight', 'bias'], None),
+    ('ant bee cat', 1e-5, ['bias'], r'anew.*: head\.weight \(config\.model\.head_std=1e-05\)'),
+    (
+      'ant bee dog',
+      None,
+      [],
+      r'anew.*: head\.bias, head\.weight \(the file is for other classes\)',
+    ),
+    (
+      'bee ant cat',
+      1e-5,
+      [],
+      r'anew.*: head\.bias, head\.weight \(the file is for other classes\)',
+    ),
+    (
+      '',
+      None,
+      ['weight', 'bias'],
+      'has no class names but as many classes as the data, 3',
+    ),
+    ('', 1e-5, ['bias'], r'no class names.* though its weight is drawn anew'),
+    ('ant bee', None, [], r'new, not in the file: head\.bias, head\.weight'),
+  ],
+)
+def test_a_head_is_kept_for_the_same_classes_only(tmp_path, caplog, in_file, head_std, kept, said):
+  names = in_file.split()
+  count = len(names) or 3
+  model = nnx.merge(*random_model('hivit_tiny', **TINY, num_classes=count))
+  arrays = exporter.state_dict(model)
+  files.write(tmp_path / 'x.safetensors', arrays, metadata={'class_names': names})
+  config = base.get_config()
+  config.task, config.image_size = 'classify', (64, 64)
+  own = {key: value for key, value in TINY.items() if key != 'image_size'}
+  config.model.update(name='hivit_tiny', num_classes=3, head_std=head_std, **own)
+  config.init = str(tmp_path / 'x.safetensors')
+  with caplog.at_level('INFO'):
+    built = exporter.state_dict(initial_model(config, ('ant', 'bee', 'cat'))())
+  for part in ('weight', 'bias'):
+    same = np.array_equal(built[f'head.{part}'], arrays[f'head.{part}'])
+    assert same == (part in kept), part
+  if head_std and 'weight' not in kept and count == 3:
+    assert 0 < np.abs(built['head.weight']).max() < 1e-4
+  np.testing.assert_array_equal(built['fc_norm.weight'], arrays['fc_norm.weight'])
+  assert (re.search(said, caplog.text) is not None) if said else 'anew' not in caplog.text

@@ -62,7 +62,16 @@ CONFINED = {
     'hivit_jax/planning/plan.py',
     *(
       f'hivit_jax/train/{name}.py'
-      for name in ('assemble', 'inputs', 'validate', 'hints', 'hooks', 'evaluation', 'run')
+      for name in (
+        'assemble',
+        'initialise',
+        'inputs',
+        'validate',
+        'hints',
+        'hooks',
+        'evaluation',
+        'run',
+      )
     ),
   ),
   'tensorflow': (),

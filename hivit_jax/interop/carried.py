@@ -32,8 +32,7 @@ def model_of(state: StateDict, **overrides: Any) -> Described:
     overrides['image_size'] = (overrides['image_size'],) * 2
   carried = read(state.metadata)
   if carried is None:
-    size = infer.image_size(state.metadata)
-    known = ({'image_size': size} if size else {}) | overrides
+    known = infer.known_size(state.metadata) | overrides
     described = infer.describe(state.arrays, state.source, **known)
   else:
     guessed = tuple(key for key in carried.guessed if key not in overrides)
@@ -65,15 +64,9 @@ def read(metadata: Mapping[str, Any]) -> Described | None:
     own['channels'] = config.get('channels', 3)
   else:
     return None
-  own = {
-    key: tuple(value) if isinstance(value, list) else value
-    for key, value in own.items()
-    if key not in infer.COMPUTATION and key != 'name'
-  }
-  size = infer.image_size(metadata)
-  return Described(
-    name, infer.defaults(name) | own | ({'image_size': size} if size else {}), guessed
-  )
+  left_out = infer.COMPUTATION | {'name'}
+  own = infer.tuples({key: value for key, value in own.items() if key not in left_out})
+  return Described(name, infer.defaults(name) | own | infer.known_size(metadata), guessed)
 
 
 def metadata(described: Described, state: StateDict, **more: Any) -> dict[str, Any]:

@@ -150,9 +150,7 @@ def _indices(
 
 def _swin_buffers(arrays: Mapping[str, np.ndarray], state: StateDict) -> dict[str, np.ndarray]:
   """Every block's index, and the masks of those that shift their windows."""
-  size = infer.image_size(state.metadata)
-  known = {'image_size': size} if size else {}
-  described = infer.describe(state.arrays, state.source, **known)
+  described = infer.describe(state.arrays, state.source, **infer.known_size(state.metadata))
   height, width = described.arguments['image_size']
   result = {}
   for name in (name for name in arrays if name.endswith(_TABLE)):

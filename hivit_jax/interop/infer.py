@@ -76,6 +76,17 @@ def image_size(metadata: Mapping[str, Any]) -> tuple[int, int] | None:
   return tuple(size) if size else None
 
 
+def known_size(metadata: Mapping[str, Any]) -> dict[str, Any]:
+  """`image_size` as an argument of a model, if a metadata has it."""
+  size = image_size(metadata)
+  return {'image_size': size} if size else {}
+
+
+def tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Settings as models and configs have them: JSON knows no tuples."""
+  return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+
+
 def defaults(name: str) -> dict[str, Any]:
   """Arguments of a model where none are given, `COMPUTATION` aside; {} for an unknown name."""
   own = {

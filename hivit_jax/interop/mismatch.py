@@ -122,10 +122,9 @@ def _cause(
 ) -> str:
   """The likely reason, and what to do."""
   there, base = infer.family(state.arrays), infer.architecture(state.arrays)
-  size = infer.image_size(state.metadata)
   try:
     # Heads have no part in the comparison.
-    known = {'num_heads': 1} | ({'image_size': size} if size else {})
+    known = {'num_heads': 1} | infer.known_size(state.metadata)
     described = infer.describe(state.arrays, state.source, **known)
   except UserError as error:
     return str(error)

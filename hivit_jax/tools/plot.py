@@ -43,6 +43,9 @@ def main(argv: list[str]) -> None:
     return _draw_runs(workdirs)
   if workdirs:
     raise UserError(f'"{workdirs[0]}" and --config: either runs are drawn, or a config')
+  import jax
+
+  jax.config.update('jax_platforms', 'cpu')  # an accelerator that others use is left alone
   if _EPOCHS.value is not None:
     return _print_rates(_parse(_EPOCHS.value))
   if _JSON.value:

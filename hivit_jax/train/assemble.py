@@ -1,8 +1,7 @@
 """From a config to the objects it describes. Below here nobody knows about configs."""
 
 import dataclasses
-import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,6 @@ from jax.sharding import Mesh
 
 from hivit_jax import models
 from hivit_jax.errors import UserError, flag
-from hivit_jax.interop import carried, files, importer, infer
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.hivit import UNIT
 from hivit_jax.models.masking import MaskedDecoder
@@ -20,9 +18,7 @@ from hivit_jax.models.simmim import SimMIM
 from hivit_jax.ops.attention import IMPLEMENTATIONS
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
-from hivit_jax.train import optim, schedules, sharding, step, weights
-
-_log = logging.getLogger(__name__)
+from hivit_jax.train import optim, schedules, sharding, step
 
 _DTYPES = ('auto', 'float32', 'bfloat16')
 _LARGE_WIDTH = 256  # channels of the main stage
@@ -136,95 +132,9 @@ def model_creator(config: ml_collections.ConfigDict, device: Any = None) -> Call
   return create
 
 
-def initial_model(
-  config: ml_collections.ConfigDict, class_names: Sequence[str]
-) -> Callable[[], Any]:
-  """Returns a function that builds the config's model with the weights of `config.init`.
-
-  With `config.model.head_std`, the weights of the head are drawn anew even if they fit, as in the
-  official finetuning; a head of other classes is drawn anew with its bias.
-
-  Args:
-    config: see configs/base.py.
-    class_names: of the training data.
-  """
-  create = model_creator(config)
-  path, ema = config.init, config.init_ema
-
-  def load():
-    model = create()
-    if path:
-      try:
-        state = weights.read(path, ema=ema)
-        importer.load_into(model, state, partial=True, redraw=_redrawn(config, state, class_names))
-      except UserError as error:
-        raise UserError(f'config.init: {error}') from error
-    return model
-
-  return load
-
-
-def _redrawn(
-  config: ml_collections.ConfigDict, state: files.StateDict, class_names: Sequence[str]
-) -> dict[str, str]:
-  """Parameters of the head that are not taken from the weights though they may fit, with why."""
-  head = state.arrays.get('head.weight')
-  if is_pretraining(config) or head is None or len(head) != config.model.num_classes:
-    return {}
-  result = {}
-  if config.model.head_std is not None:
-    result['head.weight'] = f'config.model.head_std={config.model.head_std}'
-  names = state.metadata.get('class_names')
-  if names and list(names) != list(class_names):
-    return dict.fromkeys(('head.weight', 'head.bias'), 'the file is for other classes')
-  if not names:
-    _log.info(
-      '%s has no class names but as many classes as the data, %d: assuming they are the same%s',
-      state.source, len(head), ', though its weight is drawn anew' if result else '',
-    )  # fmt: skip
-  return result
-
-
-def infer_model(
-  config: ml_collections.ConfigDict, state: files.StateDict, given: Collection[str] = ()
-) -> None:
-  """Sets task, model and pixel statistics of a config to what weights are for.
-
-  Args:
-    config: see configs/base.py. Its image size becomes that of the weights if they carry it.
-    state: the weights.
-    given: dotted settings that win over what the weights say.
-  """
-  known = {
-    key.removeprefix('model.'): config.model[key.removeprefix('model.')]
-    for key in given
-    if key.startswith('model.')
-  }
-  size = infer.image_size(state.metadata)
-  if size and 'image_size' not in given:
-    config.image_size = size
-  described = carried.model_of(state, image_size=image_size(config), **known)
-  name = described.name.removeprefix('backbone_')  # pooled, its features are those of a classifier
-  if 'model.name' in given and config.model.name != name:
-    raise UserError(
-      f'config.model.name={config.model.name}, but {state.source} is for {name}; leave it out'
-    )
-  if name not in models.MODELS:
-    raise UserError(f'{state.source} is for the model "{name}", which is none of those here')
-  cls = models.MODELS[name][0]
-  config.task = next(task for task, (wanted, *_) in _TASKS.items() if issubclass(cls, wanted))
-  config.channels = described.arguments['channels']
-  config.model.name = name
-  accepted = {key for key in infer.accepted(name) if key not in ('image_size', 'channels')}
-  # Swin has a number of heads for each stage; other arguments have no setting.
-  with config.model.ignore_type(), config.model.unlocked():
-    config.model.update({k: v for k, v in described.arguments.items() if k in accepted})
-  pixels = infer.pixels(state.metadata)
-  config.data.update({k: _tuples(v) for k, v in pixels.items() if f'data.{k}' not in given})
-
-
-def _tuples(value: Any) -> Any:
-  return tuple(value) if isinstance(value, list) else value
+def task_of(model_class: type) -> str:
+  """Name of the first task that trains models of a class."""
+  return next(name for name, (wanted, *_) in _TASKS.items() if issubclass(model_class, wanted))
 
 
 def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:

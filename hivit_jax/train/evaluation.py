@@ -13,7 +13,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, importer, infer
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import distributed, host_memory, watchdog
-from hivit_jax.train import assemble, hooks, inputs, run, sharding, validate, weights
+from hivit_jax.train import assemble, hooks, initialise, inputs, run, sharding, validate, weights
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def _evaluate(
     _as_trained(config, state.metadata['config'], given)
     validate.check(config)
   elif config.model.name is None or carried.read(state.metadata):
-    assemble.infer_model(config, state, given)
+    initialise.infer_model(config, state, given)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   run.check_evaluation_batch(config, mesh)
   assemble.task(config)
@@ -129,11 +129,8 @@ def _as_trained(
   knn_alone = config.knn.every_epochs and not config.evaluation.every_epochs
   every = config.knn.every_epochs
   own = dict(validate.dotted(config))
-  theirs = {
-    key: tuple(value) if isinstance(value, list) else value
-    for key, value in validate.dotted(ml_collections.ConfigDict(trained))
-    if key in own and key not in _OWN
-  }
+  settings = infer.tuples(dict(validate.dotted(ml_collections.ConfigDict(trained))))
+  theirs = {key: value for key, value in settings.items() if key in own and key not in _OWN}
   with config.ignore_type():
     config.update_from_flattened_dict({k: v for k, v in theirs.items() if k not in given})
   if knn_alone:

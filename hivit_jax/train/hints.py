@@ -7,7 +7,7 @@ import ml_collections
 
 from hivit_jax.errors import flag
 from hivit_jax.reporting.run_info import ABSENT
-from hivit_jax.train import assemble
+from hivit_jax.train import assemble, validate
 
 _Config = ml_collections.ConfigDict
 
@@ -81,12 +81,12 @@ def without_effect(config: _Config, given: Collection[str] = ()) -> list[str]:
     for defaults, reason in _READERS
     if (why := reason(config)) is not None
     for key, default in defaults.items()
-    if _get(config, key) != default
+    if validate.get(config, key) != default
   }
   for key in ('lr', 'end_lr', 'warmup_start_lr'):
     if f'optim.base_{key}' in given and config.optim[key] is not None:
       unread[f'optim.base_{key}'] = f'optim.{key}={config.optim[key]}'
-  return [f'{key}={_get(config, key)} ({why})' for key, why in unread.items()]
+  return [f'{key}={validate.get(config, key)} ({why})' for key, why in unread.items()]
 
 
 def for_memory(config: _Config) -> str:
@@ -95,8 +95,8 @@ def for_memory(config: _Config) -> str:
   if not config.model.remat:
     ways.append(flag('model.remat', True))
   for key in ('batch_size', 'evaluation.batch_size'):
-    if _get(config, key) > 1:
-      ways.append(flag(key, _get(config, key) // 2))
+    if validate.get(config, key) > 1:
+      ways.append(flag(key, validate.get(config, key) // 2))
   return ', '.join([*ways, 'more devices'])
 
 
@@ -105,7 +105,7 @@ def for_finite_numbers(config: _Config) -> str:
   o = config.optim
   ways = [flag('optim.clip_norm', 1.0 if o.clip_norm is None else o.clip_norm / 2)]
   key = 'optim.base_lr' if o.lr is None else 'optim.lr'
-  ways.append(flag(key, f'{_get(config, key) / 2:g}'))
+  ways.append(flag(key, f'{validate.get(config, key) / 2:g}'))
   warmup = 2 * o.warmup_epochs or config.epochs / 20
   if warmup < config.epochs:
     ways.append(flag('optim.warmup_epochs', f'{warmup:g}'))
@@ -124,10 +124,3 @@ def to_train_longer(config: _Config) -> str:
 def as_before(changes: Mapping[str, tuple[Any, Any]]) -> str:
   """Flags for the old values of changed settings, see `run_info.config_changes`."""
   return ' '.join(flag(key, old) for key, (old, _) in changes.items() if old != ABSENT)
-
-
-def _get(config: _Config, key: str) -> Any:
-  value: Any = config
-  for part in key.split('.'):
-    value = value[part]
-  return value

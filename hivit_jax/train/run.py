@@ -20,7 +20,18 @@ from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.reporting.run_info import config_changes, write_run_info
 from hivit_jax.runtime import distributed, host_memory, lock, watchdog
 from hivit_jax.runtime.signals import Interrupted, StopSignals
-from hivit_jax.train import assemble, hints, hooks, inputs, loop, memory, sharding, step, validate
+from hivit_jax.train import (
+  assemble,
+  hints,
+  hooks,
+  initialise,
+  inputs,
+  loop,
+  memory,
+  sharding,
+  step,
+  validate,
+)
 from hivit_jax.train.checkpoint import Checkpoints, Restored
 
 _log = logging.getLogger(__name__)
@@ -176,7 +187,7 @@ def _set_up(
         'one: --config.init=WORKDIR'
       )
     state = step.init_state(
-      assemble.initial_model(config, train_source.class_names), optimizer, abstract
+      initialise.initial_model(config, train_source.class_names), optimizer, abstract
     )
     _log_overview(state['params'])
   if primary:
@@ -226,7 +237,7 @@ def check_evaluation_batch(config: ml_collections.ConfigDict, mesh: Any) -> None
 
 
 def _check_images(config: ml_collections.ConfigDict, mesh: Any, key: str) -> None:
-  size = dict(validate.dotted(config))[key]
+  size = validate.get(config, key)
   channels = config.channels
   memory.check_images(mesh, config.image_size, channels, size, key, prefetched=PREFETCH)
 

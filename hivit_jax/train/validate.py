@@ -113,7 +113,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise UserError(f'config.{key}=None: this setting always has a value')
   for expected, test, keys in _RULES:
     for key in keys.split():
-      value = _get(config, key)
+      value = get(config, key)
       if value is not None and not _holds(test, value):
         raise UserError(f'config.{key}={value}: expected {expected}')
   config.image_size = assemble.image_size(config)
@@ -133,11 +133,11 @@ def check(config: ml_collections.ConfigDict) -> None:
   if config.augment.rand_augment:
     randaugment.rand_augment(config.augment.rand_augment, tuple(config.data.mean))
   for key in ('data.mean', 'data.std'):
-    count = len(_get(config, key))
+    count = len(get(config, key))
     if count != config.channels and config.channels != 1:  # one channel gets the average of three
       raise UserError(
         f'config.{key}: {count} numbers for config.channels={config.channels}; if it is the same '
-        f'for all: {flag(key, _get(config, key)[:1] * config.channels)}'
+        f'for all: {flag(key, get(config, key)[:1] * config.channels)}'
       )
 
 
@@ -150,7 +150,8 @@ def dotted(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tupl
       yield prefix + key, value
 
 
-def _get(config: ml_collections.ConfigDict, key: str) -> Any:
+def get(config: ml_collections.ConfigDict, key: str) -> Any:
+  """The value of a dotted setting, such as optim.lr."""
   value = config
   for part in key.split('.'):
     value = value[part]

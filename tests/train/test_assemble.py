@@ -10,7 +10,8 @@ from flax import nnx
 from configs import base
 from hivit_jax.errors import UserError
 from hivit_jax.interop import exporter, files
-from hivit_jax.train.assemble import Steps, attention, image_size, initial_model
+from hivit_jax.train.assemble import Steps, attention, image_size
+from hivit_jax.train.initialise import initial_model
 from tests.helpers import TINY, random_model
 
 IMAGENET = Steps(1_281_167, 4096)  # an epoch is 312.8 steps

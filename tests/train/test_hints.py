@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from configs import base, demo, finetune_hivit_b, linear_hivit_b, mae_hivit_b, simmim_swin_b
-from hivit_jax.train import hints
+from hivit_jax.train import hints, validate
 from tests.runs import warnings_of
 from tests.test_configs import NAMES, load, variants
 
@@ -14,7 +14,7 @@ from tests.test_configs import NAMES, load, variants
 def test_defaults_are_those_of_the_configs():
   config = base.get_config()
   for defaults, _ in hints._READERS:
-    assert {key: hints._get(config, key) for key in defaults} == defaults
+    assert {key: validate.get(config, key) for key in defaults} == defaults
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -167,7 +167,7 @@ def test_flags_win_over_the_run_and_the_log_says_which(runs, finetuned):
     **{'data.eval_split': 'test[:20]', 'image_size': '64', 'data.name': 'digits'},
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  (line,) = [line for line in done.stderr.splitlines() if 'as the command line says' in line]
+  (line,) = [line for line in done.stderr.splitlines() if 'overridden on the command line' in line]
   assert line.endswith('data.eval_split: test[:35] -> test[:20]; image_size: (48, 32) -> (64, 64)')
   assert 'at 64x64 pixels on test[:20] of digits (20 examples)' in done.stderr
 

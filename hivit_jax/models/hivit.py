@@ -325,7 +325,7 @@ class HiViTEncoder(layers.StochasticDepth, nnx.Module):
         position bias.
     """
     if images.ndim != 4 or images.shape[3] != self.channels:
-      raise ValueError(f'images must be (B, H, W, {self.channels}), got {images.shape}')
+      raise UserError(f'images must be (B, H, W, {self.channels}), got {images.shape}')
     b, height, width, _ = images.shape
     grid = unit_grid((height, width))
     self._check_features(levels, grid, window_size, global_blocks)

@@ -235,7 +235,11 @@ def _without(state, *prefixes):
   [
     (lambda s: _without(s, 'blocks.7.mlp.fc1'), {}, r'missing: blocks\.7\.mlp\.fc1\.bias'),
     (lambda s: s | {'blocks.0.gamma': np.ones(3, np.float32)}, {}, r'unused: blocks\.0\.gamma'),
-    (lambda s: s, {'depths': (1, 1, 1)}, r'depths=\(1, 1, 2\), not \(1, 1, 1\).*--config.model.depths=1,1,2'),
+    (
+      lambda s: s,
+      {'depths': (1, 1, 1)},
+      r'depths=\(1, 1, 2\), not \(1, 1, 1\).*--config.model.depths=1,1,2',
+    ),
     (lambda s: s, {'depths': (1, 1, 3)}, r'depths=\(1, 1, 2\), not \(1, 1, 3\)'),
     (lambda s: s, {'embed_dim': 64}, 'embed_dim=32, not 64: .*--config.model.embed_dim=32'),
     (lambda s: _without(s, 'patch_embed'), {}, 'not a HiViT checkpoint'),

@@ -125,3 +125,9 @@ def test_mistakes_are_named(options, size, arguments, message):
   model = hivit_jax.create_model('hivit_tiny', **TINY, **options)
   with pytest.raises(UserError, match=message):
     model.features(random_images(1, size, size, 3), **arguments)
+
+
+def test_images_of_other_channels_are_refused():
+  model = hivit_jax.create_model('hivit_tiny', **TINY)
+  with pytest.raises(UserError, match=r'images must be \(B, H, W, 3\), got \(1, 64, 64, 1\)'):
+    model.features(random_images(1, 64, 64, 1))

@@ -238,7 +238,7 @@ def _without(state, *prefixes):
     (
       lambda s: s,
       {'depths': (1, 1, 1)},
-      r'depths=\(1, 1, 2\), not \(1, 1, 1\).*--config.model.depths=1,1,2',
+      r'depths=\(1, 1, 2\), not \(1, 1, 1\).*depths=1,1,2',
     ),
     (lambda s: s, {'depths': (1, 1, 3)}, r'depths=\(1, 1, 2\), not \(1, 1, 3\)'),
     (lambda s: s, {'embed_dim': 64}, 'embed_dim=32, not 64: .*--config.model.embed_dim=32'),

@@ -22,8 +22,8 @@ def model_of(state: StateDict, **overrides: Any) -> Described:
     **overrides: arguments that win over what the weights say.
 
   Returns:
-    The model. If the weights carry it: with every argument of its class but those of
-    `infer.COMPUTATION`, which are the user's.
+    The model. If the weights carry it, it has every argument of its class except
+    `infer.COMPUTATION`, which the user chooses.
 
   Raises:
     UserError: see `infer.describe`.

@@ -88,7 +88,7 @@ def _on_device(device: Any) -> int:
 
 
 def available(devices: Sequence[Any]) -> int | None:
-  """Bytes that a program can have on each of some devices of this process; None: nobody knows."""
+  """Bytes that a program can have on each of this process's devices; None: unknown."""
   limits = [(device.memory_stats() or {}).get('bytes_limit') or 0 for device in devices]
   if all(limits):
     return min(limits)
@@ -99,7 +99,7 @@ def available(devices: Sequence[Any]) -> int | None:
 
 
 def _host_memory() -> int | None:
-  """Bytes that this process can have on its host, without those of a swap disk."""
+  """Bytes of host memory that this process can have, without swap."""
   try:
     text = pathlib.Path('/proc/meminfo').read_text()
   except OSError:

@@ -15,33 +15,6 @@ _CHUNK = 1024  # queries at a time
 _PART = 4096  # of the bank at a time: the two bound the matrix of similarities
 
 
-def knn_predict(
-  bank: np.ndarray,
-  bank_labels: np.ndarray,
-  queries: np.ndarray,
-  *,
-  num_classes: int,
-  k: int = 20,
-  temperature: float = 0.07,
-) -> np.ndarray:
-  """Classifies queries by their neighbours in a bank that is in memory; see `Neighbours`.
-
-  Args:
-    bank: (M, D) features with known labels.
-    bank_labels: (M,) integers in [0, num_classes).
-    queries: (Q, D) features.
-    num_classes: number of classes.
-    k: neighbours that vote, at most M of them.
-    temperature: of the votes; small: the nearest decide.
-
-  Returns:
-    (Q,) predicted labels.
-  """
-  neighbours = Neighbours(queries, k=k, bank_size=len(bank))
-  neighbours.add(bank, bank_labels)
-  return neighbours.predict(num_classes=num_classes, temperature=temperature)
-
-
 class Neighbours:
   """The nearest neighbours of queries in a bank that comes in parts and is not kept.
 
@@ -123,7 +96,7 @@ def _nearest(similarities, labels, queries, part, part_labels, filled):
     # float32 products: a TPU's default would round the similarities to bfloat16.
     new = jnp.matmul(queries, part.T, precision='highest')  # (rows, M)
     new = jnp.where(jnp.arange(len(part)) < filled, new, -jnp.inf)
-    # Of equals `top_k` takes the first: those of earlier parts.
+    # Among equals `top_k` prefers the first, so earlier parts win.
     top, index = jax.lax.top_k(jnp.concatenate([before, new], axis=1), k)
     old = jnp.take_along_axis(labels, jnp.minimum(index, k - 1), axis=1)
     return top, jnp.where(index < k, old, part_labels[jnp.maximum(index - k, 0)])
@@ -141,7 +114,7 @@ def _vote(similarities, labels, num_classes, temperature):
     # has less than k, are infinitely far away and weigh nothing.
     weights = jnp.exp((top - top.max(axis=1, keepdims=True)) / temperature)
     votes = jax.nn.one_hot(labels, num_classes) * weights[..., None]  # (rows, k, classes)
-    found = jnp.isfinite(top).any(axis=1)  # not so for NaN features or an empty bank
+    found = jnp.isfinite(top.max(axis=1))  # not so for NaN features or an empty bank
     return jnp.where(found, votes.sum(axis=1).argmax(axis=-1), -1)
 
   return jax.lax.map(vote, (similarities, labels))

@@ -17,7 +17,7 @@ from hivit_jax.train import assemble, hooks, initialise, inputs, run, sharding, 
 
 _log = logging.getLogger(__name__)
 
-# Settings of the machine and of this evaluation; all others are those of the run that is evaluated.
+# Settings of the machine and of this evaluation; all others come from the evaluated run.
 _OWN = frozenset((
   'init', 'init_ema', 'mesh.data', 'mesh.fsdp', 'evaluation.batch_size',
   'data.num_threads', 'data.num_workers',

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from hivit_jax.tasks import knn
-from hivit_jax.tasks.knn import Neighbours, knn_predict
+from hivit_jax.tasks.knn import Neighbours
+
+
+def knn_predict(bank, labels, queries, *, num_classes, k=20, temperature=0.07):
+  """Predictions from a bank that is in memory."""
+  neighbours = Neighbours(queries, k=k, bank_size=len(bank))
+  neighbours.add(bank, labels)
+  return neighbours.predict(num_classes=num_classes, temperature=temperature)
 
 
 def _plain(bank, labels, queries, *, num_classes, k=20, temperature=0.07):
@@ -155,3 +162,15 @@ def test_no_array_of_the_whole_bank_is_on_the_device(monkeypatch):
   assert 0 < max(sizes) <= 64 * 32 * 4
   sizes = [v.nbytes for v in vars(neighbours).values() if isinstance(v, np.ndarray)]
   assert sum(sizes) <= 64 * (32 + 1) * 4
+
+
+@pytest.mark.parametrize('where', ['queries', 'bank'])
+def test_nan_features_are_never_right(where):
+  features = {
+    key: np.random.default_rng(i).standard_normal((6, 4), np.float32)
+    for i, key in enumerate(('bank', 'queries'))
+  }
+  features[where][2] = np.nan
+  predicted = knn_predict(features['bank'], np.arange(6) % 2, features['queries'], num_classes=2)
+  wrong = predicted == -1
+  assert wrong.tolist() == [where == 'bank' or i == 2 for i in range(6)]

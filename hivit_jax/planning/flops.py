@@ -12,7 +12,7 @@ from jax.extend import core
 _ATTENTION = {'dot_product_attention_fwd_wrapper': 2, 'dot_product_attention_bwd_wrapper': 5}
 
 
-def matmul_flops(function: Callable, *args: Any) -> int:
+def matmul_flops(function: Any, *args: Any) -> int:
   """Operations in the matrix products of one call, 2 per multiply-add.
 
   Counted from the program as traced, before any compiler: loops (`lax.scan`) count with their
@@ -21,8 +21,8 @@ def matmul_flops(function: Callable, *args: Any) -> int:
   published GMACs.
 
   Args:
-    function: traceable by JAX.
-    *args: its arguments or their `jax.ShapeDtypeStruct`s.
+    function: traceable by JAX, or traced already (`jax.stages.Traced`).
+    *args: its arguments or their `jax.ShapeDtypeStruct`s; none if it is traced.
   """
   return _total(function, args, _flops)
 
@@ -41,7 +41,9 @@ def _flops(eqn: Any) -> int:
   return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
 
 
-def _total(function: Callable, args: Any, measure: Callable[[Any], int]) -> int:
+def _total(function: Any, args: Any, measure: Callable[[Any], int]) -> int:
+  if isinstance(function, jax.stages.Traced):
+    return _count(function.jaxpr.jaxpr, measure)
   if isinstance(function, jax.stages.Wrapped):
     # By itself: with compiler options it cannot be traced inside another function.
     return _count(function.trace(*args).jaxpr.jaxpr, measure)

@@ -3,12 +3,14 @@
   python -m hivit_jax.tools.benchmark --config=configs/mae_hivit_b.py --batch_size=8
   python -m hivit_jax.tools.benchmark --compare=paper --out=comparison
   python -m hivit_jax.tools.benchmark --data
+  python -m hivit_jax.tools.benchmark --report=DIR --minutes=5
 
 The first measures the whole step (gradient, optimizer) on synthetic images; the second the steps of
 the paper's comparison beside each other (or those of --compare=ladder, or of configs separated by
 commas); the third the input pipelines of pretraining and of supervised training next to bare
-decoding. Steps and the reference product take turns, so that a machine with other work slows all
-alike; what is reported is the median.
+decoding; the fourth what `tools.report` lists, on whatever accelerator there is. Steps and the
+reference product take turns, so that a machine with other work slows all alike; what is reported is
+the median.
 """
 
 import importlib.util
@@ -17,6 +19,7 @@ import pathlib
 import resource
 import statistics
 import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -34,7 +37,21 @@ from hivit_jax.train import assemble
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config of the step to measure.')
 _COMPARE = flags.DEFINE_string('compare', None, 'paper, ladder, or configs, separated by commas.')
 _DATA = flags.DEFINE_bool('data', False, 'Measure the input pipelines instead.')
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Images a step on each device.', lower_bound=1)
+_REPORT = flags.DEFINE_string(
+  'report', None, 'Directory for report.md, .json and .png about this machine, made if not there.'
+)
+_MINUTES = flags.DEFINE_float(
+  'minutes',
+  None,
+  'Of --report: end in about this time, leaving out what comes last.',
+  lower_bound=0,
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  'batch_size',
+  None,
+  'Images a step on each device; default 8, of --report the largest power of two that fits.',
+  lower_bound=1,
+)
 _STEPS = flags.DEFINE_integer('steps', 10, 'Steps to measure.', lower_bound=1)
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object instead of text.')
 _OUT = flags.DEFINE_string(
@@ -47,12 +64,14 @@ _STARTS = 100  # of a step, for the host's time
 def main(argv: list[str]) -> None:
   if argv[1:]:
     raise UserError(f'unexpected argument "{argv[1]}"')
-  chosen = [_CONFIG.value is not None, _COMPARE.value is not None, _DATA.value]
-  if sum(chosen) != 1:
+  given = (_CONFIG.value, _COMPARE.value, _REPORT.value, _DATA.value or None)
+  if sum(value is not None for value in given) != 1:
     raise UserError(
-      'what to measure? One of --config=configs/mae_hivit_b.py, --compare=paper, and --data for '
-      'the input'
+      'what to measure? One of --config=configs/mae_hivit_b.py, --compare=paper, --report=DIR, and '
+      '--data for the input'
     )
+  if _MINUTES.value is not None and _REPORT.value is None:
+    raise UserError('--minutes goes with --report')
   if _OUT.value is not None and _COMPARE.value is None:
     raise UserError('--out goes with --compare')
   jax.config.update('jax_enable_compilation_cache', False)  # compilation is measured, too
@@ -61,12 +80,14 @@ def main(argv: list[str]) -> None:
     from hivit_jax.tools import data_benchmark
 
     data_benchmark.main(as_json=_JSON.value)
+  elif _REPORT.value is not None:
+    _report(pathlib.Path(_REPORT.value))
   elif _COMPARE.value is not None:
     _compare(_COMPARE.value)
   else:
     host_memory.keep_freed_memory(one_arena=assemble.is_large(_CONFIG.value))
     setup_logging()
-    report = measure_step(_CONFIG.value, batch_size=_BATCH_SIZE.value, repeats=_STEPS.value)
+    report = measure_step(_CONFIG.value, batch_size=_BATCH_SIZE.value or 8, repeats=_STEPS.value)
     print(json.dumps(report) if _JSON.value else format_report(report))
 
 
@@ -78,19 +99,15 @@ def _compare(name: str) -> None:
   if out is not None:  # before the minutes of measuring
     if importlib.util.find_spec('matplotlib') is None:
       raise UserError('--out draws with matplotlib, which is not installed; --json prints numbers')
-    try:
-      out.mkdir(parents=True, exist_ok=True)
-      (out / 'comparison.json').touch()
-    except OSError as error:
-      raise UserError(f'cannot write to --out={out}: {error.strerror}') from error
+    _make_writable('out', out)
   large = any(assemble.is_large(config) for group in groups.values() for config in group.values())
   host_memory.keep_freed_memory(one_arena=large)
   setup_logging()
   report = compare.run(
     groups,
-    batch_size=_BATCH_SIZE.value,
+    batch_size=_BATCH_SIZE.value or 8,
     rounds=_STEPS.value,
-    say=lambda line: print(line, file=sys.stderr, flush=True),
+    say=_say,
   )
   text = compare.markdown(report)
   print(json.dumps(report) if _JSON.value else text)
@@ -98,6 +115,33 @@ def _compare(name: str) -> None:
     (out / 'comparison.md').write_text(text + '\n')
     (out / 'comparison.json').write_text(json.dumps(report, indent=2) + '\n')
     compare.draw(report).savefig(out / 'comparison.png', dpi=150)
+
+
+def _report(folder: pathlib.Path) -> None:
+  from hivit_jax.tools import report
+
+  _make_writable('report', folder)
+  host_memory.keep_freed_memory(one_arena=True)
+  setup_logging()
+  found = report.measure(
+    batch_size=_BATCH_SIZE.value, rounds=_STEPS.value, minutes=_MINUTES.value, say=_say
+  )
+  command = ' '.join(['python -m hivit_jax.tools.benchmark', *sys.argv[1:]])
+  report.write(found, folder, command)
+  print(json.dumps(found) if _JSON.value else report.markdown(found, command))
+
+
+def _make_writable(flag: str, folder: pathlib.Path) -> None:
+  """Makes the directory of a flag, before the minutes of measuring."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+  except OSError as error:
+    raise UserError(f'cannot write to --{flag}={folder}: {error.strerror}') from error
+
+
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
 
 
 def measure_step(
@@ -114,6 +158,7 @@ def measure_step(
     Numbers by name, units in the names; what each means is in docs/benchmarks.md.
   """
   step = TrainingStep(config, batch_size=batch_size)
+  step.start()
   device = jax.devices()[0]
   peak = _peak_memory(device)  # before there is another program
   matmul = Matmul(step.dtype, step.mesh)

@@ -1,10 +1,13 @@
 """Training steps and reference products, compiled and timed on synthetic images."""
 
+import threading
 import time
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from hivit_jax.planning.flops import matmul_flops
@@ -12,54 +15,73 @@ from hivit_jax.train import assemble, memory, sharding, step
 
 _STEP_SECONDS = 0.1  # a measurement of a step takes at least so long
 _MATMUL_SECONDS = 0.1  # and one of the reference
+_TRACING = threading.Lock()  # Flax keeps what it traces in globals
 _MATMUL_SIDE = {'cpu': 4096}  # elsewhere 8192: beyond these the rate does not change any more
 
 
 class TrainingStep:
   """The training step of a config: gradient, optimizer, metrics.
 
+  Constructing it compiles the step and allocates nothing on the devices; the state and a batch of
+  random images are made by `start`.
+
   Attributes:
     config: of the step, `batch_size` over all devices.
     dtype: of the computation.
     flops: operations in the matrix products of a step.
     trace_seconds, compile_seconds: what it took to build.
-    memory: bytes on a device: state and temporaries.
+    memory: bytes on a device while the step runs: state, batch, temporaries.
+    traffic: bytes that a device reads and writes in a step, as its compiler counts; None: unknown.
   """
 
   def __init__(self, config: ml_collections.ConfigDict, *, batch_size: int):
-    """Compiles it and makes one step.
+    """Compiles the step. Safe to call from several threads.
 
     Args:
       config: see configs/base.py.
       batch_size: images on each device.
     """
-    assemble.task(config)  # first: it has something to say about the model
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    config = config.copy_and_resolve_references()
-    config.batch_size = batch_size * mesh.size
-    sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
-    self.config, self.mesh, self.dtype = config, mesh, assemble.compute_dtype(config)
-    size = assemble.image_size(config)
-    memory.check_images(mesh, size, config.channels, config.batch_size)
-    training = assemble.training(config, mesh)
-    memory.check_state(mesh, dict(training.abstract))
-    self._step = training.train_step
-    self._batch = _synthetic_batch(config, mesh)
-    self._state = step.init_state(
-      assemble.model_creator(config), training.optimizer, training.abstract
-    )
+    with _TRACING:
+      assemble.task(config)  # first: it has something to say about the model
+      mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+      config = config.copy_and_resolve_references()
+      config.batch_size = batch_size * mesh.size
+      sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
+      self.config, self.mesh, self.dtype = config, mesh, assemble.compute_dtype(config)
+      size = assemble.image_size(config)
+      memory.check_images(mesh, size, config.channels, config.batch_size)
+      training = assemble.training(config, mesh)
+      memory.check_state(mesh, dict(training.abstract))
+      self._training, self._step = training, training.train_step
+      start = time.perf_counter()
+      traced = self._step.trace(training.abstract, _abstract_batch(config, mesh))
+      lowered = traced.lower()
+      self.trace_seconds = time.perf_counter() - start
+      self.flops = matmul_flops(traced)
     start = time.perf_counter()
-    lowered = self._step.lower(self._state, self._batch)
-    traced = time.perf_counter()
     self._compiled = lowered.compile()
-    self.trace_seconds, self.compile_seconds = traced - start, time.perf_counter() - traced
-    self.flops = matmul_flops(self._step, training.abstract, self._batch)
-    analysis = self._compiled.memory_analysis()
-    self.memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    self._run(1)
-    self._count = max(1, round(_STEP_SECONDS / self._run(1)))
+    self.compile_seconds = time.perf_counter() - start
+    self.memory = _bytes_in_use(self._compiled.memory_analysis())
+    self.traffic = _traffic(self._compiled)
+    self._state = self._batch = None
+    self._count = 1
 
-  def _run(self, count: int) -> float:
+  def start(self) -> None:
+    """Allocates state and batch, and runs the step twice."""
+    self._batch = _synthetic_batch(self.config, self.mesh)
+    training = self._training
+    self._state = step.init_state(
+      lambda: _random_model(training), training.optimizer, training.abstract
+    )
+    self.run(1)
+    self._count = max(1, round(_STEP_SECONDS / self.run(1)))
+
+  def release(self) -> None:
+    """Frees what `start` has allocated."""
+    self._state = self._batch = None
+
+  def run(self, count: int) -> float:
+    """Seconds that so many steps take, started one after the other."""
     start = time.perf_counter()
     for _ in range(count):
       self._state, metrics = self._compiled(self._state, self._batch)
@@ -67,23 +89,68 @@ class TrainingStep:
     return time.perf_counter() - start
 
   def seconds(self) -> float:
-    """Time of a step, from as many as take `_STEP_SECONDS`."""
-    return self._run(self._count) / self._count
+    """Time of a step, from as many as take `_STEP_SECONDS`; starts what is not started."""
+    if self._state is None:
+      self.start()
+    return self.run(self._count) / self._count
 
   def host_seconds(self) -> float:
     """Time until a step is started as training does it, the device being idle.
 
     The first call compiles once more.
     """
+    return self._start_seconds(self._step)
+
+  def dispatch_seconds(self) -> float:
+    """Time until the compiled step is started, the device being idle."""
+    return self._start_seconds(self._compiled)
+
+  def _start_seconds(self, function: Any) -> float:
+    if self._state is None:
+      self.start()
     start = time.perf_counter()
-    self._state, metrics = self._step(self._state, self._batch)
+    self._state, metrics = function(self._state, self._batch)
     seconds = time.perf_counter() - start
     metrics['loss'].block_until_ready()
     return seconds
 
 
+def _random_model(training: assemble.Training) -> nnx.Module:
+  """A model with random parameters as large as initial ones, made faster than these."""
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda leaf: (rng.random(leaf.shape, np.float32) - 0.5) * 0.07, training.abstract['params']
+  )
+  return nnx.merge(training.graphdef, params)
+
+
+def _bytes_in_use(analysis: Any) -> int:
+  new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+  return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + max(0, new)
+
+
+def _traffic(compiled: Any) -> float | None:
+  costs = compiled.cost_analysis() or {}
+  return costs.get('bytes accessed')
+
+
+def _image_shape(config: ml_collections.ConfigDict, count: int) -> tuple[int, ...]:
+  return count, *assemble.image_size(config), config.channels
+
+
+def _abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
+  def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+
+  count = config.batch_size
+  return {
+    'image': array(_image_shape(config, count), np.uint8),
+    'label': array((count,), np.int32),
+  }
+
+
 def _synthetic_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, jax.Array]:
-  shape = (config.batch_size // jax.process_count(), *assemble.image_size(config), config.channels)
+  shape = _image_shape(config, config.batch_size // jax.process_count())
   images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
   labels = np.zeros(shape[0], np.int32)
   return sharding.put_batch({'image': images, 'label': labels}, mesh)

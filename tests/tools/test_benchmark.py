@@ -1,6 +1,9 @@
 """The benchmark of training steps, as a command."""
 
 import json
+import os
+import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -63,3 +66,20 @@ def test_mistakes(forks):
     forks(tool, '--compare=paper', '--out=/proc/x')
   )
   assert '--out goes with --compare' in error_of(forks(tool, '--data', '--out=x'))
+  assert '--minutes goes with --report' in error_of(forks(tool, '--compare=paper', '--minutes=1'))
+  assert 'cannot write to --report=/proc/no' in error_of(forks(tool, '--report=/proc/no'))
+
+
+def test_a_report_on_a_machine_without_data_packages(tmp_path):
+  for name in ('tensorflow_datasets', 'grain', 'array_record', 'clu'):
+    (tmp_path / f'{name}.py').write_text('raise ModuleNotFoundError(__name__)')
+  command = [sys.executable, '-m', 'hivit_jax.tools.benchmark', '--minutes=0']
+  done = subprocess.run(
+    [*command, f'--report={tmp_path / "report"}'],
+    env=os.environ | {'PYTHONPATH': str(tmp_path)},
+    cwd=pathlib.Path(__file__).parents[2],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'no time left' in (tmp_path / 'report' / 'report.md').read_text()

@@ -16,6 +16,7 @@ from absl import app, flags
 
 from hivit_jax import environment
 from hivit_jax.errors import Stopped, UserError, suggest
+from hivit_jax.settings import dotted
 
 _EXIT_MISTAKE = 2
 _EXIT_STOPPED = 143  # 128 + SIGTERM, as shells have it: job schedulers then start the job again
@@ -135,7 +136,7 @@ def _check_key(config: ml_collections.ConfigDict, key: str) -> None:
     if not isinstance(node, ml_collections.ConfigDict):
       raise UserError(f'--config.{key}: config.{".".join(path[:depth])} is a value, not a section')
     if part not in node:
-      known = list(_dotted(config))
+      known = list(dict.fromkeys([*config, *dotted(config)]))
       close = [name for name in known if name.split('.')[-1] == parts[-1]] or known
       guess = suggest(key, close) or suggest(key, known) or _only(close)
       raise UserError(
@@ -147,13 +148,6 @@ def _check_key(config: ml_collections.ConfigDict, key: str) -> None:
 
 def _only(names: Sequence[str]) -> str:
   return f' (did you mean "{names[0]}"?)' if len(names) == 1 else ''
-
-
-def _dotted(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[str]:
-  for key in config:
-    yield prefix + key
-    if isinstance(config.get_ref(key).get(), ml_collections.ConfigDict):
-      yield from _dotted(config[key], f'{prefix}{key}.')
 
 
 def _wrong_value(config: ml_collections.ConfigDict | None, message: str) -> UserError | None:

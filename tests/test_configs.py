@@ -211,7 +211,7 @@ def test_every_setting_has_a_comment():
 
 def test_what_may_be_none_is_none_by_default():
   defaults = validate.dotted(base.get_config())
-  assert {key for key, value in defaults if value is None} == validate.OPTIONAL
+  assert {key for key, value in defaults.items() if value is None} == validate.OPTIONAL
 
 
 @functools.cache

@@ -70,6 +70,10 @@ class Terminal:
         column += len(part)
     return [line.rstrip() for line in lines]
 
+  def writes(self) -> int:
+    """How often the line was written so far."""
+    return self._text.count('\r')
+
   def close(self):
     self.stream.close()
     os.close(self._master)
@@ -132,6 +136,18 @@ def test_without_a_terminal_there_are_lines_at_intervals(caplog):
     'step 700/1000 (70%) loss 0.001429, images/s 5000, ETA 0:00:12',
     'step 1000/1000 (100%) loss 0.001, images/s 5000, ETA 0:00:00',
   ]
+
+
+def test_updates_that_nobody_could_read_are_not_shown_but_the_last_is(terminal):
+  now = [0.0]
+  with Progress(5000, title='preparing x', stream=terminal.stream, clock=lambda: now[0]) as progress:
+    for done in range(1, 5001):
+      now[0] = done / 10_000
+      progress.update(done, {})
+  lines = terminal.screen()
+  assert lines[0].startswith('preparing x: 100% ')
+  assert ' 5000/5000, ETA 0:00:00' in lines[0]
+  assert terminal.writes() < 100
 
 
 def test_a_terminal_without_columns_gets_lines(terminal, caplog):

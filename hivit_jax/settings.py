@@ -17,10 +17,12 @@ def image_size(value: Any, name: str) -> tuple[int, int]:
   Raises:
     UserError: not a size.
   """
-  sides = re.split('[x,]', value) if isinstance(value, str) else value
-  sides = list(sides) if isinstance(sides, list | tuple) else [sides]
+  sides = value if isinstance(value, list | tuple) else [value]
   try:
-    numbers = [int(side) if isinstance(value, str) else operator.index(side) for side in sides]
+    if isinstance(value, str):
+      numbers = [int(side) for side in re.split('[x,]', value)]
+    else:
+      numbers = [operator.index(side) for side in sides]
   except (TypeError, ValueError):
     numbers = []
   if len(numbers) not in (1, 2) or min(numbers) <= 0:

@@ -140,12 +140,12 @@ def test_without_a_terminal_there_are_lines_at_intervals(caplog):
 
 def test_updates_that_nobody_could_read_are_not_shown_but_the_last_is(terminal):
   now = [0.0]
-  with Progress(5000, title='preparing x', stream=terminal.stream, clock=lambda: now[0]) as progress:
+  with Progress(5000, title='preparing', stream=terminal.stream, clock=lambda: now[0]) as progress:
     for done in range(1, 5001):
       now[0] = done / 10_000
       progress.update(done, {})
   lines = terminal.screen()
-  assert lines[0].startswith('preparing x: 100% ')
+  assert lines[0].startswith('preparing: 100% ')
   assert ' 5000/5000, ETA 0:00:00' in lines[0]
   assert terminal.writes() < 100
 

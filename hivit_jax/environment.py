@@ -17,7 +17,7 @@ from hivit_jax.errors import UserError
 PACKAGES = (
   *('jax', 'flax', 'optax', 'orbax.checkpoint', 'ml_collections', 'absl', 'clu', 'numpy', 'scipy'),
   *('safetensors', 'ml_dtypes', 'tensorflow_datasets', 'array_record', 'grain', 'PIL'),
-  *('importlib_resources', 'skimage', 'sklearn', 'tqdm', 'tensorboardX', 'tensorboard'),
+  *('importlib_resources', 'skimage', 'sklearn', 'tqdm', 'tensorboard'),
   'matplotlib',
 )
 _SHOWN = 3

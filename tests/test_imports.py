@@ -49,7 +49,7 @@ CONFINED = {
   'tensorflow_datasets': ('hivit_jax/data/',),
   'array_record': ('hivit_jax/data/',),
   'grain': ('hivit_jax/data/',),
-  'tensorboardX': ('hivit_jax/reporting/metrics.py',),
+  'tensorboard': ('hivit_jax/reporting/tensorboard.py',),
   'matplotlib': (
     'hivit_jax/tools/compare.py',
     'hivit_jax/tools/curves.py',

@@ -17,14 +17,14 @@ from datetime import datetime
 from typing import Any
 
 from hivit_jax.errors import UserError
-from hivit_jax.reporting.metrics import replace
+from hivit_jax.reporting.files import replace
 from hivit_jax.settings import dotted
 
 _log = logging.getLogger(__name__)
 
 _PACKAGES = (
   'hivit-jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections',
-  'numpy', 'pillow', 'tensorflow-datasets', 'tensorboardX',
+  'numpy', 'pillow', 'tensorflow-datasets', 'tensorboard',
 )  # fmt: skip
 ABSENT = '(absent)'
 

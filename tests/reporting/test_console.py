@@ -187,7 +187,7 @@ def test_importing_it_is_cheap():
   script = """
 import sys
 from hivit_jax.reporting import console, metrics, run_info
-heavy = {'jax', 'numpy', 'tensorboardX', 'tqdm'} & set(sys.modules)
+heavy = {'jax', 'numpy', 'tensorboard', 'tqdm'} & set(sys.modules)
 assert not heavy, heavy
 """
   subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)

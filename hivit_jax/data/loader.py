@@ -35,6 +35,7 @@ from hivit_jax.data.stream import (
 from hivit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
+
 Batch = dict[str, np.ndarray]
 
 PREFETCH = 2  # Batches that are ready before they are asked for.

@@ -32,6 +32,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.reporting.console import Progress
 
 _log = logging.getLogger(__name__)
+
 _PLAN_FILE = 'preparation.json'
 
 

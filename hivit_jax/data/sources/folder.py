@@ -14,6 +14,7 @@ from hivit_jax.data.sources import splits
 from hivit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
+
 IMAGE_SUFFIXES = (
   *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff'),
   *('.ppm', '.pgm', '.pbm', '.jp2', '.avif'),

@@ -24,7 +24,7 @@ ALLOWED = {
   'cli': {'errors', 'environment', 'settings'},
   'ops': set(),
   'models': {'errors', 'settings', 'ops'},
-  'data': {'errors', 'reporting'},
+  'data': {'errors', 'settings', 'reporting'},
   'interop': {'errors', 'settings', 'models', 'ops'},
   'tasks': {'errors', 'models'},
   'runtime': {'errors'},

@@ -16,6 +16,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -55,10 +56,7 @@ def train_loader(
   process_index: int = 0,
   process_count: int = 1,
   channels: int = 3,
-  num_threads: int | None = None,
-  num_workers: int = 0,
-  prefetch: int = PREFETCH,
-  max_broken_fraction: float = 0.01,
+  **loading: Any,
 ) -> 'Loader':
   """Returns this host's batches of the training stream, beginning with `start_step`.
 
@@ -76,14 +74,7 @@ def train_loader(
     process_index: This host, from 0.
     process_count: Number of hosts.
     channels: 3 (RGB) or 1 (greyscale).
-    num_threads: Threads in each process that loads; 0 loads in the calling thread when asked. None
-      gives one for each usable core, shared out among the workers, at most `MAX_THREADS`.
-    num_workers: Worker processes. With 0 the threads work in this process, which suffices as long
-      as the training step does not wait for data: decoding and resizing release the interpreter
-      lock. Workers take seconds to start and 200 MB or more each. They import the main module
-      anew, so a script that uses them needs its `if __name__ == '__main__':`.
-    prefetch: Batches to have ready.
-    max_broken_fraction: Share of broken examples that is put up with; see `Loader`.
+    **loading: Threads, worker processes and so on; see `Loader`.
 
   Raises:
     UserError: The batch size does not divide among the hosts, the source is empty, or a number is
@@ -94,14 +85,8 @@ def train_loader(
   stop_step = ENDLESS if num_steps is None else start_step + num_steps
   _check_range('num_steps', stop_step - start_step, 0, ENDLESS)
   rows = _rows_of_host(batch_size, process_index, process_count)
-  return Loader(
-    TrainChunks(source, transform, rows, channels, seed),
-    range(start_step, stop_step),
-    num_threads=num_threads,
-    num_workers=num_workers,
-    prefetch=prefetch,
-    max_broken_fraction=max_broken_fraction,
-  )
+  chunks = TrainChunks(source, transform, rows, channels, seed)
+  return Loader(chunks, range(start_step, stop_step), **loading)
 
 
 def eval_loader(
@@ -112,11 +97,7 @@ def eval_loader(
   process_index: int = 0,
   process_count: int = 1,
   channels: int = 3,
-  num_threads: int | None = None,
-  num_workers: int = 0,
-  prefetch: int = PREFETCH,
-  max_broken_fraction: float = 0.01,
-  told: set[str] | None = None,
+  **loading: Any,
 ) -> 'Loader':
   """Returns this host's batches of one pass over the source, in its order, each example once.
 
@@ -125,19 +106,11 @@ def eval_loader(
   same shape: where the mask is False there is no image to count, either because the row is padding
   (index -1) or because the example is broken (see `Loader.broken`); image and label are 0 there.
 
-  Args and raises: as for `train_loader`; `transform(image)` takes no random generator. Broken
-  examples in `told` are not logged, and those that are logged go there: for repeated passes.
+  Args and raises: as for `train_loader`; `transform(image)` takes no random generator.
   """
   rows = _rows_of_host(batch_size, process_index, process_count)
-  return Loader(
-    EvalChunks(source, transform, rows, channels),
-    range(math.ceil(len(source) / batch_size)),
-    num_threads=num_threads,
-    num_workers=num_workers,
-    prefetch=prefetch,
-    max_broken_fraction=max_broken_fraction,
-    told=told,
-  )
+  chunks = EvalChunks(source, transform, rows, channels)
+  return Loader(chunks, range(math.ceil(len(source) / batch_size)), **loading)
 
 
 class Loader(Iterator[Batch]):
@@ -162,12 +135,27 @@ class Loader(Iterator[Batch]):
     chunks: Chunks,
     steps: range,
     *,
-    num_threads: int | None,
-    num_workers: int,
-    prefetch: int,
-    max_broken_fraction: float,
+    num_threads: int | None = None,
+    num_workers: int = 0,
+    prefetch: int = PREFETCH,
+    max_broken_fraction: float = 0.01,
     told: set[str] | None = None,
   ):
+    """Begins to load.
+
+    Args:
+      chunks: What to load, see `train_loader` and `eval_loader`.
+      steps: Of which batches.
+      num_threads: Threads in each process that loads; 0 loads in the calling thread when asked.
+        None gives one for each usable core, shared out among the workers, at most `MAX_THREADS`.
+      num_workers: Worker processes. With 0 the threads work in this process, which suffices as
+        long as the training step does not wait for data: decoding and resizing release the
+        interpreter lock. Workers take seconds to start and 200 MB or more each. They import the
+        main module anew, so a script that uses them needs its `if __name__ == '__main__':`.
+      prefetch: Batches to have ready.
+      max_broken_fraction: Share of broken examples that is put up with.
+      told: Broken examples that are not logged again; what is logged is added: for repeated passes.
+    """
     if num_threads is None:
       num_threads = min(MAX_THREADS, max(1, usable_cores() // max(1, num_workers)))
     _check_range('num_threads', num_threads, 0, 1024)

@@ -35,8 +35,7 @@ def collectives(text: str, devices: int) -> list[dict[str, Any]]:
   totals: dict[tuple[str, int], dict[str, Any]] = {}
   pieces = set()
   for line, count, fusion in _lines(text):
-    match = _COLLECTIVE.search(line)
-    if not match:
+    if not (match := _COLLECTIVE.search(line)):
       continue
     shape, kind, operands, attributes = match.groups()
     sizes, names = _sizes(shape), operands.count('%')
@@ -92,7 +91,7 @@ def _lines(text: str) -> Iterator[tuple[str, int | None, str]]:
 def _sizes(shape: str) -> list[int]:
   """Bytes of each array in a tuple, or of the one that is none: (f32[2,3]{1,0}, bf16[])."""
   return [
-    (8 if kind == 'pred' else int(bits)) * math.prod(_numbers(sides)) // 8
+    (8 if kind == 'pred' else int(bits)) * math.prod(map(int, re.findall(r'\d+', sides))) // 8
     for kind, bits, sides in _ARRAY.findall(shape)
   ]
 
@@ -101,8 +100,8 @@ def _members(kind: str, attributes: str, devices: int) -> int:
   """How many devices work together in a group."""
   if kind == 'collective-permute':
     return 2
-  if match := re.search(r'replica_groups=\{\{([\d,]*)\}', attributes):
-    return len(_numbers(match[1]))
+  if match := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
+    return 1 + match[1].count(',')
   if match := re.search(r'replica_groups=\[\d+,(\d+)\]', attributes):
     return int(match[1])
   if match := re.search(r'replica_groups=mesh\[(.*?)\].*? \{(.*?)\}', attributes):
@@ -113,7 +112,3 @@ def _members(kind: str, attributes: str, devices: int) -> int:
   if 'replica_groups={}' in attributes:
     return devices
   raise ValueError(f'unknown form of groups: {attributes[:200]}')
-
-
-def _numbers(text: str) -> list[int]:
-  return [int(number) for number in re.findall(r'\d+', text)]

@@ -71,11 +71,8 @@ def find_devices(topology: str) -> Sequence[Any]:
     )
   jax.config.update('jax_platforms', 'cpu')  # accelerators in this machine are left alone
   if chip.gpu:
-    description = _describe(chip, chip.gpu)
-    shape = f'1x1x{sides[0]}'
-    return topologies.get_topology_desc(
-      '', 'cuda', target_config=description, topology=shape
-    ).devices
+    described = {'target_config': _describe(chip, chip.gpu), 'topology': f'1x1x{sides[0]}'}
+    return topologies.get_topology_desc('', 'cuda', **described).devices
   for variable, value in _LIBTPU_ALONE.items():
     os.environ.setdefault(variable, value)
   # Both cores of a v4 chip are one device.
@@ -201,12 +198,11 @@ def _local_bytes(tree: Any) -> int:
 
 def _program_memory(compiled: jax.stages.Compiled, known: int) -> dict[str, int]:
   m: Any = compiled.memory_analysis()
-  # Without the new state, which takes the place of the old one.
-  results = m.output_size_in_bytes - m.alias_size_in_bytes
-  total = m.argument_size_in_bytes + results + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+  # The new state takes the place of the old one.
+  arrays = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
   return {
     'temporaries': m.temp_size_in_bytes,
     'program': m.generated_code_size_in_bytes,
-    'padding': m.argument_size_in_bytes - known + results,
-    'total': total,
+    'padding': arrays - known,
+    'total': arrays + m.temp_size_in_bytes + m.generated_code_size_in_bytes,
   }

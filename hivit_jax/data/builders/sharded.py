@@ -50,6 +50,12 @@ class SplitContent:
   examples: Sequence[Mapping[str, Any]]
   num_bytes: int
 
+  @classmethod
+  def of(cls, examples: Sequence[Mapping[str, Any]]) -> 'SplitContent':
+    """Examples that are in memory."""
+    names = [example['file_name'] for example in examples]
+    return cls(names, examples, sum(len(example['image']) for example in examples))
+
 
 class _Info(tfds.core.DatasetInfo):
   """What is known of a data set from our code and from its folder alone."""
@@ -90,9 +96,15 @@ class ShardedBuilder(FileReaderBuilder, skip_registration=True):
       )
     super().__init__(data_dir=os.fspath(root), file_format='array_record')
 
-  def _image_classification(self, **description: Any) -> tfds.core.DatasetInfo:
-    """Returns what `_info` is to return, for a set of `image` and `label`."""
-    return _Info(builder=self, supervised_keys=('image', 'label'), **description)
+  def _image_classification(
+    self, image: Any, label: Any, **description: Any
+  ) -> tfds.core.DatasetInfo:
+    """What `_info` is to return, for a set of images with labels and file names."""
+    features = {'image': image, 'label': label, 'file_name': tfds.features.Text()}
+    return _Info(
+      builder=self, supervised_keys=('image', 'label'),
+      features=tfds.features.FeaturesDict(features), **description,
+    )  # fmt: skip
 
   @abc.abstractmethod
   def _contents(self) -> dict[str, SplitContent]:

@@ -4,9 +4,9 @@ import inspect
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from hivit_jax import settings
 from hivit_jax.errors import UserError, suggest
 from hivit_jax.models.backbone import HiViTBackbone
 from hivit_jax.models.hivit import HiViT
@@ -100,12 +100,20 @@ def create_model(name: str, *, seed: int = 0, attention: str = 'xla', **override
   arguments = {**arguments, **overrides}
   for key in ('image_size', 'bias_image_size'):
     if arguments.get(key) is not None:
-      arguments[key] = settings.image_size(arguments[key], key)
+      arguments[key] = _size(key, arguments[key])
   _check_dtype(arguments.get('dtype', jnp.float32))
   build: Any = cls
   model = build(**arguments, rngs=nnx.Rngs(seed))
   model.set_attributes(Attention, implementation=attention)
   return model
+
+
+def _size(key: str, value: Any) -> tuple[int, int]:
+  """(height, width) from one side or two."""
+  sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
+  if len(sides) != 2 or not all(isinstance(side, int | np.integer) for side in sides):
+    raise UserError(f'{key}={value!r}: expected one side or (height, width), in pixels, as numbers')
+  return int(sides[0]), int(sides[1])
 
 
 def _check_dtype(dtype: Any) -> None:

@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.stem_blocks = config_dict.placeholder(tuple)  # MLPs of the first two stages (iTPN)
   config.model.rpe = config_dict.placeholder(bool)  # relative position bias
   config.model.drop_path_rate = 0.0
-  config.model.num_classes = config_dict.placeholder(int)  # None: those of the data set
+  config.model.num_classes = config_dict.placeholder(int)  # None: as many as the data set has
   config.model.head_std = config_dict.placeholder(float)  # of a new head, even if init has one
   config.model.head_batch_norm = config_dict.placeholder(bool)  # before it: for linear probes
   config.model.decoder_embed_dim = config_dict.placeholder(int)
@@ -52,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Share of the sides that the central crop of an evaluation keeps; None: 7/8 up to 224 pixels.
   config.data.eval_crop = config_dict.placeholder(float)  # 1: the whole image
   config.data.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
-  config.data.std = (0.229, 0.224, 0.225)  # likewise
+  config.data.std = (0.229, 0.224, 0.225)  # per channel, of pixels in [0, 1]
   config.data.num_threads = 0  # that decode; 0: one per core, at most 16
   config.data.num_workers = 0  # processes that decode; 0: threads of this one
   config.data.max_broken_fraction = 0.01  # more unreadable images than this stop the run

@@ -1,5 +1,6 @@
 """How every command starts and ends: flags, and mistakes told in one line."""
 
+import contextlib
 import importlib.util
 import inspect
 import io
@@ -9,7 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import app, flags
@@ -79,6 +80,16 @@ def _reason(error: Exception) -> str:
   text = re.sub(r'Other fields present: .*?(Did you mean |$)', r'\1', text, flags=re.DOTALL)
   text = text[1:-1] if text[:1] == text[-1:] == "'" else text
   return f'{type(error).__name__}: {text.strip()}'
+
+
+@contextlib.contextmanager
+def writing(flag: str, path: Any) -> Iterator[None]:
+  """UserError, with the flag that names the file, if the block cannot write it."""
+  try:
+    yield
+  except (OSError, ValueError) as error:  # the latter: no format of pictures has such a suffix
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'cannot write --{flag}={path}: {reason}') from error
 
 
 def given_settings(argv: Sequence[str]) -> frozenset[str]:

@@ -123,8 +123,8 @@ class Loader(Iterator[Batch]):
   (`BrokenImage`). Each is logged once by name, unless it is in `told` already. The iterator raises
   `UserError` with a list when the different broken examples are more than `max_broken_fraction` of
   those seen on this host. So that bad luck at the beginning stops nothing, the share counts from
-  the first 1000 examples (or the whole source, if smaller) on, and a single broken one is put up
-  with unless the fraction is 0.
+  the first 1000 examples (or the whole source, if smaller) on, and a single broken one is tolerated
+  unless the fraction is 0.
 
   Attributes:
     broken: Index in the source -> name and reason, for every broken example met so far.
@@ -153,7 +153,7 @@ class Loader(Iterator[Batch]):
         interpreter lock. Workers take seconds to start and 200 MB or more each. They import the
         main module anew, so a script that uses them needs its `if __name__ == '__main__':`.
       prefetch: Batches to have ready.
-      max_broken_fraction: Share of broken examples that is put up with.
+      max_broken_fraction: Share of broken examples that is tolerated.
       told: Broken examples that are not logged again; what is logged is added: for repeated passes.
     """
     if num_threads is None:

@@ -6,7 +6,7 @@ import math
 import numbers
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from hivit_jax.errors import UserError
@@ -143,17 +143,22 @@ def _line(row: Mapping[str, Any]) -> bytes:
 def _take_back(path: pathlib.Path, start_step: int) -> list[dict[str, Any]]:
   """Leaves, in `path`, the rows up to `start_step`, and returns them; creates an empty file."""
   content = path.read_bytes() if path.exists() else None
-  rows, lines = [], (content or b'').splitlines()
-  for line in lines:
-    try:
-      row = json.loads(line)
-      if row['step'] <= start_step:
-        rows.append(row)
-    except (ValueError, TypeError, KeyError):
-      continue  # cut off by a kill
+  rows = [row for row in rows_in(content or b'') if row['step'] <= start_step]
   kept = b''.join(map(_line, rows))
   if kept != content:
     replace(path, kept)
-    if len(rows) < len(lines):
-      _log.info('%s: dropped %d lines after step %d', path, len(lines) - len(rows), start_step)
+    dropped = len((content or b'').splitlines()) - len(rows)
+    if dropped:
+      _log.info('%s: dropped %d lines after step %d', path, dropped, start_step)
   return rows
+
+
+def rows_in(content: bytes) -> Iterator[dict[str, Any]]:
+  """The rows of a `metrics.jsonl`, without lines that a kill has cut off."""
+  for line in content.splitlines():
+    try:
+      row = json.loads(line)
+    except ValueError:
+      continue
+    if isinstance(row, dict) and isinstance(row.get('step'), int):
+      yield row

@@ -1,4 +1,4 @@
-"""What a config's training step will need on TPUs or GPUs, asked of the compiler alone.
+"""What a config's training step will need on TPUs or GPUs, from the compiler alone.
 
   python -m hivit_jax.tools.plan --config=configs/mae_hivit_b.py --topology=v5e:4x4
   python -m hivit_jax.tools.plan --config=configs/mae_hivit_b.py --topology=h200:1 --batch_size=256

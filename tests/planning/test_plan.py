@@ -108,9 +108,8 @@ def test_split_state_is_a_part_of_the_whole(eight):
     assert 1 / 4 < four['memory'][part] / one['memory'][part] < 0.3, part  # biases stay whole
   assert four['memory']['batch'] == one['memory']['batch'] == 2 * (32 * 32 * 3 + 4)
   assert four['matmul_flops'] == one['matmul_flops'] > 0
-  state = [
-    sum(r['memory'][part] for part in ('parameters', 'optimizer', 'average')) for r in (one, four)
-  ]
+  parts = ('parameters', 'optimizer', 'average')
+  state = [sum(report['memory'][part] for part in parts) for report in (one, four)]
   # The products move the same; of the state a device reads and writes its part.
   assert one['memory_traffic'] - four['memory_traffic'] == 2 * (state[0] - state[1])
   assert four['memory_traffic'] > 2 * state[1]

@@ -1,9 +1,7 @@
-"""Every setting with its default. Nothing is read that is not here."""
+"""Every setting with its default. Nothing is read that is not here; recipes are in recipes.py."""
 
 import ml_collections
 from ml_collections import config_dict
-
-from hivit_jax.errors import UserError
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -29,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.stem_blocks = config_dict.placeholder(tuple)  # MLPs of the first two stages (iTPN)
   config.model.rpe = config_dict.placeholder(bool)  # relative position bias
   config.model.drop_path_rate = 0.0
-  config.model.num_classes = config_dict.placeholder(int)  # None: those of the data set
+  config.model.num_classes = config_dict.placeholder(int)  # None: as many as the data set has
   config.model.head_std = config_dict.placeholder(float)  # of a new head, even if init has one
   config.model.head_batch_norm = config_dict.placeholder(bool)  # before it: for linear probes
   config.model.decoder_embed_dim = config_dict.placeholder(int)
@@ -54,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Share of the sides that the central crop of an evaluation keeps; None: 7/8 up to 224 pixels.
   config.data.eval_crop = config_dict.placeholder(float)  # 1: the whole image
   config.data.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
-  config.data.std = (0.229, 0.224, 0.225)  # likewise
+  config.data.std = (0.229, 0.224, 0.225)  # per channel, of pixels in [0, 1]
   config.data.num_threads = 0  # that decode; 0: one per core, at most 16
   config.data.num_workers = 0  # processes that decode; 0: threads of this one
   config.data.max_broken_fraction = 0.01  # more unreadable images than this stop the run
@@ -131,219 +129,3 @@ def get_config() -> ml_collections.ConfigDict:
   config.pictures.count = 8  # images in a picture
 
   return config.lock()  # a misspelt setting in a config file is an error
-
-
-def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """The `:debug` variant of any config: two steps of a tiny model on the embedded digits.
-
-  Of the numbers that recipes differ in there is one set, so that they compile to the same program.
-  """
-  config.image_size = (32, 32)
-  config.max_steps = 2
-  config.batch_size = 16
-  if 'swin' in config.model.name:
-    # Of windows that shift there are enough in 64 pixels.
-    config.image_size = (64, 64)
-    stages = 3 if config.model.name.startswith('swin_base_') else 4  # those between Swin and HiViT
-    config.model.update(embed_dim=24, depths=(2, 1, 1, 1)[:stages], window_size=2)
-  elif 'hivit' in config.model.name:
-    config.model.update(embed_dim=32, depths=(1, 1, 2), num_heads=2)
-  else:
-    config.model.update(embed_dim=32, depth=2, num_heads=2)
-  if config.task == 'mae':
-    config.model.update(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
-    config.optim.base_lr = 1e-4
-  else:
-    config.model.drop_path_rate = 0.1
-    config.epochs = 2.0
-    config.optim.update(base_lr=1e-2, base_end_lr=0.0, base_warmup_start_lr=0.0, end_lr=None)
-    config.optim.update(warmup_epochs=1.0, warmup_prefix=True, schedule='cosine')
-    config.optim.layer_decay_of = 'rate'
-    if config.optim.layer_decay:
-      config.optim.layer_decay = 0.8
-    if config.augment.mixup or config.augment.cutmix:
-      config.augment.mix_group = 8
-  config.init = None
-  config.data.update(name='digits', train_split='train[:64]', eval_split='test[:32]')
-  config.log_every_steps = 1
-  config.evaluation.batch_size = 16
-  config.knn.update(k=5, bank_size=32)
-  config.pictures.count = 2
-  return config
-
-
-def pretrain(
-  size: str, variant: str | None, *, model: str = 'hivit', **optim
-) -> ml_collections.ConfigDict:
-  """MAE pretraining of one size of HiViT or ViT.
-
-  Args:
-    size: tiny, small, base or large.
-    variant: epochs ('300', '800', '1600'), 'debug', or None for 300 epochs.
-    model: hivit or vit.
-    **optim: what differs from the base recipe in `config.optim`.
-  """
-  config = get_config()
-  config.model.update(name=f'mae_{model}_{size}', mask_ratio=0.75, norm_pix_loss=True)
-  if model == 'hivit':
-    config.model.hifeat = True
-  config.optim.update(optim)
-  if variant == 'debug':
-    return debug(config)
-  config.epochs = _epochs(variant, '300', '800', '1600')
-  return config
-
-
-def classify(size: str, *, model: str = 'hivit', augment: bool = True) -> ml_collections.ConfigDict:
-  """What supervised training and finetuning of one size of a model share.
-
-  Args:
-    size: tiny, small, base or large.
-    model: hivit, vit or swin.
-    augment: with the published augmentation, which is for large data and long training.
-  """
-  config = get_config()
-  config.task = 'classify'
-  config.model.name = f'{model}_{size}'
-  config.batch_size = 1024
-  if augment:
-    config.augment.update(crop_scale=(0.08, 1.0), rand_augment='rand-m9-mstd0.5-inc1', erase=0.25)
-    config.augment.update(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
-  config.optim.b2 = 0.999
-  config.checkpoint.keep_every_epochs = 0.0
-  config.knn.every_epochs = 0.0
-  return config
-
-
-def supervised(
-  size: str,
-  variant: str | None,
-  *,
-  drop_path_rate: float,
-  model: str = 'hivit',
-  clip_norm: float | None = None,
-  mix_group: int = 128,
-) -> ml_collections.ConfigDict:
-  """Training from scratch: Table 2 of arXiv 2205.14949, and the recipe of Swin, which it follows.
-
-  The Swin recipe is that of the code behind the published weights: since October 2022 its cosine
-  starts after the warmup (`config.optim.warmup_prefix`).
-
-  Args:
-    size: tiny, small or base; of Swin also a step of the ladder, such as base_global.
-    variant: 'debug' or None.
-    drop_path_rate: the largest, see `config.model`.
-    model: hivit, vit or swin.
-    clip_norm: see `config.optim`.
-    mix_group: see `config.augment`; the images of one GPU and accumulation step.
-  """
-  config = classify(size, model=model)
-  config.augment.mix_group = mix_group
-  config.optim.clip_norm = clip_norm
-  config.model.drop_path_rate = drop_path_rate
-  config.epochs = 300.0
-  # 1e-3, 1e-5 and 1e-6 at a batch of 1024.
-  config.optim.update(base_lr=2.5e-4, base_end_lr=2.5e-6, base_warmup_start_lr=2.5e-7)
-  config.optim.update(warmup_epochs=20.0, warmup_prefix=False)
-  return debug_or(config, variant)
-
-
-def finetune(
-  size: str,
-  variant: str | None,
-  *,
-  epochs: float = 100.0,
-  drop_path_rate: float = 0.2,
-  model: str = 'hivit',
-  mix_group: int = 64,
-  **optim,
-) -> ml_collections.ConfigDict:
-  """Finetuning after MAE, by default from the weights of `mae_<model>_<size>.py`.
-
-  Args:
-    size: tiny, small, base or large.
-    variant: 'debug' or None.
-    model: hivit or vit.
-    epochs, drop_path_rate, mix_group: see the settings of these names.
-    **optim: what differs from the recipe of HiViT-B in `config.optim`.
-  """
-  config = classify(size, model=model)
-  config.init = f'workdirs/mae_{model}_{size[0]}'
-  config.augment.mix_group = mix_group
-  config.model.drop_path_rate = drop_path_rate
-  config.model.head_std = 2e-5
-  config.epochs = epochs
-  config.optim.update(base_lr=5e-4, end_lr=1e-6, warmup_epochs=5.0, layer_decay=0.85)
-  config.optim.update(optim)
-  return debug_or(config, variant)
-
-
-def simmim(size: str, variant: str | None) -> ml_collections.ConfigDict:
-  """SimMIM pretraining of one Swin size (arXiv 2111.09886), with windows of 6 at 192 pixels.
-
-  Args:
-    size: tiny, small or base.
-    variant: epochs ('100', '800'), 'debug', or None for 800 epochs.
-
-  The two lengths are two recipes: 800 epochs with one step of the rate, 100 with a cosine.
-  """
-  config = get_config()
-  config.task = 'simmim'
-  config.model.update(name=f'simmim_swin_{size}', mask_ratio=0.6, window_size=6)
-  config.image_size = (192, 192)
-  config.augment.update(crop_scale=(0.67, 1.0), interpolation='bilinear')
-  config.batch_size = 2048
-  config.optim.update(warmup_epochs=10.0, b2=0.999, clip_norm=5.0)
-  if variant == 'debug':
-    return debug(config)
-  config.epochs = _epochs(variant, '800', '100')
-  if variant == '100':  # 8e-4, 4e-5 and 4e-6
-    config.optim.update(base_lr=1e-4, base_end_lr=5e-6, base_warmup_start_lr=5e-7)
-    config.optim.warmup_prefix = False
-  else:  # 4e-4 and 2e-6
-    config.optim.update(base_lr=5e-5, base_warmup_start_lr=2.5e-7)
-    config.optim.update(schedule='multistep', milestones=(700.0,))
-  return config
-
-
-def finetune_simmim(size: str, variant: str | None) -> ml_collections.ConfigDict:
-  """Finetuning of one Swin size at 224 pixels, by default of what `simmim_swin_<size>.py` left.
-
-  Args:
-    size: tiny, small or base.
-    variant: epochs of the pretraining ('100', '800'), 'debug', or None for 800 epochs.
-  """
-  config = classify(size, model='swin')
-  config.init = f'workdirs/simmim_swin_{size[0]}'
-  config.augment.mix_group = 128
-  config.model.drop_path_rate = 0.1
-  config.batch_size = 2048
-  config.epochs = 100.0
-  # 5e-3, 1e-6 and 1e-6: layers differ in their peak alone.
-  config.optim.update(base_lr=6.25e-4, base_end_lr=1.25e-7, base_warmup_start_lr=1.25e-7)
-  config.optim.update(warmup_epochs=20.0, warmup_prefix=False, clip_norm=5.0)
-  config.optim.update(layer_decay=0.8, layer_decay_of='peak')
-  if variant == 'debug':
-    return debug(config)
-  if _epochs(variant, '800', '100') == 100:
-    config.optim.layer_decay = 0.9
-  if variant:  # that of the pretraining, whose workdir is named after it
-    config.init += f'_{variant}'
-  return config
-
-
-def _epochs(variant: str | None, default: str, *others: str) -> float:
-  """Epochs that a variant of a pretraining stands for."""
-  if variant not in (None, '', default, *others):
-    known = ', '.join(sorted((default, *others), key=int))
-    raise UserError(f'unknown variant ":{variant}"; known: {known} (epochs), debug')
-  return float(variant or default)
-
-
-def debug_or(config: ml_collections.ConfigDict, variant: str | None) -> ml_collections.ConfigDict:
-  """The config, or its `:debug` variant, of a file that has no other variants."""
-  if variant == 'debug':
-    return debug(config)
-  if variant:
-    raise UserError(f'unknown variant ":{variant}"; known: debug')
-  return config

@@ -7,7 +7,8 @@ configs/demo.py:digits    supervised training on handwritten digits
 configs/demo.py:debug     two steps
 """
 
-from configs import base
+from configs import base, recipes
+from hivit_jax.errors import UserError
 
 _VARIANTS = 'finetune, scratch, digits, debug'
 
@@ -20,9 +21,9 @@ def get_config(variant: str | None = None):
   config = _small(base.get_config())
   config.model.name = 'mae_hivit_tiny'
   if variant == 'debug':
-    return base.debug(config)
+    return recipes.debug(config)
   if variant:
-    raise base.UserError(f'unknown variant ":{variant}"; known: {_VARIANTS}')
+    raise UserError(f'unknown variant ":{variant}"; known: {_VARIANTS}')
   config.epochs = 20.0
   config.model.update(decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4)
   # Of 16 units, 4 would be left at the usual 0.75.
@@ -47,7 +48,7 @@ def _small(config):
 
 
 def _few_labels(*, pretrained: bool):
-  config = _small(base.classify('tiny', augment=False))
+  config = _small(recipes.classify('hivit_tiny', augment=False))
   config.data.train_split = 'train[:1%]'  # 51 tiles: about three of each photograph
   config.init = '/tmp/hivit_demo' if pretrained else None
   config.epochs = 240.0
@@ -59,7 +60,7 @@ def _few_labels(*, pretrained: bool):
 
 
 def _digits():
-  config = _small(base.classify('tiny', augment=False))
+  config = _small(recipes.classify('hivit_tiny', augment=False))
   config.data.update(name='digits', eval_crop=1.0)  # digits fill their images
   config.image_size = (32, 32)
   # Digits have a left and a right.

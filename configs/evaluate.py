@@ -10,17 +10,18 @@ model, image size and pixel statistics; of files of other code the model is infe
 Variants: :knn for the k-NN accuracy alone, which autoencoders have too; :debug.
 """
 
-from configs import base
+from configs import recipes
+from hivit_jax.errors import UserError
 
 
 def get_config(variant: str | None = None):
-  config = base.classify('base')
+  config = recipes.classify('hivit_base')
   if variant == 'debug':
-    return base.debug(config)
+    return recipes.debug(config)
   config.model.name = None
   if variant == 'knn':
     config.evaluation.every_epochs = 0.0
     config.knn.every_epochs = 1.0
   elif variant:
-    raise base.UserError(f'unknown variant ":{variant}"; known: knn, debug')
+    raise UserError(f'unknown variant ":{variant}"; known: knn, debug')
   return config

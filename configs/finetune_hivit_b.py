@@ -1,7 +1,7 @@
 """Finetuning of HiViT-B on ImageNet after MAE (arXiv 2205.14949); variant :debug."""
 
-from configs import base
+from configs import recipes
 
 
 def get_config(variant: str | None = None):
-  return base.finetune('base', variant)
+  return recipes.finetune('hivit_base', variant)

@@ -3,8 +3,8 @@
 Variant :debug.
 """
 
-from configs import base
+from configs import recipes
 
 
 def get_config(variant: str | None = None):
-  return base.finetune('tiny', variant, drop_path_rate=0.1)
+  return recipes.finetune('hivit_tiny', variant)

@@ -1,7 +1,7 @@
 """MAE pretraining of HiViT-B on ImageNet (arXiv 2205.14949); variants :300 :800 :1600 :debug."""
 
-from configs import base
+from configs import recipes
 
 
 def get_config(variant: str | None = None):
-  return base.pretrain('base', variant)
+  return recipes.mae('hivit_base', variant)

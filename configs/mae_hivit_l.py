@@ -1,7 +1,7 @@
 """MAE pretraining of HiViT-L on ImageNet (arXiv 2205.14949); variants :300 :800 :1600 :debug."""
 
-from configs import base
+from configs import recipes
 
 
 def get_config(variant: str | None = None):
-  return base.pretrain('large', variant, base_lr=1.5e-4)
+  return recipes.mae('hivit_large', variant)

@@ -4,8 +4,8 @@ Two recipes: 800 epochs, the default, with one step of the learning rate at epoc
 with twice the rate and a cosine.
 """
 
-from configs import base
+from configs import recipes
 
 
 def get_config(variant: str | None = None):
-  return base.simmim('base', variant)
+  return recipes.simmim('swin_base', variant)

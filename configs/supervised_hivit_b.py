@@ -1,7 +1,7 @@
 """Supervised training of HiViT-B on ImageNet (arXiv 2205.14949); variant :debug."""
 
-from configs import base
+from configs import recipes
 
 
 def get_config(variant: str | None = None):
-  return base.supervised('base', variant, drop_path_rate=0.5)
+  return recipes.supervised('hivit_base', variant)

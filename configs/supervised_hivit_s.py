@@ -1,7 +1,7 @@
 """Supervised training of HiViT-S on ImageNet (arXiv 2205.14949); variant :debug."""
 
-from configs import base
+from configs import recipes
 
 
 def get_config(variant: str | None = None):
-  return base.supervised('small', variant, drop_path_rate=0.3)
+  return recipes.supervised('hivit_small', variant)

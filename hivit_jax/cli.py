@@ -1,5 +1,6 @@
 """How every command starts and ends: flags, and mistakes told in one line."""
 
+import contextlib
 import importlib.util
 import inspect
 import io
@@ -9,13 +10,14 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import app, flags
 
 from hivit_jax import environment
 from hivit_jax.errors import Stopped, UserError, suggest
+from hivit_jax.settings import dotted
 
 _EXIT_MISTAKE = 2
 _EXIT_STOPPED = 143  # 128 + SIGTERM, as shells have it: job schedulers then start the job again
@@ -80,6 +82,16 @@ def _reason(error: Exception) -> str:
   return f'{type(error).__name__}: {text.strip()}'
 
 
+@contextlib.contextmanager
+def writing(flag: str, path: Any) -> Iterator[None]:
+  """UserError, with the flag that names the file, if the block cannot write it."""
+  try:
+    yield
+  except (OSError, ValueError) as error:  # the latter: no format of pictures has such a suffix
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(f'cannot write --{flag}={path}: {reason}') from error
+
+
 def given_settings(argv: Sequence[str]) -> frozenset[str]:
   """Dotted keys of the settings that a command line gives: --config.optim.lr=1 is optim.lr."""
   keys = {name for name, _ in _config_flags(argv)}
@@ -135,7 +147,7 @@ def _check_key(config: ml_collections.ConfigDict, key: str) -> None:
     if not isinstance(node, ml_collections.ConfigDict):
       raise UserError(f'--config.{key}: config.{".".join(path[:depth])} is a value, not a section')
     if part not in node:
-      known = list(_dotted(config))
+      known = list(dict.fromkeys([*config, *dotted(config)]))
       close = [name for name in known if name.split('.')[-1] == parts[-1]] or known
       guess = suggest(key, close) or suggest(key, known) or _only(close)
       raise UserError(
@@ -147,13 +159,6 @@ def _check_key(config: ml_collections.ConfigDict, key: str) -> None:
 
 def _only(names: Sequence[str]) -> str:
   return f' (did you mean "{names[0]}"?)' if len(names) == 1 else ''
-
-
-def _dotted(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[str]:
-  for key in config:
-    yield prefix + key
-    if isinstance(config.get_ref(key).get(), ml_collections.ConfigDict):
-      yield from _dotted(config[key], f'{prefix}{key}.')
 
 
 def _wrong_value(config: ml_collections.ConfigDict | None, message: str) -> UserError | None:

@@ -22,7 +22,7 @@ FOR_STEPS = (
 PACKAGES = (
   *FOR_STEPS,
   *('clu', 'scipy', 'safetensors', 'tensorflow_datasets', 'array_record', 'grain', 'PIL'),
-  *('importlib_resources', 'skimage', 'sklearn', 'tqdm', 'tensorboardX', 'tensorboard'),
+  *('importlib_resources', 'skimage', 'sklearn', 'tqdm', 'tensorboard'),
   'matplotlib',
 )
 _SHOWN = 3

@@ -37,7 +37,7 @@ class BrokenImage(Exception):
 def decode_image(data: bytes | np.ndarray, *, channels: int = 3) -> Image.Image:
   """Decodes one image at full resolution.
 
-  The pixels of an ordinary JPEG are exactly those of `Image.open(...).convert('RGB')`: no scaling
+  The pixels of an ordinary JPEG are exactly what `Image.open(...).convert('RGB')` gives: no scaling
   inside the JPEG decoder, which would be faster but is not what the published results used. Beyond
   that: EXIF rotation is applied, transparency is laid over white, 16 bits are scaled to 8 by the
   format's full range, CMYK is converted with or without Adobe's inversion, whichever the file uses,

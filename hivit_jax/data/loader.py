@@ -7,6 +7,7 @@ without those before it, so a checkpoint needs no state of the input: the step n
 Grain runs the threads and worker processes, over chunks of a host's batch.
 """
 
+import logging
 import math
 import multiprocessing
 import os
@@ -15,10 +16,11 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from PIL import Image
 
 from hivit_jax.data.sources.base import Source
@@ -32,6 +34,8 @@ from hivit_jax.data.stream import (
   listed,
 )
 from hivit_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
@@ -52,10 +56,7 @@ def train_loader(
   process_index: int = 0,
   process_count: int = 1,
   channels: int = 3,
-  num_threads: int | None = None,
-  num_workers: int = 0,
-  prefetch: int = PREFETCH,
-  max_broken_fraction: float = 0.01,
+  **loading: Any,
 ) -> 'Loader':
   """Returns this host's batches of the training stream, beginning with `start_step`.
 
@@ -73,14 +74,7 @@ def train_loader(
     process_index: This host, from 0.
     process_count: Number of hosts.
     channels: 3 (RGB) or 1 (greyscale).
-    num_threads: Threads in each process that loads; 0 loads in the calling thread when asked. None
-      gives one for each usable core, shared out among the workers, at most `MAX_THREADS`.
-    num_workers: Worker processes. With 0 the threads work in this process, which suffices as long
-      as the training step does not wait for data: decoding and resizing release the interpreter
-      lock. Workers take seconds to start and 200 MB or more each. They import the main module
-      anew, so a script that uses them needs its `if __name__ == '__main__':`.
-    prefetch: Batches to have ready.
-    max_broken_fraction: Share of broken examples that is put up with; see `Loader`.
+    **loading: Threads, worker processes and so on; see `Loader`.
 
   Raises:
     UserError: The batch size does not divide among the hosts, the source is empty, or a number is
@@ -91,14 +85,8 @@ def train_loader(
   stop_step = ENDLESS if num_steps is None else start_step + num_steps
   _check_range('num_steps', stop_step - start_step, 0, ENDLESS)
   rows = _rows_of_host(batch_size, process_index, process_count)
-  return Loader(
-    TrainChunks(source, transform, rows, channels, seed),
-    range(start_step, stop_step),
-    num_threads=num_threads,
-    num_workers=num_workers,
-    prefetch=prefetch,
-    max_broken_fraction=max_broken_fraction,
-  )
+  chunks = TrainChunks(source, transform, rows, channels, seed)
+  return Loader(chunks, range(start_step, stop_step), **loading)
 
 
 def eval_loader(
@@ -109,11 +97,7 @@ def eval_loader(
   process_index: int = 0,
   process_count: int = 1,
   channels: int = 3,
-  num_threads: int | None = None,
-  num_workers: int = 0,
-  prefetch: int = PREFETCH,
-  max_broken_fraction: float = 0.01,
-  told: set[str] | None = None,
+  **loading: Any,
 ) -> 'Loader':
   """Returns this host's batches of one pass over the source, in its order, each example once.
 
@@ -122,19 +106,11 @@ def eval_loader(
   same shape: where the mask is False there is no image to count, either because the row is padding
   (index -1) or because the example is broken (see `Loader.broken`); image and label are 0 there.
 
-  Args and raises: as for `train_loader`; `transform(image)` takes no random generator. Broken
-  examples in `told` are not logged, and those that are logged go there: for repeated passes.
+  Args and raises: as for `train_loader`; `transform(image)` takes no random generator.
   """
   rows = _rows_of_host(batch_size, process_index, process_count)
-  return Loader(
-    EvalChunks(source, transform, rows, channels),
-    range(math.ceil(len(source) / batch_size)),
-    num_threads=num_threads,
-    num_workers=num_workers,
-    prefetch=prefetch,
-    max_broken_fraction=max_broken_fraction,
-    told=told,
-  )
+  chunks = EvalChunks(source, transform, rows, channels)
+  return Loader(chunks, range(math.ceil(len(source) / batch_size)), **loading)
 
 
 class Loader(Iterator[Batch]):
@@ -147,8 +123,8 @@ class Loader(Iterator[Batch]):
   (`BrokenImage`). Each is logged once by name, unless it is in `told` already. The iterator raises
   `UserError` with a list when the different broken examples are more than `max_broken_fraction` of
   those seen on this host. So that bad luck at the beginning stops nothing, the share counts from
-  the first 1000 examples (or the whole source, if smaller) on, and a single broken one is put up
-  with unless the fraction is 0.
+  the first 1000 examples (or the whole source, if smaller) on, and a single broken one is tolerated
+  unless the fraction is 0.
 
   Attributes:
     broken: Index in the source -> name and reason, for every broken example met so far.
@@ -159,12 +135,27 @@ class Loader(Iterator[Batch]):
     chunks: Chunks,
     steps: range,
     *,
-    num_threads: int | None,
-    num_workers: int,
-    prefetch: int,
-    max_broken_fraction: float,
+    num_threads: int | None = None,
+    num_workers: int = 0,
+    prefetch: int = PREFETCH,
+    max_broken_fraction: float = 0.01,
     told: set[str] | None = None,
   ):
+    """Begins to load.
+
+    Args:
+      chunks: What to load, see `train_loader` and `eval_loader`.
+      steps: Of which batches.
+      num_threads: Threads in each process that loads; 0 loads in the calling thread when asked.
+        None gives one for each usable core, shared out among the workers, at most `MAX_THREADS`.
+      num_workers: Worker processes. With 0 the threads work in this process, which suffices as
+        long as the training step does not wait for data: decoding and resizing release the
+        interpreter lock. Workers take seconds to start and 200 MB or more each. They import the
+        main module anew, so a script that uses them needs its `if __name__ == '__main__':`.
+      prefetch: Batches to have ready.
+      max_broken_fraction: Share of broken examples that is tolerated.
+      told: Broken examples that are not logged again; what is logged is added: for repeated passes.
+    """
     if num_threads is None:
       num_threads = min(MAX_THREADS, max(1, usable_cores() // max(1, num_workers)))
     _check_range('num_threads', num_threads, 0, 1024)
@@ -241,7 +232,7 @@ class Loader(Iterator[Batch]):
         self.broken[index] = f'{example_name(source, index)} ({reason})'
         if self.broken[index] not in self._told:
           self._told.add(self.broken[index])
-          logging.warning('Broken image, %s: %s', self._chunks.remedy, self.broken[index])
+          _log.warning('Broken image, %s: %s', self._chunks.remedy, self.broken[index])
     self._seen += seen
     # Beyond an epoch only examples that are known already come along.
     different = min(self._seen, len(source))

@@ -17,6 +17,7 @@ from PIL import Image, ImageEnhance
 
 from hivit_jax.data import randaugment
 from hivit_jax.errors import UserError
+from hivit_jax.settings import image_size
 
 Size = int | Sequence[int]
 Step = Callable[[Image.Image, np.random.Generator], Image.Image]
@@ -31,14 +32,6 @@ def to_array(image: Image.Image) -> np.ndarray:
   """Returns the pixels of an 'RGB' or 'L' image as uint8 (H, W, 3) or (H, W, 1)."""
   array = np.asarray(image)
   return array if array.ndim == 3 else array[..., None]
-
-
-def as_size(size: Size) -> tuple[int, int]:
-  """Returns (height, width) from one side of a square or from both; raises `UserError`."""
-  sides = (size, size) if isinstance(size, int) else tuple(size)
-  if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-    raise UserError(f'Image size {size!r}: expected one side or (height, width), in pixels.')
-  return sides[0], sides[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +170,8 @@ def train_transform(
   Raises:
     UserError: The size, the crop, RandAugment or the jitter makes no sense.
   """
-  jitter = ColorJitter(color_jitter)
-  steps: list[Step] = [RandomResizedCrop(as_size(size), scale, ratio, clamp, interpolation)]
+  jitter, size = ColorJitter(color_jitter), image_size(size, 'image_size')
+  steps: list[Step] = [RandomResizedCrop(size, scale, ratio, clamp, interpolation)]
   if flip:
     steps.append(RandomFlip())
   if rand_augment:
@@ -228,4 +221,4 @@ def eval_transform(size: Size, crop: float | None = None) -> EvalTransform:
   """
   if crop is not None and not 0 < crop <= 1:
     raise UserError(f'Evaluation crop {crop!r}: expected more than 0, at most 1.')
-  return EvalTransform(as_size(size), crop)
+  return EvalTransform(image_size(size, 'image_size'), crop)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from hivit_jax import settings
 from hivit_jax.interop import infer
 from hivit_jax.interop.files import StateDict
 from hivit_jax.interop.infer import Described
@@ -28,8 +29,8 @@ def model_of(state: StateDict, **overrides: Any) -> Described:
   Raises:
     UserError: see `infer.describe`.
   """
-  if isinstance(overrides.get('image_size'), int):
-    overrides['image_size'] = (overrides['image_size'],) * 2
+  if 'image_size' in overrides:
+    overrides['image_size'] = settings.image_size(overrides['image_size'], 'image_size')
   carried = read(state.metadata)
   if carried is None:
     known = infer.known_size(state.metadata) | overrides

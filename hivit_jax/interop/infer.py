@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hivit_jax import settings
 from hivit_jax.errors import UserError
 from hivit_jax.models import MODELS
 
@@ -71,9 +72,7 @@ def pixels(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def image_size(metadata: Mapping[str, Any]) -> tuple[int, int] | None:
   """(height, width) in a file's or checkpoint's metadata, or None."""
   size = metadata.get('image_size') or metadata.get('config', {}).get('image_size')
-  if isinstance(size, int):
-    return size, size
-  return tuple(size) if size else None
+  return settings.image_size(size, 'image_size of the weights') if size else None
 
 
 def known_size(metadata: Mapping[str, Any]) -> dict[str, Any]:

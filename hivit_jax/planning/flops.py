@@ -1,4 +1,4 @@
-"""What the matrix products of a function amount to, counted from its jaxpr."""
+"""What the matrix products of a function compute and move, counted from its jaxpr."""
 
 import math
 from collections.abc import Callable
@@ -29,7 +29,19 @@ def matmul_flops(function: Any, *args: Any) -> int:
 
 def matmul_outputs(function: Callable, *args: Any) -> int:
   """Elements of all results of matrix products: "activations" (arXiv 2003.13678); see above."""
-  return _total(function, args, lambda eqn: math.prod(eqn.outvars[0].aval.shape))
+  return _total(function, args, lambda eqn: eqn.outvars[0].aval.size)
+
+
+def matmul_bytes(function: Callable, *args: Any) -> int:
+  """Bytes of the operands and results of all matrix products; see above.
+
+  What a program moves through memory at least, if no product stays on the chip for the next one;
+  a compiler can fuse what is elementwise into them. The logits of cuDNN's attention do not count.
+  """
+  return _total(
+    function, args,
+    lambda eqn: sum(v.aval.size * v.aval.dtype.itemsize for v in (*eqn.invars, *eqn.outvars)),
+  )  # fmt: skip
 
 
 def _flops(eqn: Any) -> int:

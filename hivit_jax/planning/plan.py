@@ -19,12 +19,18 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from hivit_jax.errors import UserError
-from hivit_jax.planning import costs, hlo, roofline
+from hivit_jax.planning import roofline
 from hivit_jax.planning.collectives import collectives
-from hivit_jax.planning.flops import matmul_flops
+from hivit_jax.planning.flops import matmul_bytes, matmul_flops
 from hivit_jax.train import assemble, sharding, validate
 
-_GIB = 2**30
+# libtpu asks the cloud where it runs, complains where that is none, and wants to be alone.
+_LIBTPU_ALONE = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
 
 
 def find_devices(topology: str) -> Sequence[Any]:
@@ -43,38 +49,34 @@ def find_devices(topology: str) -> Sequence[Any]:
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', int(shape))
     return jax.devices('cpu')
+  chip = roofline.CHIPS.get(kind)
   sides = [int(side) for side in re.findall('[1-9][0-9]*', shape)]
-  if kind not in roofline.CHIPS or not sides or 'x'.join(map(str, sides)) != shape:
-    known = ', '.join(roofline.CHIPS)
+  if chip is None or not sides or 'x'.join(map(str, sides)) != shape:
     raise UserError(
-      f'--topology={topology}: expected a kind ({known}) and a shape, such as v5e:4x4, v4:2x2x2 '
-      'or h200:8, or cpu:8'
+      f'--topology={topology}: expected a kind ({", ".join(roofline.CHIPS)}) and a shape, such as '
+      'v5e:4x4, v4:2x2x2 or h200:8, or cpu:8'
     )
-  if gpu := roofline.CHIPS[kind].gpu:
-    return _find_gpus(topology, roofline.CHIPS[kind], gpu, sides)
-  pod = roofline.CHIPS[kind].pod
-  if math.prod(sides) > pod:
+  if math.prod(sides) > chip.pod or (chip.gpu and len(sides) > 1):
+    whole = 'a number of GPUs in one machine' if chip.gpu else 'a slice'
     raise UserError(
-      f'--topology={topology}: the largest slice of {kind} has {pod} chips; more are several '
-      'slices in a slower network, which this does not know'
+      f'--topology={topology}: expected {whole}, of {chip.pod} {kind} at most; several have a '
+      'slower network between them, which this does not know'
     )
-  if not importlib.util.find_spec('libtpu'):
+  compilers = ('jax_cuda12_plugin', 'jax_cuda13_plugin') if chip.gpu else ('libtpu',)
+  if not any(map(importlib.util.find_spec, compilers)):
+    extra = 'cuda13' if chip.gpu else 'tpu'
     raise UserError(
-      f'--topology={topology} takes the TPU compiler: pip install "jax[tpu]"; or, for counts '
-      'without times, --topology=cpu:8'
+      f'--topology={topology} takes a compiler: pip install "jax[{extra}]"; or, for counts without '
+      'times, --topology=cpu:8'
     )
-  # libtpu asks the cloud where it runs, complains where that is none, and wants to be alone.
-  for name, value in (
-    ('TPU_SKIP_MDS_QUERY', '1'),
-    ('TPU_ACCELERATOR_TYPE', 'v5litepod-4'),
-    ('TPU_WORKER_HOSTNAMES', 'localhost'),
-    ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
-  ):
-    os.environ.setdefault(name, value)
-  jax.config.update('jax_platforms', 'cpu')  # a TPU in this machine is left alone
-  options: dict[str, Any] = {}
-  if kind == 'v4':
-    options['chip_config_name'] = 'megacore'  # both cores of a chip as one device
+  jax.config.update('jax_platforms', 'cpu')  # accelerators in this machine are left alone
+  if chip.gpu:
+    described = {'target_config': _describe(chip, chip.gpu), 'topology': f'1x1x{sides[0]}'}
+    return topologies.get_topology_desc('', 'cuda', **described).devices
+  for variable, value in _LIBTPU_ALONE.items():
+    os.environ.setdefault(variable, value)
+  # Both cores of a v4 chip are one device.
+  options: dict[str, Any] = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
   if math.prod(sides) == 1:
     options['chips_per_host_bounds'] = (1, 1, 1)
   try:
@@ -85,23 +87,9 @@ def find_devices(topology: str) -> Sequence[Any]:
     ) from error
 
 
-def _find_gpus(
-  topology: str, chip: roofline.Chip, gpu: roofline.Gpu, sides: list[int]
-) -> Sequence[Any]:
-  if len(sides) > 1 or sides[0] > chip.pod:
-    raise UserError(
-      f'--topology={topology}: a number of GPUs in one machine, 1 to {chip.pod}; more are several '
-      'machines in a slower network, which this does not know'
-    )
-  if not any(importlib.util.find_spec(f'jax_cuda{version}_plugin') for version in (12, 13)):
-    raise UserError(
-      f'--topology={topology} takes the CUDA compiler: pip install "jax[cuda12]"; or, for '
-      'counts without times, --topology=cpu:8'
-    )
-  jax.config.update('jax_platforms', 'cpu')  # a GPU in this machine is left alone
-  shared, for_block = gpu.shared_memory
-  # stream_executor.GpuTargetConfigProto of XLA; what is the same for all of these chips first.
-  description = f"""
+def _describe(chip: roofline.Chip, gpu: roofline.Gpu) -> str:
+  """XLA's stream_executor.GpuTargetConfigProto; first what is the same for all of these chips."""
+  return f"""
     gpu_device_info {{
       threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
       thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
@@ -112,24 +100,20 @@ def _find_gpus(
       dnn_version: "9.10.0"
       cuda_compute_capability {{ major: {gpu.capability} }}
       core_count: {gpu.cores} clock_rate_ghz: {gpu.clock} fpus_per_core: {gpu.float32_units}
-      l2_cache_size: {gpu.l2}
-      shared_memory_per_core: {shared} shared_memory_per_block_optin: {for_block}
+      l2_cache_size: {gpu.l2} shared_memory_per_core: {gpu.shared_memory[0]}
+      shared_memory_per_block_optin: {gpu.shared_memory[1]}
       memory_bandwidth: {chip.hbm_bandwidth:.0f} device_memory_size: {chip.hbm:.0f}
       name: "{gpu.name}"
     }}
-    platform_name: "CUDA"
-    dnn_version_info {{ major: 9 minor: 10 }}
-    runtime_version {{ major: 12 minor: 8 }}
-    device_description_str: "{gpu.name}"
+    platform_name: "CUDA" device_description_str: "{gpu.name}"
+    dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 8 }}
   """
-  shape = f'1x1x{sides[0]}'
-  return topologies.get_topology_desc('', 'cuda', target_config=description, topology=shape).devices
 
 
 def plan(
   config: ml_collections.ConfigDict, devices: Sequence[Any], chip: roofline.Chip | None = None
 ) -> dict[str, Any]:
-  """Compiles the training step of a config for devices and tells what it needs.
+  """Compiles the training step of a config for devices and returns what it needs.
 
   Args:
     config: see configs/base.py.
@@ -138,10 +122,10 @@ def plan(
 
   Returns:
     Numbers by name: bytes, operations and seconds, of one step on each device. If the program does
-    not fit, what the compiler says, and only those numbers that do not need it.
+    not fit, `refusal` is what the compiler says (None: nothing), and numbers from the program lack.
 
   Raises:
-    UserError: a setting that does not make sense, or does not fit the devices.
+    UserError: a setting makes no sense, or does not fit the devices.
   """
   config = config.copy_and_resolve_references()
   validate.check(config)
@@ -171,6 +155,9 @@ def plan(
     },
     'matmul_flops': matmul_flops(train_step, abstract, batch) / mesh.size,
   }
+  state = sum(report['memory'][part] for part in ('parameters', 'optimizer', 'average'))
+  # The state is read and written once, if nothing else is.
+  report['memory_traffic'] = matmul_bytes(train_step, abstract, batch) / mesh.size + 2 * state
   start = time.perf_counter()
   try:
     compiled = train_step.lower(abstract, batch).compile()
@@ -181,32 +168,16 @@ def plan(
   report |= {'fits': True, 'compile_seconds': time.perf_counter() - start}
   report['memory'] |= _program_memory(compiled, sum(report['memory'].values()))
   if chip and report['memory']['total'] > chip.hbm:  # XLA for GPUs refuses nothing
-    return report | {'fits': False, 'refusal': share(report)}
-  program = hlo.Program(compiled.as_text())
-  cycles, uncounted = costs.core_cycles(program)
-  report |= {
-    'compiled_flops': (compiled.cost_analysis() or {}).get('flops', 0.0),
-    'memory_traffic': costs.memory_traffic(program),
-    'core_cycles': cycles,
-    'uncounted_instructions': uncounted,
-    'collectives': _collectives(program, mesh),
-  }
+    return report | {'fits': False, 'refusal': None}
+  report['collectives'] = collectives(compiled.as_text(), mesh.size)
   if chip:
     report['estimate'] = roofline.estimate(
       chip,
       flops=report['matmul_flops'],
       traffic=report['memory_traffic'],
       sent=sum(row['sent'] for row in report['collectives']),
-      schedule=_schedule(program, chip, cycles),
     )
   return report
-
-
-def _schedule(program: hlo.Program, chip: roofline.Chip, cycles: int) -> float | None:
-  """Seconds: what the compiler expects, or the sum of what a GPU's kernels need at least."""
-  if chip.gpu:
-    return costs.kernel_seconds(program, chip.flops, chip.hbm_bandwidth)
-  return cycles / chip.clock if cycles and chip.clock else None
 
 
 def _abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
@@ -227,36 +198,11 @@ def _local_bytes(tree: Any) -> int:
 
 def _program_memory(compiled: jax.stages.Compiled, known: int) -> dict[str, int]:
   m: Any = compiled.memory_analysis()
-  # Without the new state, which takes the place of the old one.
-  results = m.output_size_in_bytes - m.alias_size_in_bytes
-  total = m.argument_size_in_bytes + results + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+  # The new state takes the place of the old one.
+  arrays = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
   return {
     'temporaries': m.temp_size_in_bytes,
     'program': m.generated_code_size_in_bytes,
-    'padding': m.argument_size_in_bytes - known + results,
-    'total': total,
+    'padding': arrays - known,
+    'total': arrays + m.temp_size_in_bytes + m.generated_code_size_in_bytes,
   }
-
-
-def _collectives(program: hlo.Program, mesh: Mesh) -> list[dict[str, Any]]:
-  """Totals of a step by kind and group."""
-  totals: dict[tuple, dict[str, Any]] = {}
-  for c in collectives(program, mesh.size):
-    axes = c.axes(mesh.shape)
-    members = math.prod(mesh.shape[axis] for axis in axes)
-    row = totals.setdefault(
-      (c.kind, axes),
-      {'kind': c.kind, 'axes': axes, 'devices': members, 'count': 0, 'bytes': 0, 'sent': 0.0}
-      | {'complete': True},
-    )
-    times = 1 if c.count is None else c.count
-    row['count'] += times
-    row['bytes'] += times * c.size
-    row['sent'] += times * c.sent
-    row['complete'] &= c.count is not None
-  return sorted(totals.values(), key=lambda row: -row['sent'])
-
-
-def share(r: dict[str, Any]) -> str:
-  """The memory that the program of a report takes, of that of its device."""
-  return f'{r["memory"]["total"] / _GIB:.2f} of {r["hbm"] / _GIB:.2f} GiB'

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 _log = logging.getLogger(__name__)
+_REFRESH_SECONDS = 0.1
 
 
 class _Handler(logging.StreamHandler):
@@ -56,9 +57,10 @@ class Progress:
 
   def __init__(
     self,
-    total_steps: int,
+    total: int,
     start_step: int = 0,
     *,
+    title: str = '',
     interval_seconds: float = 10.0,
     stream: TextIO | None = None,
     primary: bool = True,
@@ -67,30 +69,33 @@ class Progress:
     """Shows the bar, if there is to be one.
 
     Args:
-      total_steps: the step at which the run ends.
+      total: the step, or the number of examples, at which the work ends.
       start_step: the step from which it goes on.
+      title: what bar and log lines begin with; '': only lines do, with the word step.
       interval_seconds: the least time between two log lines; the first and the last always come.
       stream: the terminal; None: stderr.
       primary: whether this is process 0; the others show nothing.
       clock: seconds, for tests.
     """
-    self._total_steps = total_steps
+    self._total = total
+    self._title = title or 'step'
     self._interval = interval_seconds
     self._primary = primary
     self._clock = clock
     self._first: tuple[int, float] | None = None  # step and time of the first update
-    self._last_line = -math.inf
+    self._last_shown = -math.inf
     self._bar = None
     terminal = stream or sys.stderr
     if primary and _has_width(terminal):
       import tqdm
 
       self._bar = Progress.shown = tqdm.tqdm(
-        total=total_steps,
+        total=total,
         initial=start_step,
+        desc=f'{title}: ' if title else None,
         file=terminal,
         dynamic_ncols=True,
-        bar_format='{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}{postfix}',
+        bar_format='{desc}{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}{postfix}',
       )
 
   def __enter__(self) -> 'Progress':
@@ -100,27 +105,29 @@ class Progress:
     self.close()
 
   def update(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Shows how far the run is.
+    """Shows how far the work is; quick enough to be called for every example.
 
     Args:
-      step: the step that has been reached.
+      step: what has been reached, of `total`.
       metrics: what to show beside it, under short names, such as `loss` and `images/s`.
     """
     if not self._primary:
       return
+    now = self._clock()
+    eta = self._eta(step, now)
+    interval = self._interval if self._bar is None else _REFRESH_SECONDS
+    if now - self._last_shown < interval and step < self._total:
+      return
+    self._last_shown = now
     parts = [f'{name} {_short(value)}' for name, value in metrics.items()]
-    eta = self._eta(step)
     if eta is not None:
       parts.append(f'ETA {eta}')
     if self._bar is not None:
       self._bar.n = step
       self._bar.set_postfix_str(', '.join(parts))
       return
-    now = self._clock()
-    if now - self._last_line >= self._interval or step >= self._total_steps:
-      self._last_line = now
-      share = step / max(self._total_steps, 1)
-      _log.info('step %d/%d (%.0f%%) %s', step, self._total_steps, 100 * share, ', '.join(parts))
+    share = step / max(self._total, 1)
+    _log.info('%s %d/%d (%.0f%%) %s', self._title, step, self._total, 100 * share, ', '.join(parts))
 
   def close(self) -> None:
     """Leaves the bar as it is and goes to the next line."""
@@ -128,15 +135,14 @@ class Progress:
       self._bar.close()
       self._bar = Progress.shown = None
 
-  def _eta(self, step: int) -> str | None:
+  def _eta(self, step: int, now: float) -> str | None:
     """Time to go as h:mm:ss, from the pace since the first update: compiling does not count."""
-    now = self._clock()
     if self._first is None:
       self._first = step, now
     first_step, first_time = self._first
     if step <= first_step:
       return None
-    seconds = round((now - first_time) / (step - first_step) * (self._total_steps - step))
+    seconds = round((now - first_time) / (step - first_step) * (self._total - step))
     return f'{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}'
 
 

@@ -17,13 +17,14 @@ from datetime import datetime
 from typing import Any
 
 from hivit_jax.errors import UserError
-from hivit_jax.reporting.metrics import replace
+from hivit_jax.reporting.files import replace
+from hivit_jax.settings import dotted
 
 _log = logging.getLogger(__name__)
 
 _PACKAGES = (
   'hivit-jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'ml_collections',
-  'numpy', 'pillow', 'tensorflow-datasets', 'tensorboardX',
+  'numpy', 'pillow', 'tensorflow-datasets', 'tensorboard',
 )  # fmt: skip
 ABSENT = '(absent)'
 
@@ -40,7 +41,7 @@ def config_changes(
   info = _read_run_info(pathlib.Path(workdir) / 'config.json')
   if info is None:
     return {}
-  old, new = _dotted(info['config']), _dotted(_plain(config))
+  old, new = dotted(info['config']), dotted(_plain(config))
   return {
     key: (old.get(key, ABSENT), new.get(key, ABSENT))
     for key in dict.fromkeys([*new, *old])
@@ -99,16 +100,6 @@ def _read_run_info(path: pathlib.Path) -> dict[str, Any] | None:
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
   """What a config looks like after a way through JSON: tuples are lists, keys are strings."""
   return json.loads(json.dumps(config, default=str))
-
-
-def _dotted(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  flat = {}
-  for key, value in config.items():
-    if isinstance(value, dict) and value:
-      flat |= _dotted(value, f'{prefix}{key}.')
-    else:
-      flat[f'{prefix}{key}'] = value
-  return flat
 
 
 def _describe_run() -> dict[str, Any]:

@@ -34,7 +34,7 @@ def initialize(
 ) -> None:
   """Joins the other processes of the job, if there are any; before JAX looks for devices.
 
-  JAX finds them by itself on Cloud TPUs, under Slurm and under Open MPI 4. Elsewhere they are told,
+  JAX finds them on Cloud TPUs, under Slurm and under Open MPI 4. Elsewhere the user names them,
   by the arguments or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; Open MPI 5
   tells all but the first.
 
@@ -68,7 +68,7 @@ def initialize(
   jax.config.update('jax_enable_preemption_service', False)
   options = {}
   if given['coordinator_address'] and mpi != '1' and 'OMPI_MCA_orte_hnp_uri' not in os.environ:
-    # Open MPI 5: all is known, and from 0.12 on JAX would ask mpi4py all the same.
+    # Open MPI 5: all is known, but from 0.12 on JAX would still ask mpi4py.
     options['cluster_detection_method'] = 'deactivate'
   try:
     jax.distributed.initialize(**given, local_device_ids=local_devices(), **options)
@@ -112,7 +112,7 @@ def _number(name: str, text: str) -> int:
 def local_devices() -> list[int] | None:
   """The GPUs of this process where JAX, which takes the task's number on its node, would be wrong.
 
-  Under Slurm: all of them for the only task on a node, and the one that a task was given by itself.
+  Under Slurm: all of them for the only task on a node, and the one that was given to a task alone.
   """
   tasks = os.environ.get('SLURM_STEP_TASKS_PER_NODE', '')
   visible = os.environ.get('CUDA_VISIBLE_DEVICES')

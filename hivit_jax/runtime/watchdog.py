@@ -1,6 +1,6 @@
 """The processes of a job watch each other: none waits for ever for one that has ended.
 
-JAX notices by itself when a process has been silent for 100 seconds, and then ends all the others
+JAX itself notices when a process has been silent for 100 seconds, and then ends all the others
 with a stack dump. Here process 0 has a connection to every other one, which the kernel closes at
 the moment a process ends in whatever way, and within a minute if its host is gone. Where no
 connection can be made, JAX's way is left.
@@ -134,7 +134,7 @@ class Watch:
           self._open.discard(connection)
         if said != _DONE and not self._leaving.is_set():
           # In a thread of its own: this one goes on to see the others end. None when this process
-          # ends by itself: Python 3.12 starts no thread while it shuts down.
+          # ends on its own: Python 3.12 starts no thread while it shuts down.
           arguments = self._connections[connection], said
           threading.Thread(target=self._end, args=arguments, daemon=True).start()
 

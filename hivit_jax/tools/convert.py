@@ -9,12 +9,11 @@ A DIR gets a checkpoint like those of a training run. docs/porting.md tells what
 
 import math
 import pathlib
-import re
 from typing import Any
 
 from absl import flags
 
-from hivit_jax import cli
+from hivit_jax import cli, settings
 from hivit_jax.errors import UserError, suggest
 
 _OUT = flags.DEFINE_string('out', None, 'What to write: a directory, or a file by its suffix.')
@@ -36,7 +35,7 @@ _MASK_RATIO = flags.DEFINE_float('mask_ratio', None, 'Of an autoencoder, as it w
 _NORM_PIX_LOSS = flags.DEFINE_bool(
   'norm_pix_loss', None, 'Whether an MAE predicts pixels normalised per unit.'
 )
-_IMAGE_SIZE = flags.DEFINE_string('image_size', None, 'HEIGHTxWIDTH of images that are not square.')
+_IMAGE_SIZE = flags.DEFINE_string('image_size', None, 'Pixels: HEIGHTxWIDTH if not square.')
 
 
 def main(argv: list[str]) -> None:
@@ -151,10 +150,7 @@ def _known() -> dict[str, Any]:
   options = (_NUM_HEADS, _DECODER_NUM_HEADS, _MASK_RATIO, _NORM_PIX_LOSS)
   known: dict[str, Any] = {flag.name: flag.value for flag in options if flag.value is not None}
   if _IMAGE_SIZE.value:
-    match = re.fullmatch(r'(\d+)x(\d+)', _IMAGE_SIZE.value)
-    if not match:
-      raise UserError(f'--image_size={_IMAGE_SIZE.value}: write HEIGHTxWIDTH, such as 224x320')
-    known['image_size'] = int(match[1]), int(match[2])
+    known['image_size'] = settings.image_size(_IMAGE_SIZE.value, '--image_size')
   return known
 
 

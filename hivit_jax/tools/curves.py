@@ -1,6 +1,5 @@
 """Curves of runs, from what `MetricWriter` leaves in `metrics.jsonl`, and of configs."""
 
-import json
 import math
 import os
 import pathlib
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from hivit_jax.errors import UserError
+from hivit_jax.reporting.metrics import rows_in
 
 Rows = dict[int, dict[str, float]]  # metrics by step, in order of the steps
 
@@ -44,17 +44,13 @@ def read_metrics(workdir: str | os.PathLike[str]) -> Rows:
   """
   path = pathlib.Path(workdir).expanduser() / 'metrics.jsonl'
   try:
-    lines = path.read_bytes().splitlines()
+    content = path.read_bytes()
   except OSError as error:
     raise UserError(f'cannot read {path}: {error.strerror}; give the --workdir of a run') from error
   rows: Rows = {}
-  for line in lines:
-    try:
-      row = json.loads(line)
-      values = {k: math.nan if v is None else float(v) for k, v in row.items() if k != 'step'}
-      rows.setdefault(row['step'], {}).update(values)
-    except (ValueError, TypeError, KeyError, AttributeError):
-      continue
+  for row in rows_in(content):
+    values = {k: math.nan if v is None else float(v) for k, v in row.items() if k != 'step'}
+    rows.setdefault(row['step'], {}).update(values)
   if not any(rows.values()):
     raise UserError(f'{path} has no metrics yet')
   return dict(sorted(rows.items()))

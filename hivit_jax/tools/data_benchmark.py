@@ -11,10 +11,8 @@ the process), so that neither idle cores nor other programs count.
 
 import concurrent.futures
 import functools
-import importlib.util
 import io
 import json
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,10 +20,10 @@ from typing import Any
 
 from PIL import Image
 
+from hivit_jax.data.builders.packages import package_file
 from hivit_jax.data.loader import train_loader, usable_cores
 from hivit_jax.data.stream import generator
 from hivit_jax.data.transforms import RandomResizedCrop, train_transform
-from hivit_jax.errors import UserError
 
 PHOTO_SIZE = (500, 375)  # Width and height: the most frequent ones in ImageNet.
 JPEG_QUALITY = 95
@@ -61,13 +59,9 @@ def photo_files() -> list[bytes]:
   Raises:
     UserError: scikit-image is not installed.
   """
-  spec = importlib.util.find_spec('skimage')  # Finds it without importing it.
-  if spec is None or not spec.submodule_search_locations:
-    raise UserError('The photographs of scikit-image are missing: pip install scikit-image')
-  folder = pathlib.Path(spec.submodule_search_locations[0], 'data')
   files = []
   for name in PHOTOS:
-    with Image.open(folder / name) as image:
+    with Image.open(package_file('skimage', f'data/{name}')) as image:
       photo = image.convert('RGB').resize(PHOTO_SIZE, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     photo.save(buffer, 'JPEG', quality=JPEG_QUALITY)

@@ -1,4 +1,4 @@
-"""What a config's training step will need on TPUs or GPUs, asked of the compiler alone.
+"""What a config's training step will need on TPUs or GPUs, from the compiler alone.
 
   python -m hivit_jax.tools.plan --config=configs/mae_hivit_b.py --topology=v5e:4x4
   python -m hivit_jax.tools.plan --config=configs/mae_hivit_b.py --topology=h200:1 --batch_size=256
@@ -62,23 +62,18 @@ def format_report(report: dict[str, Any]) -> str:
     f'fits               {_verdict(r)}',
     *(f'  {name:<16} {size / _GIB:9.3f} GiB' for name, size in r['memory'].items()),
     f'matrix products    {r["matmul_flops"] / 1e12:9.3f} TFLOP',
+    f'memory traffic     {r["memory_traffic"] / 1e9:9.3f} GB at least',
   ]
   if not r['fits']:
     helps = '--config.accumulate_steps=2, --config.model.remat=True, a smaller batch or more chips'
     return '\n'.join([*lines, f'what helps         {helps}'])
   lines += [
-    *(
-      [f"  compiler's count {r['compiled_flops'] / 1e12:9.3f} TFLOP, loops once"]
-      if r['compiled_flops']
-      else []  # none for GPUs
-    ),
-    f'memory traffic     {r["memory_traffic"] / 1e9:9.3f} GB',
     f'compiled in        {r["compile_seconds"]:9.0f} s',
     '',
     'collectives           number  payload, MB   sent, MB   among',
     *(
       f'  {row["kind"]:<18} {row["count"]:7d} {row["bytes"] / 1e6:12.1f} {row["sent"] / 1e6:10.1f}'
-      f'   {row["devices"]} devices ({", ".join(row["axes"])})'
+      f'   {row["devices"]} devices'
       + ('' if row['complete'] else '; at least: in a loop of unknown length')
       for row in r['collectives']
     ),
@@ -93,26 +88,24 @@ def _format_estimate(r: dict[str, Any], estimate: dict[str, Any]) -> list[str]:
     each = r['batch_size'] / seconds
     return f'{1e3 * seconds:9.1f} ms  {each:8.0f} images/s, {each / r["devices"]:.0f} a device'
 
-  lines = [
+  return [
     'estimate',
     *(f'  {name:<16} {1e3 * estimate[name]:9.1f} ms' for name in ('products', 'memory', 'network')),
     f'  overlapped       {rate(estimate["overlapped"])}: only {estimate["limiter"]} takes time',
     f'  serial           {rate(estimate["serial"])}: nothing overlaps',
   ]
-  if estimate['schedule']:
-    by = "the compiler's cycles" if r['core_cycles'] else 'the limits of each kernel'
-    if uncounted := r['uncounted_instructions']:
-      by += f', {uncounted} unknown left out'
-    lines.append(f'  schedule         {rate(estimate["schedule"])}: by {by}')
-  return lines
 
 
 def _verdict(r: dict[str, Any]) -> str:
   if not r['fits']:
-    return f'NO: {r["refusal"]}'
+    return f'NO: {r["refusal"] or _share(r)}'
   if not r['hbm']:
     return f'{r["memory"]["total"] / _GIB:.2f} GiB needed; how much there is depends on the machine'
-  return f'yes: {plan.share(r)}'
+  return f'yes: {_share(r)}'
+
+
+def _share(r: dict[str, Any]) -> str:
+  return f'{r["memory"]["total"] / _GIB:.2f} of {r["hbm"] / _GIB:.2f} GiB'
 
 
 if __name__ == '__main__':

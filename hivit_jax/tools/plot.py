@@ -99,11 +99,8 @@ def _parse(texts: Sequence[str]) -> list[float]:
 
 def _save(figure: Any) -> None:
   out = pathlib.Path(_OUT.value)
-  try:
+  with cli.writing('out', out):
     figure.savefig(out, format=out.suffix[1:] or 'png', dpi=150)
-  except (OSError, ValueError) as error:
-    reason = getattr(error, 'strerror', None) or error
-    raise UserError(f'cannot write --out={out}: {reason}') from error
   print(f'wrote {out}')
 
 

@@ -84,7 +84,10 @@ def main(argv: list[str]) -> None:
         classes = [(p['label'], p['probability']) for p in predictions]
         shown.append(contact_sheet.Predicted(path, image, classes))
   if _SAVE.value and shown:
-    _save(_SAVE.value, shown)
+    sheet = contact_sheet.draw(shown)
+    with cli.writing('save', _SAVE.value):
+      sheet.save(_SAVE.value)
+    print(f'wrote {_SAVE.value}', file=sys.stderr)  # stdout has the predictions
   if failed:
     raise UserError(f'{len(failed)} of {len(paths)} images could not be read')
 
@@ -149,15 +152,6 @@ def _to_text(path: str, predictions: Sequence[dict[str, Any]]) -> str:
 
 def _to_json(path: str, predictions: Sequence[dict[str, Any]]) -> str:
   return json.dumps({'file': path, 'predictions': predictions})
-
-
-def _save(out: str, shown: Sequence[contact_sheet.Predicted]) -> None:
-  try:
-    contact_sheet.draw(shown).save(out)
-  except (OSError, ValueError) as error:
-    reason = getattr(error, 'strerror', None) or error
-    raise UserError(f'cannot write --save={out}: {reason}') from error
-  print(f'wrote {out}', file=sys.stderr)  # stdout has the predictions
 
 
 if __name__ == '__main__':

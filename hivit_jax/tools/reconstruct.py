@@ -53,11 +53,9 @@ def main(argv: list[str]) -> None:
   result = pictures(restored.state, images, seed=_SEED.value)
   out = pathlib.Path(_OUT.value or _run_directory(workdir) / 'reconstruction.png')
   title = f'{config.model.name}, step {restored.step}'
-  try:
-    reconstruction.draw(result, title=title).save(out)
-  except (OSError, ValueError) as error:
-    reason = getattr(error, 'strerror', None) or error
-    raise UserError(f'cannot write --out={out}: {reason}') from error
+  picture = reconstruction.draw(result, title=title)
+  with cli.writing('out', out):
+    picture.save(out)
   print(f'wrote {out}')
 
 

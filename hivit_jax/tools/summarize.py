@@ -13,12 +13,12 @@ from typing import Any
 
 from absl import flags
 
-from hivit_jax import cli, models
+from hivit_jax import cli, models, settings
 from hivit_jax.errors import UserError
 from hivit_jax.tools.sizes import format_table, summary
 
 _MODELS = flags.DEFINE_list('models', None, 'Names; default: all, see hivit_jax.list_models().')
-_IMAGE_SIZE = flags.DEFINE_list('image_size', None, 'Pixels: a side, or HEIGHT,WIDTH.')
+_IMAGE_SIZE = flags.DEFINE_string('image_size', None, 'Pixels: a side, or HEIGHTxWIDTH.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a model instead of a table.')
 
 
@@ -27,12 +27,7 @@ def main(argv: list[str]) -> None:
     raise UserError(f'unexpected argument "{argv[1]}"')
   size = None
   if _IMAGE_SIZE.value is not None:
-    sides = [int(side) for side in _IMAGE_SIZE.value if side.isdecimal()]
-    if not 0 < len(sides) == len(_IMAGE_SIZE.value) <= 2:
-      raise UserError(
-        f'--image_size={",".join(_IMAGE_SIZE.value)}: expected a side or HEIGHT,WIDTH'
-      )
-    size = (sides[0], sides[-1])
+    size = settings.image_size(_IMAGE_SIZE.value, '--image_size')
   rows = [summary(name, **_options(name, size)) for name in _MODELS.value or models.list_models()]
   print('\n'.join(map(json.dumps, rows)) if _JSON.value else format_table(rows))
 

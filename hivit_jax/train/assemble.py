@@ -9,7 +9,7 @@ import ml_collections
 from flax import nnx
 from jax.sharding import Mesh
 
-from hivit_jax import models
+from hivit_jax import models, settings
 from hivit_jax.errors import UserError, flag
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.hivit import UNIT
@@ -43,19 +43,14 @@ def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
   Raises:
     UserError: not a size, or not a multiple of the units' side.
   """
-  size = config.image_size
-  sides = (size,) if isinstance(size, int) else tuple(size)
-  if len(sides) == 1:
-    sides *= 2
-  if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-    raise UserError(f'config.image_size={size}: expected a side or (height, width), in pixels')
+  sides = settings.image_size(config.image_size, 'config.image_size')
   if any(side % UNIT for side in sides):
     near = [max(UNIT, round(side / UNIT) * UNIT) for side in sides]
     raise UserError(
-      f'config.image_size={size}: sides must be multiples of {UNIT} pixels; '
+      f'config.image_size={config.image_size}: sides must be multiples of {UNIT} pixels; '
       f'try --config.image_size={near[0]},{near[1]}'
     )
-  return sides[0], sides[1]
+  return sides
 
 
 def is_large(config: ml_collections.ConfigDict) -> bool:

@@ -5,13 +5,14 @@ What depends on the model, the devices or the data is checked where it is built.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
 
 from hivit_jax.data import randaugment, transforms
 from hivit_jax.errors import UserError, flag
+from hivit_jax.settings import dotted, get
 from hivit_jax.train import assemble, schedules
 
 _Test = Callable[[Any], bool]
@@ -108,7 +109,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   Args:
     config: see configs/base.py; `image_size` becomes (height, width) if it was one side.
   """
-  for key, value in dotted(config):
+  for key, value in dotted(config).items():
     if value is None and key not in OPTIONAL:
       raise UserError(f'config.{key}=None: this setting always has a value')
   for expected, test, keys in _RULES:
@@ -139,23 +140,6 @@ def check(config: ml_collections.ConfigDict) -> None:
         f'config.{key}: {count} numbers for config.channels={config.channels}; if it is the same '
         f'for all: {flag(key, get(config, key)[:1] * config.channels)}'
       )
-
-
-def dotted(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
-  """('optim.lr', 1e-3) and so on, of all settings."""
-  for key, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict):
-      yield from dotted(value, f'{prefix}{key}.')
-    else:
-      yield prefix + key, value
-
-
-def get(config: ml_collections.ConfigDict, key: str) -> Any:
-  """The value of a dotted setting, such as optim.lr."""
-  value = config
-  for part in key.split('.'):
-    value = value[part]
-  return value
 
 
 def _holds(test: _Test, value: Any) -> bool:

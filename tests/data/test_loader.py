@@ -502,4 +502,4 @@ def test_data_path_imports_no_model_and_no_training_code():
     "print([m for m in sys.modules if m.startswith('hivit_jax.') and 'data' not in m])"
   )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-  assert done.stdout == "['hivit_jax.errors']\n"
+  assert done.stdout == "['hivit_jax.errors', 'hivit_jax.settings']\n"

@@ -287,10 +287,10 @@ def test_non_square_evaluation_covers_the_output_without_distortion(output, imag
   assert seen_y == pytest.approx(h, rel=0.1, abs=3)
 
 
-@pytest.mark.parametrize('size', [0, -16, (16,), (16, 0), (16.0, 16.0), (16, 16, 3)])
+@pytest.mark.parametrize('size', [0, -16, (), (16, 0), (16.0, 16.0), (16, 16, 3)])
 def test_senseless_size_is_a_user_error(size):
   for make in (transforms.train_transform, transforms.eval_transform):
-    with pytest.raises(UserError, match=r'expected one side or \(height, width\)'):
+    with pytest.raises(UserError, match=r'expected a side or \(height, width\)'):
       make(size)
 
 

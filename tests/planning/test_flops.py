@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from hivit_jax.ops.attention import attend
-from hivit_jax.planning.flops import matmul_flops
+from hivit_jax.planning.flops import matmul_bytes, matmul_flops
 from tests.helpers import abstract_model
 
 A = jax.ShapeDtypeStruct((3, 5), jnp.float32)
@@ -30,6 +30,13 @@ def test_products():
   assert matmul_flops(product, batched, other) == 6 * 2 * 5 * 3 * 2
   two = jax.ShapeDtypeStruct((3, 5, 7), jnp.float32)
   assert matmul_flops(functools.partial(jnp.einsum, 'ijk,ijk->i'), two, two) == 2 * 3 * 5 * 7
+
+
+def test_bytes_of_products():
+  assert matmul_bytes(jnp.matmul, A, B) == 4 * (3 * 5 + 5 * 7 + 3 * 7)
+  half = jax.ShapeDtypeStruct((4, 4), jnp.bfloat16)
+  three = lambda x: jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ x), x)  # noqa: E731
+  assert matmul_bytes(three, half) == 3 * 2 * (3 * 4 * 4)
 
 
 def test_only_products_count():

@@ -70,6 +70,10 @@ class Terminal:
         column += len(part)
     return [line.rstrip() for line in lines]
 
+  def writes(self) -> int:
+    """How often the line was written so far."""
+    return self._text.count('\r')
+
   def close(self):
     self.stream.close()
     os.close(self._master)
@@ -134,6 +138,18 @@ def test_without_a_terminal_there_are_lines_at_intervals(caplog):
   ]
 
 
+def test_updates_that_nobody_could_read_are_not_shown_but_the_last_is(terminal):
+  now = [0.0]
+  with Progress(5000, title='preparing', stream=terminal.stream, clock=lambda: now[0]) as progress:
+    for done in range(1, 5001):
+      now[0] = done / 10_000
+      progress.update(done, {})
+  lines = terminal.screen()
+  assert lines[0].startswith('preparing: 100% ')
+  assert ' 5000/5000, ETA 0:00:00' in lines[0]
+  assert terminal.writes() < 100
+
+
 def test_a_terminal_without_columns_gets_lines(terminal, caplog):
   caplog.set_level(logging.INFO, 'hivit_jax')
   terminal.resize(0)
@@ -171,7 +187,7 @@ def test_importing_it_is_cheap():
   script = """
 import sys
 from hivit_jax.reporting import console, metrics, run_info
-heavy = {'jax', 'numpy', 'tensorboardX', 'tqdm'} & set(sys.modules)
+heavy = {'jax', 'numpy', 'tensorboard', 'tqdm'} & set(sys.modules)
 assert not heavy, heavy
 """
   subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)

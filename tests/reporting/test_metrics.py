@@ -163,7 +163,7 @@ def masked(data: bytes) -> int:
 
 def events(workdir):
   """Reads the event files by the TFRecord format: length, its CRC, data, its CRC."""
-  from tensorboardX.proto import event_pb2
+  from tensorboard.compat.proto import event_pb2
 
   for path in sorted((workdir / 'tensorboard').iterdir()):
     content = path.read_bytes()
@@ -197,8 +197,13 @@ def test_tensorboard_gets_the_scalars(tmp_path):
 
 
 def test_tensorboard_forgets_what_comes_after_the_resumed_step(tmp_path):
-  write_steps(tmp_path, [10, 20, 30])
-  write_steps(tmp_path, [30], start_step=20)
+  from tensorboard.backend.event_processing import event_accumulator
+
+  write_steps(tmp_path, [10, 20, 30, 40], value=1.0)
+  write_steps(tmp_path, [30], value=2.0, start_step=20)
+  reader = event_accumulator.EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
+  shown = [(event.step, event.value) for event in reader.Scalars('train/loss')]
+  assert shown == [(10, 1.0), (20, 1.0), (30, 2.0)]
   starts = [e.step for e in events(tmp_path) if e.HasField('session_log')]
   assert starts == [1, 21]  # from this step on, earlier events are discarded
   assert len(list((tmp_path / 'tensorboard').iterdir())) == 2  # even if both began in one second

@@ -145,7 +145,7 @@ def test_a_workdir_has_weights_and_averaged_weights(run, tmp_path):
     ('to-torch', {'out': 'x.pth', 'layout': 'official'}, 'MAE checkpoint.*--layout=mae, or'),
     ('from-torch', {'out': 'y', 'model': 'hivit_tiny'}, 'does not fit this model'),
     ('from-torch', {'out': 'y', 'model': 'hivit_tny'}, 'did you mean "hivit_tiny"'),
-    ('from-torch', {'out': 'y', 'image_size': '64'}, 'write HEIGHTxWIDTH'),
+    ('from-torch', {'out': 'y', 'image_size': '64y'}, '--image_size=64y: expected a side'),
     ('from_torch', {'out': 'y'}, 'did you mean "from-torch"'),
     ('from-torch', {}, 'where to'),
   ],

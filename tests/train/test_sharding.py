@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from hivit_jax.errors import UserError
-from hivit_jax.planning import hlo
 from hivit_jax.planning.collectives import collectives
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
@@ -289,9 +288,9 @@ def moved(group: int | None) -> dict[str, int]:
   state, _, train_step = _start(mesh, 1, classify=True, group=group)
   text = train_step.lower(state, _batch(0, mesh)).compile().as_text()
   sizes = {'collective-permute': 0, 'all-gather': 0, 'all-to-all': 0}
-  for found in collectives(hlo.Program(text), mesh.size):
-    if found.kind in sizes:
-      sizes[found.kind] += found.size
+  for found in collectives(text, mesh.size):
+    if found['kind'] in sizes:
+      sizes[found['kind']] += found['bytes']
   return sizes
 
 

@@ -26,13 +26,8 @@ class Digits(ShardedBuilder, skip_registration=True):
     return self._image_classification(
       description='Handwritten digits of UCI, as scikit-learn carries them, scaled to 0..255.',
       homepage='https://archive.ics.uci.edu/dataset/80',
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(shape=(8, 8, 1), encoding_format='png'),
-          'label': tfds.features.ClassLabel(num_classes=10),
-          'file_name': tfds.features.Text(),
-        }
-      ),
+      image=tfds.features.Image(shape=(8, 8, 1), encoding_format='png'),
+      label=tfds.features.ClassLabel(num_classes=10),
     )
 
   def _contents(self) -> dict[str, SplitContent]:
@@ -46,14 +41,11 @@ class Digits(ShardedBuilder, skip_registration=True):
       split_of[members[len(members) - len(members) // _TEST_EVERY :]] = 'test'
     contents = {}
     for split in ('train', 'test'):
-      examples = [
-        {'image': _png(images[i]), 'label': int(labels[i]), 'file_name': f'digit_{i:04d}.png'}
-        for i in np.flatnonzero(split_of == split)
-      ]
-      contents[split] = SplitContent(
-        names=[example['file_name'] for example in examples],
-        examples=examples,
-        num_bytes=sum(len(example['image']) for example in examples),
+      contents[split] = SplitContent.of(
+        [
+          {'image': _png(images[i]), 'label': int(labels[i]), 'file_name': f'digit_{i:04d}.png'}
+          for i in np.flatnonzero(split_of == split)
+        ]
       )
     return contents
 

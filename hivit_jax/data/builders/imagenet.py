@@ -59,13 +59,8 @@ class ImageNet2012(ShardedBuilder, skip_registration=True):
     return self._image_classification(
       description='ILSVRC 2012, as published: JPEG bytes unchanged.',
       homepage='https://image-net.org/',
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(encoding_format='jpeg'),
-          'label': tfds.features.ClassLabel(names=imagenet_files.synsets()),
-          'file_name': tfds.features.Text(),
-        }
-      ),
+      image=tfds.features.Image(encoding_format='jpeg'),
+      label=tfds.features.ClassLabel(names=imagenet_files.synsets()),
     )
 
   def download_and_prepare(self) -> None:

@@ -100,13 +100,8 @@ class PhotoTiles(ShardedBuilder, skip_registration=True):
       description='Tiles of photographs; the label tells which photograph. Train and test tiles '
       'come from separate regions.',
       homepage='https://scikit-image.org/docs/stable/api/skimage.data.html',
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(shape=(TILE, TILE, 3), encoding_format='jpeg'),
-          'label': tfds.features.ClassLabel(names=list(PHOTOS)),
-          'file_name': tfds.features.Text(),
-        }
-      ),
+      image=tfds.features.Image(shape=(TILE, TILE, 3), encoding_format='jpeg'),
+      label=tfds.features.ClassLabel(names=list(PHOTOS)),
     )
 
   def _contents(self) -> dict[str, SplitContent]:
@@ -118,14 +113,7 @@ class PhotoTiles(ShardedBuilder, skip_registration=True):
         examples[split] += [
           {'image': _jpeg(tile.pixels), 'label': label, 'file_name': tile.name} for tile in cut
         ]
-    return {
-      split: SplitContent(
-        names=[example['file_name'] for example in listed],
-        examples=listed,
-        num_bytes=sum(len(example['image']) for example in listed),
-      )
-      for split, listed in examples.items()
-    }
+    return {split: SplitContent.of(listed) for split, listed in examples.items()}
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:

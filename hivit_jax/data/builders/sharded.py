@@ -11,8 +11,10 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,15 +22,16 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core import constants
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
-from hivit_jax.data.builders.progress import Progress
 from hivit_jax.data.sources import splits
 from hivit_jax.data.sources import tfds as tfds_source
 from hivit_jax.errors import UserError
+from hivit_jax.reporting.console import Progress
+
+_log = logging.getLogger(__name__)
 
 _PLAN_FILE = 'preparation.json'
 
@@ -46,6 +49,12 @@ class SplitContent:
   names: Sequence[str]
   examples: Sequence[Mapping[str, Any]]
   num_bytes: int
+
+  @classmethod
+  def of(cls, examples: Sequence[Mapping[str, Any]]) -> 'SplitContent':
+    """Examples that are in memory."""
+    names = [example['file_name'] for example in examples]
+    return cls(names, examples, sum(len(example['image']) for example in examples))
 
 
 class _Info(tfds.core.DatasetInfo):
@@ -87,9 +96,15 @@ class ShardedBuilder(FileReaderBuilder, skip_registration=True):
       )
     super().__init__(data_dir=os.fspath(root), file_format='array_record')
 
-  def _image_classification(self, **description: Any) -> tfds.core.DatasetInfo:
-    """Returns what `_info` is to return, for a set of `image` and `label`."""
-    return _Info(builder=self, supervised_keys=('image', 'label'), **description)
+  def _image_classification(
+    self, image: Any, label: Any, **description: Any
+  ) -> tfds.core.DatasetInfo:
+    """What `_info` is to return, for a set of images with labels and file names."""
+    features = {'image': image, 'label': label, 'file_name': tfds.features.Text()}
+    return _Info(
+      builder=self, supervised_keys=('image', 'label'),
+      features=tfds.features.FeaturesDict(features), **description,
+    )  # fmt: skip
 
   @abc.abstractmethod
   def _contents(self) -> dict[str, SplitContent]:
@@ -153,17 +168,20 @@ class ShardedBuilder(FileReaderBuilder, skip_registration=True):
 
     infos = []
     total = sum(len(content.names) for content in contents.values())
-    with Progress(f'preparing {self.name}', total) as progress, ThreadPoolExecutor(8) as readers:
+    done = 0
+    with (
+      Progress(total, title=f'preparing {self.name}', interval_seconds=30.0) as progress,
+      ThreadPoolExecutor(8) as readers,
+    ):
       for split, parts in shards.items():
         template = self._get_filename_template(split)
         paths = [folder / p.name for p in template.sharded_filepaths(len(parts))]
         for path, indices in zip(paths, parts, strict=True):
-          if _is_complete(path, len(indices)):
-            progress.skip(len(indices))
-            continue
-          # Threads read ahead: that hides the latency of network disks.
-          examples = readers.map(contents[split].examples.__getitem__, indices)
-          _write_shard(path, map(self._serialize, progress.count(examples)))
+          if not _is_complete(path, len(indices)):
+            # Threads read ahead: that hides the latency of network disks.
+            examples = readers.map(contents[split].examples.__getitem__, indices)
+            _write_shard(path, map(self._serialize, _counted(examples, progress, done)))
+          done += len(indices)
         size = sum(path.stat().st_size for path in paths)
         infos.append(tfds.core.SplitInfo(split, lengths[split], size, template))
     self.info.set_splits(tfds.core.SplitDict(infos))
@@ -187,6 +205,14 @@ class ShardedBuilder(FileReaderBuilder, skip_registration=True):
         f'{folder} holds an unfinished preparation of {self.name} from other files or with other '
         f'options; go on with those, or delete it: rm -r {folder}'
       )
+
+
+def _counted(examples: Iterator[Any], progress: Progress, done: int) -> Iterator[Any]:
+  """Yields the examples and shows how far the work is, `done` examples before them included."""
+  start = time.monotonic()
+  for count, example in enumerate(examples, 1):
+    yield example
+    progress.update(done + count, {'images/s': count / (time.monotonic() - start)})
 
 
 def _write_shard(path: Path, records: Iterator[bytes]) -> None:
@@ -239,10 +265,10 @@ def _exclusive(lock, name: str) -> Iterator[None]:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      logging.info('another process is preparing %s; waiting for it', name)
+      _log.info('another process is preparing %s; waiting for it', name)
       fcntl.flock(lock, fcntl.LOCK_EX)
   except OSError as error:
-    logging.warning(
+    _log.warning(
       'cannot lock %s (%s): prepare %s with one process only', lock.name, error.strerror, name
     )
   yield

@@ -1,0 +1,249 @@
+"""Recipes: what the published runs, and those derived from them, change in `base.py`.
+
+Rates are per 256 images of a batch: 2.5e-4 at a batch of 1024 is the paper's 1e-3. Where each
+number comes from is in docs/reproduce.md.
+"""
+
+import ml_collections
+
+from configs import base
+from hivit_jax.errors import UserError
+
+# Model -> settings of its finetuning. Of HiViT only B is published: T and S have B's recipe with
+# less drop path, L has MAE's of ViT-L.
+_FINETUNING = {
+  'hivit_tiny': {'drop_path': 0.1, 'lr': 5e-4, 'layer_decay': 0.85, 'epochs': 100, 'group': 64},
+  'hivit_small': {'drop_path': 0.1, 'lr': 5e-4, 'layer_decay': 0.85, 'epochs': 100, 'group': 64},
+  'hivit_base': {'drop_path': 0.2, 'lr': 5e-4, 'layer_decay': 0.85, 'epochs': 100, 'group': 64},
+  'hivit_large': {'drop_path': 0.2, 'lr': 1e-3, 'layer_decay': 0.84, 'epochs': 50, 'group': 64},
+  'vit_base': {'drop_path': 0.1, 'lr': 5e-4, 'layer_decay': 0.65, 'epochs': 100, 'group': 32},
+  'vit_large': {'drop_path': 0.2, 'lr': 1e-3, 'layer_decay': 0.75, 'epochs': 50, 'group': 32},
+}
+
+# Model -> settings of its supervised training, with the images that share a draw of mixup: those
+# of one GPU and accumulation step. The ladder from Swin-B to HiViT-B has Swin-B's recipe.
+_SUPERVISED = {
+  'hivit_tiny': {'drop_path': 0.05, 'clip': None, 'group': 128},
+  'hivit_small': {'drop_path': 0.3, 'clip': None, 'group': 128},
+  'hivit_base': {'drop_path': 0.5, 'clip': None, 'group': 128},
+  'vit_base': {'drop_path': 0.1, 'clip': None, 'group': 128},  # not published: HiViT-B's recipe
+  'swin_tiny': {'drop_path': 0.2, 'clip': 5.0, 'group': 128},
+  'swin_small': {'drop_path': 0.3, 'clip': 5.0, 'group': 128},
+  'swin_base': {'drop_path': 0.5, 'clip': 5.0, 'group': 64},
+  'swin_base_three_stages': {'drop_path': 0.5, 'clip': 5.0, 'group': 64},
+  'swin_base_global': {'drop_path': 0.5, 'clip': 5.0, 'group': 64},
+  'swin_base_mlp_stem': {'drop_path': 0.5, 'clip': 5.0, 'group': 64},
+}
+
+
+def mae(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
+  """MAE pretraining: HiViT of arXiv 2205.14949, ViT of arXiv 2111.06377.
+
+  Args:
+    model: a HiViT or ViT, such as hivit_base.
+    variant: epochs ('300', '800', '1600'), 'debug', or None for 300 epochs.
+  """
+  config = base.get_config()
+  config.model.update(name=f'mae_{model}', mask_ratio=0.75, norm_pix_loss=True)
+  if model.startswith('hivit'):
+    config.model.hifeat = True
+  config.batch_size = 4096
+  config.optim.base_lr = 1.5e-4 if model.startswith('vit') or model == 'hivit_large' else 1e-4
+  config.optim.update(warmup_epochs=40.0, b2=0.95, weight_decay=0.05)
+  return with_variant(config, variant, '300', '800', '1600')
+
+
+def simmim(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
+  """SimMIM pretraining (arXiv 2111.09886), with windows of 6 at 192 pixels.
+
+  The two lengths are two recipes: 800 epochs with one step of the rate, 100 with a cosine.
+
+  Args:
+    model: a Swin, such as swin_base.
+    variant: epochs ('100', '800'), 'debug', or None for 800 epochs.
+  """
+  config = base.get_config()
+  config.task = 'simmim'
+  config.model.update(name=f'simmim_{model}', mask_ratio=0.6, window_size=6)
+  config.image_size = (192, 192)
+  config.augment.update(crop_scale=(0.67, 1.0), interpolation='bilinear')
+  config.batch_size = 2048
+  config.optim.update(warmup_epochs=10.0, b2=0.999, clip_norm=5.0)
+  if variant == '100':  # 8e-4, 4e-5 and 4e-6
+    config.optim.update(base_lr=1e-4, base_end_lr=5e-6, base_warmup_start_lr=5e-7)
+    config.optim.warmup_prefix = False
+  else:  # 4e-4 and 2e-6
+    config.optim.update(base_lr=5e-5, base_warmup_start_lr=2.5e-7)
+    config.optim.update(schedule='multistep', milestones=(700.0,))
+  return with_variant(config, variant, '800', '100')
+
+
+def classify(model: str, *, augment: bool = True) -> ml_collections.ConfigDict:
+  """What supervised training and finetuning share.
+
+  Args:
+    model: a classifier, such as hivit_base.
+    augment: with the published augmentation, which is for large data and long training.
+  """
+  config = base.get_config()
+  config.task = 'classify'
+  config.model.name = model
+  config.batch_size = 1024
+  if augment:
+    config.augment.update(crop_scale=(0.08, 1.0), rand_augment='rand-m9-mstd0.5-inc1', erase=0.25)
+    config.augment.update(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+  config.optim.b2 = 0.999
+  config.checkpoint.keep_every_epochs = 0.0
+  config.knn.every_epochs = 0.0
+  return config
+
+
+def supervised(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
+  """Training from scratch: Table 2 of arXiv 2205.14949, and the recipe of Swin, which it follows.
+
+  The Swin recipe is that of the code behind the published weights: since October 2022 its cosine
+  starts after the warmup (`config.optim.warmup_prefix`).
+
+  Args:
+    model: a classifier in the table above.
+    variant: 'debug' or None.
+  """
+  config = classify(model)
+  numbers = _SUPERVISED[model]
+  config.model.drop_path_rate = numbers['drop_path']
+  config.augment.mix_group = numbers['group']
+  config.epochs = 300.0
+  # 1e-3, 1e-5 and 1e-6
+  config.optim.update(base_lr=2.5e-4, base_end_lr=2.5e-6, base_warmup_start_lr=2.5e-7)
+  config.optim.update(warmup_epochs=20.0, warmup_prefix=False, clip_norm=numbers['clip'])
+  return with_variant(config, variant)
+
+
+def finetune(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
+  """Finetuning after MAE, by default from the weights that `mae_*.py` left.
+
+  Args:
+    model: a classifier in the table above.
+    variant: 'debug' or None.
+  """
+  config = classify(model)
+  numbers = _FINETUNING[model]
+  config.init = f'workdirs/mae_{_short(model)}'
+  config.model.update(drop_path_rate=numbers['drop_path'], head_std=2e-5)
+  config.augment.mix_group = numbers['group']
+  config.epochs = float(numbers['epochs'])
+  config.optim.update(base_lr=numbers['lr'], end_lr=1e-6, warmup_epochs=5.0)
+  config.optim.layer_decay = numbers['layer_decay']
+  return with_variant(config, variant)
+
+
+def finetune_simmim(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
+  """Finetuning at 224 pixels, by default from the weights that `simmim_*.py` left.
+
+  Args:
+    model: a Swin, such as swin_base.
+    variant: epochs of the pretraining ('100', '800'), 'debug', or None for 800 epochs.
+  """
+  config = classify(model)
+  config.init = f'workdirs/simmim_{_short(model)}'
+  config.augment.mix_group = 128
+  config.model.drop_path_rate = 0.1
+  config.batch_size = 2048
+  # 5e-3, 1e-6 and 1e-6: layers differ in their peak alone.
+  config.optim.update(base_lr=6.25e-4, base_end_lr=1.25e-7, base_warmup_start_lr=1.25e-7)
+  config.optim.update(warmup_epochs=20.0, warmup_prefix=False, clip_norm=5.0)
+  config.optim.update(layer_decay=0.9 if variant == '100' else 0.8, layer_decay_of='peak')
+  config = with_variant(config, variant, '800', '100')
+  if variant != 'debug':
+    config.epochs = 100.0  # after pretraining of any length
+    config.init += f'_{variant}' if variant else ''  # a pretraining's workdir has its variant
+  return config
+
+
+def linear(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
+  """Linear probe after MAE: the recipe of arXiv 2111.06377.
+
+  Args:
+    model: a classifier, such as hivit_base.
+    variant: 'debug' or None.
+  """
+  config = base.get_config()
+  config.task = 'linear'
+  config.init = f'workdirs/mae_{_short(model)}'
+  config.model.update(name=model, head_std=0.01, head_batch_norm=True)
+  config.epochs = 90.0
+  config.batch_size = 16384
+  config.augment.update(crop_scale=(0.08, 1.0), crop_clamp=True)
+  config.optim.update(name='lars', base_lr=0.1, weight_decay=0.0, warmup_epochs=10.0)
+  config.checkpoint.keep_every_epochs = 0.0
+  config.knn.every_epochs = 0.0
+  return with_variant(config, variant)
+
+
+def with_variant(
+  config: ml_collections.ConfigDict, variant: str | None, *lengths: str
+) -> ml_collections.ConfigDict:
+  """A config as its variant says: `:debug`, or one of the lengths.
+
+  Args:
+    config: changed in place.
+    variant: what follows the colon of `--config=file.py:variant`; None or '': none.
+    *lengths: in epochs, the default first; none: the config keeps its own.
+
+  Raises:
+    UserError: the file has no such variant.
+  """
+  if variant == 'debug':
+    return debug(config)
+  if variant and variant not in lengths:
+    known = f'{", ".join(sorted(lengths, key=int))} (epochs), debug' if lengths else 'debug'
+    raise UserError(f'unknown variant ":{variant}"; known: {known}')
+  if lengths:
+    config.epochs = float(variant or lengths[0])
+  return config
+
+
+def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The `:debug` variant of any config: two steps of a tiny model on the embedded digits.
+
+  Numbers that differ between recipes become the same, so that all compile to one program.
+  """
+  config.image_size = (32, 32)
+  config.max_steps = 2
+  config.batch_size = 16
+  if 'swin' in config.model.name:
+    # 64 pixels have room for windows that shift.
+    config.image_size = (64, 64)
+    stages = 3 if config.model.name.startswith('swin_base_') else 4  # those between Swin and HiViT
+    config.model.update(embed_dim=24, depths=(2, 1, 1, 1)[:stages], window_size=2)
+  elif 'hivit' in config.model.name:
+    config.model.update(embed_dim=32, depths=(1, 1, 2), num_heads=2)
+  else:
+    config.model.update(embed_dim=32, depth=2, num_heads=2)
+  if config.task == 'mae':
+    config.model.update(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    config.optim.base_lr = 1e-4
+  else:
+    config.model.drop_path_rate = 0.1
+    config.epochs = 2.0
+    config.optim.update(base_lr=1e-2, base_end_lr=0.0, base_warmup_start_lr=0.0, end_lr=None)
+    config.optim.update(warmup_epochs=1.0, warmup_prefix=True)
+    config.optim.update(schedule='cosine', milestones=())
+    config.optim.layer_decay_of = 'rate'
+    if config.optim.layer_decay:
+      config.optim.layer_decay = 0.8
+    if config.augment.mixup or config.augment.cutmix:
+      config.augment.mix_group = 8
+  config.init = None
+  config.data.update(name='digits', train_split='train[:64]', eval_split='test[:32]')
+  config.log_every_steps = 1
+  config.evaluation.batch_size = 16
+  config.knn.update(k=5, bank_size=32)
+  config.pictures.count = 2
+  return config
+
+
+def _short(model: str) -> str:
+  """hivit_base -> hivit_b, as the files and their workdirs are named."""
+  family, size = model.split('_')
+  return f'{family}_{size[0]}'

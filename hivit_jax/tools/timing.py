@@ -42,7 +42,7 @@ class TrainingStep:
     size = assemble.image_size(config)
     memory.check_images(mesh, size, config.channels, config.batch_size)
     training = assemble.training(config, mesh)
-    memory.check_state(mesh, dict(training.abstract))
+    memory.check_state(mesh, training.abstract)
     self._step = training.train_step
     self._batch = _synthetic_batch(config, mesh)
     self._state = step.init_state(

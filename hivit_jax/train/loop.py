@@ -181,7 +181,7 @@ def run(
   def save(step: int, *, evaluated: bool = True, wait: bool = False) -> None:
     flush_all()
     facts = {'step': step, 'epoch': step * epochs_per_step, 'evaluated': evaluated}
-    checkpoints.save(step, dict(state), {**metadata, **facts}, wait=wait)
+    checkpoints.save(step, state, {**metadata, **facts}, wait=wait)
     interval.restart_clock()
 
   def stop(step: int, *, evaluated: bool) -> NoReturn:

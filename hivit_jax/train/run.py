@@ -33,6 +33,7 @@ from hivit_jax.train import (
   validate,
 )
 from hivit_jax.train.checkpoint import Checkpoints, Restored
+from hivit_jax.train.manifest import Misfit
 
 _log = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -154,7 +155,7 @@ def _set_up(
   task, graphdef, optimizer, abstract, train_step = assemble.training(
     config, mesh, epochs_per_step=steps.epochs_per_step
   )
-  memory.check_state(mesh, dict(abstract))
+  memory.check_state(mesh, abstract)
   total = config.max_steps or steps.of(config.epochs)
 
   distributed.on_primary(lambda: stack.enter_context(lock.hold(directory)))
@@ -166,7 +167,7 @@ def _set_up(
     )
   )
   distributed.check_shared(directory)
-  restored = _restore(checkpoints, dict(abstract), config_changes(directory, config.to_dict()))
+  restored = _restore(checkpoints, abstract, config_changes(directory, config.to_dict()))
   start = restored.step if restored else 0
   evaluated = restored is not None and restored.metadata['evaluated']
   if restored:
@@ -179,7 +180,7 @@ def _set_up(
     )  # fmt: skip
     return None
   if restored:
-    state = step.State(restored.state)
+    state = restored.state
   else:
     if config.task == 'linear' and not config.init and primary:
       _log.warning(
@@ -247,7 +248,7 @@ def _restore(
 ) -> Restored | None:
   try:
     return checkpoints.restore(abstract)
-  except UserError as error:
+  except Misfit as error:
     if changes:
       raise UserError(
         f'{error}. Changed since then: {"; ".join(_pairs(changes))}; as before: '

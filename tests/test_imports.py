@@ -68,8 +68,7 @@ CONFINED = {
         'inputs',
         'validate',
         'hints',
-        'hooks',
-        'evaluation',
+        'setup',
         'run',
       )
     ),

@@ -7,6 +7,7 @@ without those before it, so a checkpoint needs no state of the input: the step n
 Grain runs the threads and worker processes, over chunks of a host's batch.
 """
 
+import logging
 import math
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from PIL import Image
 
 from hivit_jax.data.sources.base import Source
@@ -32,6 +33,8 @@ from hivit_jax.data.stream import (
   listed,
 )
 from hivit_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
@@ -241,7 +244,7 @@ class Loader(Iterator[Batch]):
         self.broken[index] = f'{example_name(source, index)} ({reason})'
         if self.broken[index] not in self._told:
           self._told.add(self.broken[index])
-          logging.warning('Broken image, %s: %s', self._chunks.remedy, self.broken[index])
+          _log.warning('Broken image, %s: %s', self._chunks.remedy, self.broken[index])
     self._seen += seen
     # Beyond an epoch only examples that are known already come along.
     different = min(self._seen, len(source))

@@ -7,10 +7,11 @@
 May be stopped or killed at any time: the same command goes on from there.
 """
 
-from absl import flags, logging
+from absl import flags
 
 from hivit_jax import cli
 from hivit_jax.errors import Stopped, UserError, suggest
+from hivit_jax.reporting.console import setup_logging
 
 _DATA_DIR = flags.DEFINE_string(
   'data_dir', None, 'Folder of prepared data sets; default: TFDS_DATA_DIR or ~/tensorflow_datasets.'
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
       options[flag.name] = flag.value
     elif flag.present:
       raise UserError(f'--{flag.name} is for imagenet2012 only, not for {argv[1]}')
-  logging.set_verbosity(logging.INFO)
+  setup_logging()
   try:
     builder = known[argv[1]](data_dir=_DATA_DIR.value, **options)
     was_ready = builder.is_ready()

@@ -1,12 +1,14 @@
 """How far a preparation is: a bar on a terminal, a line now and then elsewhere."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from absl import logging
 from tqdm import tqdm
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar('T')
 _SECONDS_BETWEEN_LINES = 30
@@ -55,7 +57,7 @@ class Progress:
     self._last_line = time.monotonic()
     rate = (self._done - self._skipped) / (self._last_line - self._start)
     minutes = (self._total - self._done) / rate / 60
-    logging.info(
+    _log.info(
       '%s: %d of %d images, %.0f a second, %.0f min left',
       *(self._title, self._done, self._total, rate, minutes),
     )

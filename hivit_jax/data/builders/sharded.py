@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core import constants
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
@@ -29,6 +29,8 @@ from hivit_jax.data.builders.progress import Progress
 from hivit_jax.data.sources import splits
 from hivit_jax.data.sources import tfds as tfds_source
 from hivit_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 _PLAN_FILE = 'preparation.json'
 
@@ -239,10 +241,10 @@ def _exclusive(lock, name: str) -> Iterator[None]:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      logging.info('another process is preparing %s; waiting for it', name)
+      _log.info('another process is preparing %s; waiting for it', name)
       fcntl.flock(lock, fcntl.LOCK_EX)
   except OSError as error:
-    logging.warning(
+    _log.warning(
       'cannot lock %s (%s): prepare %s with one process only', lock.name, error.strerror, name
     )
   yield

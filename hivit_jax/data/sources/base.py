@@ -1,11 +1,12 @@
 """Where images come from: `open_source` and what it returns."""
 
 import difflib
+import logging
 from typing import Protocol
 
-from absl import logging
-
 from hivit_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -71,7 +72,7 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     if wanted.config or wanted.version not in (None, str(builder.version)):
       raise UserError(f'{name}: the embedded set is {wanted.name}:{builder.version}, no other')
     if not builder.is_ready():
-      logging.info('preparing %s in %s (once)', wanted.name, builder.data_dir)
+      _log.info('preparing %s in %s (once)', wanted.name, builder.data_dir)
       builder.download_and_prepare()
     return tfds_source.TfdsSource(name, split, builder.data_path)
   folder = tfds_source.find_prepared(wanted, data_dir)

@@ -2,16 +2,18 @@
 
 import errno
 import functools
+import logging
 import operator
 import os
 import shlex
 from collections.abc import Sequence
 
 import numpy as np
-from absl import logging
 
 from hivit_jax.data.sources import splits
 from hivit_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (
   *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff'),
@@ -165,7 +167,7 @@ def image_files(folder: str) -> list[str]:
 
 @functools.cache  # training and evaluation may have parts of the same split
 def _warn_of_loose(folder: str, count: int, example: str) -> None:
-  logging.warning(
+  _log.warning(
     '%s: %d images beside the class folders are left out, because they have no class, such as %s',
     folder, count, example,
   )  # fmt: skip

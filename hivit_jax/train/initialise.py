@@ -83,11 +83,10 @@ def config_for(
     state: the weights.
     given: dotted settings that win over what the weights say.
   """
-  validate.check(config)
-  config = config.copy_and_resolve_references()
+  config = validate.checked(config)
   if 'config' in state.metadata:
     _as_trained(config, state.metadata['config'], given)
-    validate.check(config)
+    config = validate.checked(config)
   elif config.model.name is None or carried.read(state.metadata):
     _as_inferred(config, state, given)
   return config

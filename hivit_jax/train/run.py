@@ -70,11 +70,11 @@ def train(config: ml_collections.ConfigDict, workdir: str, given: Collection[str
   ):
     try:
       with signals.interruptible():
-        validate.check(config)
-        ignored = hints.without_effect(config, given)
+        checked = validate.checked(config)
+        ignored = hints.without_effect(checked, given)
         if ignored and primary:
           _log.warning('settings without effect in this run: %s', ', '.join(ignored))
-        run = _begin(set_up(config), directory, stack)
+        run = _begin(set_up(checked), directory, stack)
     except Interrupted:
       raise Stopped(
         f'{signals.received}: stopped before training began; the same command starts again'

@@ -52,14 +52,13 @@ def set_up(config: ml_collections.ConfigDict, evaluated: files.StateDict | None 
   """Looks for the devices of a config and opens its data sets, and checks each against the others.
 
   Args:
-    config: one that `validate.check` accepts; it stays as it is.
+    config: from `validate.checked`; it stays as it is.
     evaluated: weights that are to be evaluated and not trained.
 
   Raises:
     UserError: a setting or a data set that does not fit.
   """
   config = config.copy_and_resolve_references()
-  config.image_size = assemble.image_size(config)
   training = evaluated is None
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   if training:

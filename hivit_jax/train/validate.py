@@ -141,6 +141,14 @@ def check(config: ml_collections.ConfigDict) -> None:
       )
 
 
+def checked(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A copy of a config that `check` accepts, with the image size as (height, width)."""
+  check(config)
+  config = config.copy_and_resolve_references()
+  config.image_size = assemble.image_size(config)
+  return config
+
+
 def dotted(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
   """('optim.lr', 1e-3) and so on, of all settings."""
   for key, value in config.items():

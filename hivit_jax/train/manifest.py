@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hivit_jax.errors import UserError
+from hivit_jax.errors import UserError, flag
 from hivit_jax.train import integrity
 
 _log = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def check_continuable(path: pathlib.Path, record: Record) -> None:
     raise UserError(
       f'{path} is from an earlier version of hivit_jax (format {record.format}, now {FORMAT}), and '
       'training cannot continue from it. Its weights can still be used: start a new run with '
-      f'--config.init={path} and another --workdir; or finish this run with the version that '
+      f'{flag("init", path)} and another --workdir; or finish this run with the version that '
       'began it'
     )
 

@@ -102,6 +102,14 @@ _OPTIONAL = (
 OPTIONAL = frozenset(_OPTIONAL.split())
 
 
+def checked(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A copy of a config that `check` accepts, with the image size as (height, width)."""
+  check(config)
+  config = config.copy_and_resolve_references()
+  config.image_size = assemble.image_size(config)
+  return config
+
+
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises UserError, with the key, its value and what is possible, unless all values make sense.
 
@@ -139,14 +147,6 @@ def check(config: ml_collections.ConfigDict) -> None:
         f'config.{key}: {count} numbers for config.channels={config.channels}; if it is the same '
         f'for all: {flag(key, get(config, key)[:1] * config.channels)}'
       )
-
-
-def checked(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """A copy of a config that `check` accepts, with the image size as (height, width)."""
-  check(config)
-  config = config.copy_and_resolve_references()
-  config.image_size = assemble.image_size(config)
-  return config
 
 
 def dotted(config: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
   # Imported here: worker processes of the data pipeline import this file, and --help must be fast.
   from hivit_jax.reporting.console import setup_logging
   from hivit_jax.runtime import compilation_cache, distributed
-  from hivit_jax.train import evaluation, run
+  from hivit_jax.train import run
 
   setup_logging()  # before JAX looks for other processes and devices, and says so
   distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -64,9 +64,9 @@ def main(argv: list[str]) -> None:
   default = f'workdirs/{name}'
   given = cli.given_settings(sys.argv)
   if _MODE.value == 'evaluate':
-    evaluation.evaluate(_CONFIG.value, _WORKDIR.value, default, given)
+    run.evaluate(_CONFIG.value, _WORKDIR.value, default, given)
   else:
-    run.run(_CONFIG.value, _WORKDIR.value or default, given)
+    run.train(_CONFIG.value, _WORKDIR.value or default, given)
 
 
 if __name__ == '__main__':

@@ -44,7 +44,7 @@ ALLOWED = {
 
 # Package -> the only places of ours that may import it.
 CONFINED = {
-  'orbax': ('hivit_jax/train/checkpoint.py',),
+  'orbax': ('hivit_jax/train/storage.py',),
   'torch': ('hivit_jax/interop/torch_io.py',),
   'tensorflow_datasets': ('hivit_jax/data/',),
   'array_record': ('hivit_jax/data/',),
@@ -72,8 +72,7 @@ CONFINED = {
         'inputs',
         'validate',
         'hints',
-        'hooks',
-        'evaluation',
+        'setup',
         'run',
       )
     ),
@@ -136,7 +135,7 @@ def inner_parts(file: pathlib.Path) -> set[str]:
 def test_the_readers_of_imports_see_what_is_there():
   assert 'train' in {part(file) for file in OURS}
   assert 'models' in inner_parts(PACKAGE / 'train' / 'assemble.py')
-  assert any('orbax' in i for i in imports(PACKAGE / 'train' / 'checkpoint.py'))
+  assert any('orbax' in i for i in imports(PACKAGE / 'train' / 'storage.py'))
   assert any('train' in i for i in imports(ROOT / 'main.py'))
   assert not any('train' in i for i in imports(ROOT / 'main.py', lazy=False))
 
@@ -154,6 +153,38 @@ def test_a_package_with_one_place_is_imported_nowhere_else(package):
   places = CONFINED[package]
   users = [name(f) for f in OURS if package in {i.split('.')[0] for i in imports(f)}]
   assert [user for user in users if not user.startswith(places)] == []
+
+
+def modules(imported: set[str]) -> set[str]:
+  """The modules of this package among dotted names, which may go on into a module."""
+  known = {'.'.join(f.relative_to(ROOT).with_suffix('').parts) for f in PACKAGE.rglob('*.py')}
+  known = {module.removesuffix('.__init__') for module in known}
+  found = set()
+  for dotted in imported:
+    while dotted and dotted not in known:
+      dotted = dotted.rpartition('.')[0]
+    found.add(dotted)
+  return found - {'', 'hivit_jax'}  # the package itself imports its parts when they are asked for
+
+
+def test_no_modules_import_each_other_in_a_circle():
+  graph = {}
+  for file in PACKAGE.rglob('*.py'):
+    module = '.'.join(file.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+    graph[module] = modules(imports(file)) - {module}
+  while True:  # take away what imports nothing that is left, or what nothing left imports
+    imported = set().union(*graph.values())
+    circle = {m: o & graph.keys() for m, o in graph.items() if o & graph.keys() and m in imported}
+    if circle == graph:
+      break
+    graph = circle
+  assert graph == {}
+
+
+def test_log_messages_go_through_the_standard_library():
+  """One way in, so that levels and format are set in one place."""
+  users = [name(f) for f in OURS if any(i.startswith('absl.logging') for i in imports(f))]
+  assert users == ['hivit_jax/reporting/console.py']  # which takes absl's handler away
 
 
 def test_data_does_not_import_jax():

@@ -107,8 +107,7 @@ def load(name: str, changes: dict | None = None) -> ml_collections.ConfigDict:
   file, _, variant = name.partition(':')
   config = importlib.import_module(f'configs.{file}').get_config(variant or None)
   config.update_from_flattened_dict(changes or {})
-  validate.check(config)
-  return config
+  return validate.checked(config)
 
 
 @functools.cache

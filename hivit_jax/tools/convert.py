@@ -100,10 +100,10 @@ def _write_checkpoint(out: pathlib.Path, params: dict, metadata: dict) -> None:
 
   # A copy of each array only while it is written: the file's memory is given back.
   params = jax.tree.map(jnp.asarray, params)
-  with Checkpoints(out / 'checkpoints', asynchronous=False) as checkpoints:
+  with Checkpoints(out / 'checkpoints') as checkpoints:
     if checkpoints.steps():
       raise UserError(f'--out={out} has checkpoints already; choose another directory')
-    checkpoints.save(0, {'params': params}, metadata)
+    checkpoints.save(0, {'params': params}, metadata, wait=True)
 
 
 def _to_torch(path: str, out: pathlib.Path) -> None:

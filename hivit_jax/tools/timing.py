@@ -51,7 +51,7 @@ class TrainingStep:
       size = assemble.image_size(config)
       memory.check_images(mesh, size, config.channels, config.batch_size)
       training = assemble.training(config, mesh)
-      memory.check_state(mesh, dict(training.abstract))
+      memory.check_state(mesh, training.abstract)
       self._training, self._step = training, training.train_step
       start = time.perf_counter()
       traced = self._step.trace(training.abstract, _abstract_batch(config, mesh))

@@ -132,8 +132,8 @@ def task_of(model_class: type) -> str:
   return next(name for name, (wanted, *_) in _TASKS.items() if issubclass(model_class, wanted))
 
 
-def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:
-  """The task named by `config.task`."""
+def check_model(config: ml_collections.ConfigDict) -> None:
+  """UserError unless `config.task` is a task and `config.model.name` a model for it."""
   if config.task not in _TASKS:
     raise UserError(f'config.task="{config.task}" is unknown; there are: {", ".join(_TASKS)}')
   wanted, kind, _ = _TASKS[config.task]
@@ -152,6 +152,11 @@ def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:
       f'config.model.name="{name}" is no {kind}, which config.task="{config.task}" needs; '
       f'try {flag("model.name", guess)}'
     )
+
+
+def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:
+  """The task named by `config.task`."""
+  check_model(config)
   statistics = {'mean': tuple(config.data.mean), 'std': tuple(config.data.std)}
   if is_pretraining(config):
     return MAETask(**statistics)
@@ -232,7 +237,7 @@ def training(
     mesh: the devices.
     epochs_per_step: batch size / examples in an epoch, for the learning rate.
   """
-  chosen = task(config)  # first: it has something to say about the model
+  chosen = task(config)  # first: it checks the model's name
   graphdef, tx, abstract = step.abstract_state(
     model_creator(config, mesh.devices.flat[0]),
     optimizer(config),

@@ -1,9 +1,10 @@
-"""Checkpoints of the training state: the only module that knows Orbax.
+"""Checkpoints of the training state.
 
 Layout: `<directory>/<step>/` is an ordinary Orbax checkpoint with one checkpointable, `state`, a
 nested dict of arrays; `orbax.checkpoint.v1.load(path)` reads it without this module. Containers
 are stored by the names of their keys (dict key, tuple index, namedtuple field), so neither optax's
-classes nor empty states are part of the format. Orbax's custom metadata (the JSON file
+classes nor empty states are part of the format: Adam's first moment of `blocks/0/mlp/fc1/kernel` is
+`opt_state/1/mu/blocks/0/mlp/fc1/kernel`. Orbax's custom metadata (the JSON file
 `_CHECKPOINT_METADATA`) carries the caller's metadata and every leaf's dtype and shape. The file
 `SHA256SUMS` lists all the others; `sha256sum -c SHA256SUMS` checks a copy by hand.
 
@@ -11,21 +12,18 @@ A step being written is called `<step>.writing*` and gets its name, by one renam
 the disk; a damaged one is moved to `<step>.damaged`.
 
 Files are verified before Orbax sees them, see `integrity`; whatever goes wrong after that is not
-damage but an error to be raised.
+damage but an error to be raised. Orbax itself is behind `storage`.
 """
 
-import collections
 import concurrent.futures
 import functools
-import json
 import logging
 import os
 import pathlib
 import re
 import shutil
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -34,17 +32,12 @@ import numpy as np
 
 from hivit_jax.errors import UserError
 from hivit_jax.runtime import distributed
-from hivit_jax.train import integrity
+from hivit_jax.train import integrity, manifest, storage
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
-_METADATA_FILE = '_CHECKPOINT_METADATA'  # documented in Orbax's checkpoint format guide
 _WRITING = '.writing'
 _QUIET_SECONDS, _ABANDON_SECONDS = 1.0, 5.0  # that nothing comes back after a failed save; at most
-_SHOWN_DIFFERENCES = 3
-
-KeyPath = tuple[str | int, ...]
 
 
 class Restored(NamedTuple):
@@ -52,21 +45,6 @@ class Restored(NamedTuple):
 
   step: int
   state: Any
-  metadata: dict[str, Any]
-
-
-class _Leaf(NamedTuple):
-  dtype: str
-  shape: tuple[int, ...]
-
-  def __str__(self) -> str:
-    return f'{self.dtype} {self.shape}'
-
-
-class _Record(NamedTuple):
-  """What `_CHECKPOINT_METADATA` holds of ours."""
-
-  leaves: dict[KeyPath, _Leaf]
   metadata: dict[str, Any]
 
 
@@ -85,8 +63,6 @@ class Checkpoints:
     *,
     keep_last: int = 2,
     keep_every_steps: int | None = None,
-    asynchronous: bool = True,
-    read_only: bool = False,
   ):
     """Opens the directory, creates it if needed, and removes what an interrupted save left there.
 
@@ -94,8 +70,6 @@ class Checkpoints:
       directory: where the checkpoints lie, usually `workdir/checkpoints`.
       keep_last: how many of the newest checkpoints are kept, at least 1.
       keep_every_steps: checkpoints at multiples of this step are kept for good; None: no others.
-      asynchronous: whether `save` returns before the files are written.
-      read_only: touch nothing: for tools that look at a run which may still be going on.
 
     Raises:
       UserError: an option is out of range, or the directory cannot be created or written to.
@@ -107,22 +81,18 @@ class Checkpoints:
     self.directory = pathlib.Path(directory).absolute()
     self._keep_last = keep_last
     self._keep_every_steps = keep_every_steps
-    self._asynchronous = asynchronous
-    self._read_only = read_only
     self._primary = jax.process_index() == 0
     self._ours: set[int] = set()  # steps restored or saved here; other steps are another run's
     self._pending: tuple[int, concurrent.futures.Future] | None = None
     self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
-    if not read_only:
-      try:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for path in self._remove_unfinished('*') if self._primary else ():
-          _log.info('removed the unfinished checkpoint %s', path)
-      except OSError as error:
-        raise UserError(
-          f'cannot write checkpoints to {self.directory}: {error.strerror}; '
-          'choose another --workdir'
-        ) from error
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      for path in self._remove_unfinished('*') if self._primary else ():
+        _log.info('removed the unfinished checkpoint %s', path)
+    except OSError as error:
+      raise UserError(
+        f'cannot write checkpoints to {self.directory}: {error.strerror}; choose another --workdir'
+      ) from error
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -137,7 +107,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """The steps that have a complete checkpoint, ascending; one still being written is not in."""
-    return _steps(self.directory)
+    return manifest.steps(self.directory)
 
   def latest_step(self) -> int | None:
     """The newest complete checkpoint's step, or None."""
@@ -163,8 +133,6 @@ class Checkpoints:
       UserError: this or the previous save could not be written (the older checkpoints are kept),
         or another run's checkpoint of the same step is in the way.
     """
-    if self._read_only:
-      raise RuntimeError(f'{self.directory} was opened read-only')
     self.wait()
     if step in self._ours:
       return False
@@ -173,18 +141,18 @@ class Checkpoints:
         f'{self.path(step)} is there already, from a run that this one does not continue; '
         f'choose another --workdir, or remove it: rm -r {self.path(step)}'
       )
-    leaves, _ = _flatten(state)
-    record = _make_record(leaves, metadata)
+    leaves, _ = manifest.flatten(state)
+    record = manifest.make_record(leaves, metadata)
     try:
       if self._primary:  # a probe: Orbax notices only in the background, and leaves warnings behind
         self._writing(step).mkdir(parents=True)
         self._writing(step).rmdir()
-      response = _orbax_save(self._writing(step), leaves, record)
+      response = storage.save(self._writing(step), leaves, record)
     except Exception as error:
       self._abandon(step)
       raise self._explain(step, error) from error
     self._pending = step, self._worker.submit(self._complete, step, response)
-    if wait or not self._asynchronous:
+    if wait:
       self.wait()
     return True
 
@@ -203,30 +171,30 @@ class Checkpoints:
       Step, state (bit for bit what was saved) and metadata; None if there is no checkpoint.
 
     Raises:
-      UserError: the state has other leaves, shapes or dtypes than the checkpoint, or there are
-        checkpoints but none is usable.
+      Misfit: the state has other leaves, shapes or dtypes than the checkpoint.
+      UserError: there are checkpoints but none is usable, or an earlier version wrote it.
     """
     self.wait()
-    leaves, treedef = _flatten(abstract_state)
+    leaves, treedef = manifest.flatten(abstract_state)
     # One process verifies and chooses: others may see another state of a shared file system.
     choice = distributed.on_primary(functools.partial(self._choose, step))
     if choice is None:
       return None
     found, damaged = choice
     path = self.path(found)
-    record = _read_record(path)
-    _check_fit(path, record.leaves, leaves)
-    values = _orbax_load(path, leaves)
-    if not self._read_only:
-      self._ours.add(found)
-      for bad in damaged if self._primary else ():
-        self._set_aside(bad)
+    record = manifest.read_record(path)
+    manifest.check_continuable(path, record)
+    manifest.check_fit(path, record.leaves, leaves)
+    values = storage.load(path, leaves)
+    self._ours.add(found)
+    for bad in damaged if self._primary else ():
+      self._set_aside(bad)
     return Restored(found, jax.tree.unflatten(treedef, values.values()), record.metadata)
 
   def _choose(self, step: int | None) -> tuple[int, list[int]] | None:
     if step is None and not self.steps():
       return None
-    found, _, damaged = _newest_usable(self.directory, step, _read_verified)
+    found, _, damaged = manifest.newest_usable(self.directory, step, manifest.read_verified)
     return found, damaged
 
   def wait(self) -> None:
@@ -337,8 +305,8 @@ def load_metadata(path: str | os.PathLike[str], step: int | None = None) -> dict
   Raises:
     UserError: there is no such checkpoint.
   """
-  directory, step = _locate(path, step)
-  return _newest_usable(directory, step, _read_record)[1].metadata
+  directory, step = manifest.locate(path, step)
+  return manifest.newest_usable(directory, step, manifest.read_record)[1].metadata
 
 
 def load_params(
@@ -363,8 +331,8 @@ def load_params(
   Raises:
     UserError: there is no usable checkpoint, it has no such part, or `abstract` does not fit.
   """
-  directory, step = _locate(path, step)
-  step, record, _ = _newest_usable(directory, step, _read_verified)
+  directory, step = manifest.locate(path, step)
+  step, record, _ = manifest.newest_usable(directory, step, manifest.read_verified)
   path = directory / str(step)
   part = {name: leaf for name, leaf in record.leaves.items() if name[0] == key}
   if not part:
@@ -372,196 +340,9 @@ def load_params(
     raise UserError(f'{path} has no {key!r}; it has: {keys}')
   if abstract is None:
     wanted = {n: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for n, x in part.items()}
-    tree = _nest({n: np.asarray(value) for n, value in _orbax_load(path, wanted).items()})
+    tree = manifest.nest({n: np.asarray(x) for n, x in storage.load(path, wanted).items()})
   else:
-    wanted, treedef = _flatten({key: abstract})
-    _check_fit(path, part, wanted)
-    tree = jax.tree.unflatten(treedef, _orbax_load(path, wanted).values())
+    wanted, treedef = manifest.flatten({key: abstract})
+    manifest.check_fit(path, part, wanted)
+    tree = jax.tree.unflatten(treedef, storage.load(path, wanted).values())
   return Restored(step, tree[key], record.metadata)
-
-
-def _steps(directory: pathlib.Path) -> list[int]:
-  if not directory.is_dir():
-    return []
-  return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
-
-
-def _locate(path: str | os.PathLike[str], step: int | None) -> tuple[pathlib.Path, int | None]:
-  """Finds the directory of the checkpoints, and the step if the path names one."""
-  path = pathlib.Path(path).absolute()
-  if (path / 'checkpoints').is_dir():
-    return path / 'checkpoints', step
-  if path.name.isdecimal() and step is None and (path / 'state').is_dir():
-    return path.parent, int(path.name)
-  if not path.is_dir():
-    what = 'is no directory' if path.exists() else 'does not exist'
-    raise UserError(f'{path} {what}; give the --workdir of a training run')
-  return path, step
-
-
-def _newest_usable(
-  directory: pathlib.Path, step: int | None, read: Callable[[pathlib.Path], _Record]
-) -> tuple[int, _Record, list[int]]:
-  """Calls `read` on the checkpoints, newest first, until one is not damaged.
-
-  Returns:
-    The step, its record, and the damaged steps that were passed over.
-  """
-  steps = _steps(directory)
-  if step is not None and step not in steps:
-    raise UserError(f'{directory} has no checkpoint of step {step}; it has {steps or "none"}')
-  if not steps:
-    raise UserError(f'there is no checkpoint in {directory}; give the --workdir of a training run')
-  damaged: dict[int, str] = {}
-  for candidate in reversed(steps) if step is None else [step]:
-    path = directory / str(candidate)
-    try:
-      record = read(path)
-    except integrity.Damaged as error:
-      damaged[candidate] = str(error)
-      _log.warning('DAMAGED checkpoint of step %d, %s: %s', candidate, path, error)
-      continue
-    if damaged:
-      _log.warning('going back to the checkpoint of step %d', candidate)
-    return candidate, record, list(damaged)
-  reasons = '; '.join(f'step {bad}: {reason}' for bad, reason in damaged.items())
-  if step is None:
-    way_out = f'to start from the beginning, remove them: rm -r {directory}'
-  else:
-    way_out = f'other checkpoints there: {[s for s in steps if s != step] or "none"}'
-  raise UserError(f'no usable checkpoint in {directory} ({reasons}); {way_out}')
-
-
-def _flatten(tree: Any) -> tuple[dict[KeyPath, Any], Any]:
-  """The leaves of a tree by path, in the tree's order, and its structure."""
-  flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-  leaves = {tuple(_key(entry) for entry in path): leaf for path, leaf in flat}
-  names = collections.Counter('.'.join(map(str, path)) for path in leaves)  # Orbax's names
-  twice = [name for name, count in names.items() if count > 1 or not name]
-  if twice or not leaves:
-    raise ValueError(f'the state needs leaves with distinct, non-empty names, got {twice}')
-  return leaves, treedef
-
-
-def _key(entry: Any) -> str | int:
-  for attribute in ('key', 'idx', 'name'):  # of a dict, a sequence, a namedtuple
-    if hasattr(entry, attribute):
-      key = getattr(entry, attribute)
-      return key if isinstance(key, int) else str(key)
-  raise TypeError(f'cannot name the tree entry {entry!r}')
-
-
-def _nest(leaves: Mapping[Any, Any]) -> dict[Any, Any]:
-  root: dict[Any, Any] = {}
-  for path, leaf in leaves.items():
-    node = root
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = leaf
-  return root
-
-
-def _name(path: KeyPath) -> str:
-  return '/'.join(map(str, path))
-
-
-def _make_record(leaves: Mapping[KeyPath, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-  for path, leaf in leaves.items():
-    if not isinstance(leaf, jax.Array):
-      raise TypeError(f'{_name(path)}: expected a jax.Array, got {type(leaf).__name__}')
-    if leaf.size == 0:
-      raise ValueError(f'{_name(path)}: Orbax cannot store an array without elements, {leaf.shape}')
-  record = {
-    'format': _FORMAT,
-    'metadata': dict(metadata),
-    'leaves': [[list(path), leaf.dtype.name, list(leaf.shape)] for path, leaf in leaves.items()],
-  }
-  return json.loads(json.dumps(record, allow_nan=False))  # complains here, not in the background
-
-
-def _read_record(path: pathlib.Path) -> _Record:
-  """Reads and verifies what `_make_record` made; the file is JSON, so this needs no Orbax."""
-  integrity.verify(path, [_METADATA_FILE])
-  record = json.loads((path / _METADATA_FILE).read_bytes())['custom_metadata']
-  if record['format'] != _FORMAT:
-    raise UserError(
-      f'{path} has checkpoint format {record["format"]}, this version of hivit_jax reads '
-      f'{_FORMAT}; use the version that wrote it'
-    )
-  leaves = {tuple(name): _Leaf(dtype, tuple(shape)) for name, dtype, shape in record['leaves']}
-  return _Record(leaves, record['metadata'])
-
-
-def _read_verified(path: pathlib.Path) -> _Record:
-  """Like `_read_record`, after verifying every file of the checkpoint."""
-  integrity.verify(path, None)
-  return _read_record(path)
-
-
-def _check_fit(
-  path: pathlib.Path, recorded: Mapping[KeyPath, _Leaf], wanted: Mapping[KeyPath, Any]
-) -> None:
-  """Raises UserError unless both have the same leaves: nothing is cast, padded or left out."""
-  differences = []
-  for name in [*wanted, *(name for name in recorded if name not in wanted)]:
-    there = str(recorded.get(name, 'missing'))
-    leaf = wanted.get(name)
-    here = 'missing' if leaf is None else str(_Leaf(leaf.dtype.name, tuple(leaf.shape)))
-    if here != there:
-      differences.append(f'{_name(name)} is {there} there, {here} here')
-  if differences:
-    shown = '; '.join(differences[:_SHOWN_DIFFERENCES])
-    more = len(differences) - _SHOWN_DIFFERENCES
-    raise UserError(
-      f'the checkpoint {path} does not fit this model and optimizer: {shown}'
-      f'{f"; and {more} more" if more > 0 else ""}. '
-      'Use the config that wrote it (config.json in its workdir), or another --workdir'
-    )
-
-
-@functools.cache
-def _orbax() -> Any:
-  """Orbax, imported when it is first needed: it is too slow for `--help`."""
-  from orbax.checkpoint import v1
-
-  # The error that a failed save raises is also logged with a trace, once for each of its threads.
-  logging.getLogger('absl').addFilter(
-    lambda record: '_SignalingThread.run() raised an exception' not in str(record.msg)
-  )
-  # Where a write fails, others that end later find its event loop closed. TensorStore reports that
-  # by the hook for errors that end the program; here nothing of ours is in the trace.
-  report = sys.excepthook
-
-  def excepthook(kind, error, trace):
-    if not (trace and trace.tb_frame.f_code.co_name == 'call_soon_threadsafe'):
-      report(kind, error, trace)
-
-  sys.excepthook = excepthook
-  return v1
-
-
-def _context() -> Any:
-  context = _orbax().Context()
-  # Float weights shrink by some 10 % at most, for twice the CPU time of saving and of restoring.
-  context.array.saving.use_compression = False
-  context.pytree.loading.partial_load = True  # what is asked for was compared with the record
-  return context
-
-
-def _orbax_save(path: pathlib.Path, leaves: Mapping[KeyPath, jax.Array], record: dict) -> Any:
-  """Returns, with the means to wait for the rest, when the values are copied to the host."""
-  with _context():
-    tree = _nest({tuple(map(str, name)): leaf for name, leaf in leaves.items()})
-    return _orbax().save_async(path, tree, custom_metadata=record)
-
-
-def _orbax_load(path: pathlib.Path, wanted: Mapping[KeyPath, Any]) -> dict[KeyPath, jax.Array]:
-  """Loads leaves of a checkpoint that is known to hold them, in the order of `wanted`."""
-  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  abstract = {
-    tuple(map(str, name)): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first)
-    for name, x in wanted.items()
-  }
-  with _context():
-    tree = _orbax().load(path, _nest(abstract))
-  return {name: functools.reduce(lambda node, key: node[str(key)], name, tree) for name in wanted}

@@ -1,147 +1,171 @@
-"""Evaluation of weights without training."""
+"""What is measured and drawn between steps, and of weights without training."""
 
-import json
-import logging
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import ml_collections
+import jax
+import numpy as np
 from flax import nnx
 
+from hivit_jax.data.sources.subset import Subset
 from hivit_jax.errors import UserError
-from hivit_jax.interop import carried, files, importer, infer
-from hivit_jax.reporting.console import setup_logging
-from hivit_jax.runtime import distributed, host_memory, watchdog
-from hivit_jax.train import assemble, hooks, initialise, inputs, run, sharding, validate, weights
-
-_log = logging.getLogger(__name__)
-
-# Settings of the machine and of this evaluation; all others come from the evaluated run.
-_OWN = frozenset((
-  'init', 'init_ema', 'mesh.data', 'mesh.fsdp', 'evaluation.batch_size',
-  'data.num_threads', 'data.num_workers',
-))  # fmt: skip
+from hivit_jax.reporting.metrics import MetricWriter
+from hivit_jax.runtime import distributed
+from hivit_jax.tasks import knn, reconstruction
+from hivit_jax.train import assemble, inputs, sharding
+from hivit_jax.train.loop import Evaluator
+from hivit_jax.train.setup import Setup
 
 
-def evaluate(
-  config: ml_collections.ConfigDict,
-  workdir: str | None,
-  default_workdir: str,
-  given: Collection[str] = (),
-) -> None:
-  """Evaluates weights and prints the metrics as JSON.
-
-  Weights are those of the newest checkpoint in `workdir` or, without one, of a run in
-  `default_workdir`, else of `config.init`. A run is evaluated with its own settings: its
-  checkpoint's config replaces `config` except for what is `given`. Converted weights bring their
-  model, image size and pixel statistics in the same way. For files of other code the config
-  decides; if it names no model, names and shapes tell it.
+def evaluators(setup: Setup, task: Any, graphdef: nnx.GraphDef) -> list[Evaluator]:
+  """What measures a model: the same for training and for `--mode=evaluate`.
 
   Args:
-    config: see configs/base.py. With k-NN accuracy and no other in it, nothing else is computed.
-    workdir: a workdir, or one of its checkpoints.
-    default_workdir: where `run.run` leaves what this config trains.
-    given: dotted settings that win over the run's.
-
-  Raises:
-    UserError: a setting, data set or file that does not fit.
+    setup: whose config says what and how often.
+    task: of the model.
+    graphdef: of the model, for `nnx.merge` with the parameters of a state.
   """
-  host_memory.keep_freed_memory(one_arena=assemble.is_large(config))
-  setup_logging(distributed.primary())
-  with watchdog.Watch(), run.told_of_full_memory(config):
-    metrics = _evaluate(config, workdir, default_workdir, given)
-  if distributed.primary():
-    print(json.dumps(metrics))
+  config, found = setup.config, []
+  if config.evaluation.every_epochs and setup.labelled_source is not None:
+    every = setup.steps.of(config.evaluation.every_epochs)
+    found.append(Evaluator(every, _Accuracy(setup, task, graphdef)))
+  if config.knn.every_epochs:
+    every = setup.steps.of(config.knn.every_epochs)
+    found.append(Evaluator(every, _NearestNeighbours(setup, task, graphdef)))
+  return found
 
 
-def _evaluate(
-  config: ml_collections.ConfigDict,
-  workdir: str | None,
-  default_workdir: str,
-  given: Collection[str],
-) -> dict[str, float]:
-  trained = pathlib.Path(default_workdir, 'checkpoints').exists() and config.model.name is not None
-  if workdir and config.init and 'init' in given:
-    raise UserError(f'--workdir={workdir} and --config.init={config.init}: give one of them')
-  path = workdir or (config.init if 'init' in given or not trained else default_workdir)
-  if not path:
-    raise UserError('what to evaluate? Give --workdir=DIRECTORY or --config.init=FILE')
-  run.check_local(path)
-  state = weights.read(path, ema=config.init_ema)
-  validate.check(config)
-  if 'config' in state.metadata:
-    _as_trained(config, state.metadata['config'], given)
-    validate.check(config)
-  elif config.model.name is None or carried.read(state.metadata):
-    initialise.infer_model(config, state, given)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  run.check_evaluation_batch(config, mesh)
-  assemble.task(config)
-  headless = infer.family(state.arrays) == 'backbone'
-  with distributed.primary_first():
-    source = inputs.open_source(config, config.data.eval_split)
-  bank = inputs.open_source(config, config.data.train_split) if config.knn.every_epochs else source
-  labelled = source
-  if not headless and not assemble.is_pretraining(config) and config.evaluation.every_epochs:
-    labelled = _labelled_as(state, source)
-    inputs.set_num_classes(config, labelled)
-  task = assemble.task(config)
-  create = assemble.model_creator(config)
-  model = create() if headless else nnx.eval_shape(create)
-  importer.load_into(model, state, partial=headless)
-  graphdef, params = nnx.split(model)
-  params = nnx.to_pure_dict(params)
-  on_devices = sharding.put(params, sharding.state_shardings(params, mesh))
-  steps = assemble.Steps(len(bank), config.batch_size)
-  told: set[str] = set()  # broken images, so that each is named once
-  evaluations = [
-    *([] if headless else hooks.accuracy_hook(config, task, graphdef, mesh, labelled, steps, told)),
-    *hooks.knn_hook(config, task, graphdef, mesh, bank, source, steps, told),
-  ]
-  if not evaluations:
-    raise UserError(
-      f'{state.source} is {config.model.name}, which has no classifier; evaluate its features with '
-      '--config=configs/evaluate.py:knn or --config.knn.every_epochs=1'
+class _Accuracy:
+  """`eval/top1`, `eval/top5`, `eval/loss` of the evaluation set; `eval/ema_*` of the average.
+
+  Shares of the examples that could be read, each counted once, however many devices and hosts.
+  """
+
+  def __init__(self, setup: Setup, task: Any, graphdef: nnx.GraphDef):
+    self._setup = setup
+    self._sums = jax.jit(lambda params, batch: task.evaluate(nnx.merge(graphdef, params), batch))
+
+  def __call__(self, step: int, state: Any) -> dict[str, float]:
+    setup, source = self._setup, self._setup.labelled_source
+    models = {'': sharding.whole(state['params'], setup.mesh)}
+    if 'ema' in state:
+      models['ema_'] = sharding.whole(state['ema'], setup.mesh)
+    results = []
+    with setup.eval_batches(source) as batches:
+      for batch in batches:
+        arrays = sharding.put_batch(batch, setup.mesh)
+        results.append({prefix: self._sums(params, arrays) for prefix, params in models.items()})
+        # One batch late: the device never waits, nor has it more than two batches.
+        results[-2:-1] = jax.device_get(results[-2:-1])
+    results = jax.device_get(results)
+    metrics = {}
+    for prefix in models:
+      parts = [result[prefix] for result in results]
+      totals = {key: np.sum([part[key] for part in parts], dtype=np.float64) for key in parts[0]}
+      count = totals.pop('count')
+      if not count:
+        raise _no_labels(source)
+      metrics |= {f'eval/{prefix}{key}': float(total / count) for key, total in totals.items()}
+    return metrics
+
+
+class _NearestNeighbours:
+  """`eval/knn_top1`: accuracy of the evaluation set among neighbours of the training set."""
+
+  def __init__(self, setup: Setup, task: Any, graphdef: nnx.GraphDef):
+    train_source = setup.train_source
+    if not train_source.num_classes:
+      raise UserError(
+        f'{train_source.name} ({train_source.split}) has no class folders, which the k-NN accuracy '
+        'compares with; switch it off: --config.knn.every_epochs=0'
+      )
+    self._setup = setup
+    self._bank = Subset(train_source, setup.config.knn.bank_size)
+    self._features = jax.jit(
+      lambda params, images: task.features(nnx.merge(graphdef, params), images)
     )
-  metrics: dict[str, float] = {}
-  for evaluation in evaluations:
-    metrics |= evaluation.run(0, {'params': on_devices})
-  shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
-  _log.info(
-    '%s at %dx%d pixels on %s of %s (%d examples): %s',
-    state.source, *config.image_size, source.split, source.name, len(source), shown,
-  )  # fmt: skip
-  return metrics
+
+  def __call__(self, step: int, state: Any) -> dict[str, float]:
+    setup, options = self._setup, self._setup.config.knn
+    params = sharding.whole(state['params'], setup.mesh)
+    parts = self._parts(params, setup.eval_source)
+    queries, labels = _rows(parts, len(setup.eval_source))
+    known = labels >= 0
+    if not known.any():
+      raise _no_labels(setup.eval_source)
+    neighbours = knn.Neighbours(queries, k=options.k, bank_size=len(self._bank))
+    for part, part_labels in self._parts(params, self._bank):  # that of ImageNet would be 5 GB
+      neighbours.add(part, part_labels)
+    predicted = neighbours.predict(
+      num_classes=setup.train_source.num_classes, temperature=options.temperature
+    )
+    return {'eval/knn_top1': float(np.mean((predicted == labels)[known]))}
+
+  def _parts(self, params: Any, source: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Features (B, D) and labels (B,) of a source, batch by batch, on every process."""
+    with self._setup.eval_batches(source) as batches:
+      for batch in batches:
+        arrays = sharding.put_batch(batch, self._setup.mesh)
+        keep = sharding.fetch(arrays['mask'])
+        values = sharding.fetch(self._features(params, arrays['image']))[keep]
+        yield values, sharding.fetch(arrays['label'])[keep]
 
 
-def _labelled_as(state: files.StateDict, source: Any) -> Any:
-  """The source with the labels of the weights' classes."""
-  names = state.metadata.get('class_names')
-  count = len(state.arrays['head.weight'])
-  return inputs.with_classes_of(names, count, state.source, source)
+def _rows(
+  parts: Iterator[tuple[np.ndarray, np.ndarray]], most: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Parts one after the other, `most` rows at most, each copied once."""
+  values, labels, count = np.zeros((most, 0)), np.zeros(most, np.int32), 0
+  for part, part_labels in parts:
+    if not count:
+      values = np.empty((most, part.shape[1]), part.dtype)
+    place = slice(count, count + len(part))
+    values[place], labels[place] = part, part_labels
+    count += len(part)
+  return values[:count], labels[:count]
 
 
-def _as_trained(
-  config: ml_collections.ConfigDict, trained: Mapping[str, Any], given: Collection[str]
-) -> None:
-  """Sets a config to that of a run, but for what is given or `_OWN`."""
-  knn_alone = config.knn.every_epochs and not config.evaluation.every_epochs
-  every = config.knn.every_epochs
-  own = dict(validate.dotted(config))
-  settings = infer.tuples(dict(validate.dotted(ml_collections.ConfigDict(trained))))
-  theirs = {key: value for key, value in settings.items() if key in own and key not in _OWN}
-  with config.ignore_type():
-    config.update_from_flattened_dict({k: v for k, v in theirs.items() if k not in given})
-  if knn_alone:
-    config.evaluation.every_epochs = 0.0
-    config.knn.every_epochs = every
-  elif not config.knn.every_epochs and 'evaluation.every_epochs' not in given:
-    config.evaluation.every_epochs = 1.0  # the run may have done without; now it is asked for
-  other = [
-    f'{key}: {theirs[key]} -> {own[key]}'
-    for key in sorted(theirs.keys() & set(given))
-    if theirs[key] != own[key]
-  ]
-  if other:
-    _log.info('overridden on the command line: %s', '; '.join(other))
+def _no_labels(source: Any) -> UserError:
+  return UserError(
+    f'none of the {len(source)} examples of {source.name} ({source.split}) has a label; '
+    'choose another --config.data.eval_split, or evaluate nothing: '
+    '--config.evaluation.every_epochs=0 --config.knn.every_epochs=0'
+  )
+
+
+def pictures(
+  setup: Setup, graphdef: nnx.GraphDef, directory: pathlib.Path, writer: MetricWriter
+) -> list[Evaluator]:
+  """Reconstructions of the same evaluation images each time, as PNG files and in TensorBoard."""
+  config, options = setup.config, setup.config.pictures
+  if not assemble.is_pretraining(config) or not options.every_epochs:
+    return []
+  source = Subset(setup.eval_source, options.count)
+  # Pictures are one process's business: its whole batch, no part of a global one.
+  with inputs.eval_batches(config, source, len(source), alone=True) as batches:
+    images = next(batches)['image']
+  reconstruct = reconstruction.Reconstructor(
+    graphdef, mean=tuple(config.data.mean), std=tuple(config.data.std)
+  )
+
+  def draw(at: int, state: Any) -> dict[str, float]:
+    params = sharding.whole(state['params'], setup.mesh)  # all processes take part
+    if not distributed.primary():
+      return {}
+    result = reconstruct(sharding.local(params), images, seed=config.seed)
+    picture = reconstruction.draw(result, title=f'{config.model.name}, step {at}')
+    path = directory / 'reconstructions' / f'step_{at:08d}.png'
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix('.tmp')  # a kill leaves no half picture under the final name
+    picture.save(unfinished, 'PNG')
+    unfinished.replace(path)
+    writer.write_image(at, 'reconstructions', np.asarray(picture))
+    return {}
+
+  return [Evaluator(setup.steps.of(options.every_epochs), draw)]
+
+
+def newest_picture(directory: pathlib.Path) -> pathlib.Path | None:
+  """The last picture that a run in `directory` has made."""
+  return max((directory / 'reconstructions').glob('step_*.png'), default=None)

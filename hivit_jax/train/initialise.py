@@ -1,7 +1,7 @@
 """Configs and weights together: the model to begin with, and the config that weights are for."""
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -9,9 +9,15 @@ import ml_collections
 from hivit_jax import models
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, importer, infer
-from hivit_jax.train import assemble, weights
+from hivit_jax.train import assemble, validate, weights
 
 _log = logging.getLogger(__name__)
+
+# Settings of the machine and of an evaluation; all others come from the evaluated run.
+_OWN = frozenset((
+  'init', 'init_ema', 'mesh.data', 'mesh.fsdp', 'evaluation.batch_size',
+  'data.num_threads', 'data.num_workers',
+))  # fmt: skip
 
 
 def initial_model(
@@ -63,15 +69,60 @@ def _redrawn(
   return result
 
 
-def infer_model(
+def config_for(
   config: ml_collections.ConfigDict, state: files.StateDict, given: Collection[str] = ()
+) -> ml_collections.ConfigDict:
+  """The config to evaluate weights with.
+
+  Weights of a run bring its settings, but for those of the machine; converted weights bring model,
+  image size and pixel statistics. For weights of other code `config` decides; if it names no model,
+  names and shapes tell it.
+
+  Args:
+    config: see configs/base.py; it stays as it is.
+    state: the weights.
+    given: dotted settings that win over what the weights say.
+  """
+  config = validate.checked(config)
+  if 'config' in state.metadata:
+    _as_trained(config, state.metadata['config'], given)
+    config = validate.checked(config)
+  elif config.model.name is None or carried.read(state.metadata):
+    _as_inferred(config, state, given)
+  return config
+
+
+def _as_trained(
+  config: ml_collections.ConfigDict, trained: Mapping[str, Any], given: Collection[str]
+) -> None:
+  """Sets a config to that of a run, but for what is given or `_OWN`."""
+  knn_alone = config.knn.every_epochs and not config.evaluation.every_epochs
+  every = config.knn.every_epochs
+  own = dict(validate.dotted(config))
+  settings = infer.tuples(dict(validate.dotted(ml_collections.ConfigDict(trained))))
+  theirs = {key: value for key, value in settings.items() if key in own and key not in _OWN}
+  with config.ignore_type():
+    config.update_from_flattened_dict({k: v for k, v in theirs.items() if k not in given})
+  if knn_alone:
+    config.evaluation.every_epochs = 0.0
+    config.knn.every_epochs = every
+  elif not config.knn.every_epochs and 'evaluation.every_epochs' not in given:
+    config.evaluation.every_epochs = 1.0  # the run may have done without; now it is asked for
+  other = [
+    f'{key}: {theirs[key]} -> {own[key]}'
+    for key in sorted(theirs.keys() & set(given))
+    if theirs[key] != own[key]
+  ]
+  if other:
+    _log.info('overridden on the command line: %s', '; '.join(other))
+
+
+def _as_inferred(
+  config: ml_collections.ConfigDict, state: files.StateDict, given: Collection[str]
 ) -> None:
   """Sets task, model and pixel statistics of a config to what weights are for.
 
-  Args:
-    config: see configs/base.py. Its image size becomes that of the weights if they carry it.
-    state: the weights.
-    given: dotted settings that win over what the weights say.
+  Its image size becomes that of the weights if they carry it.
   """
   known = {key: value for key, value in config.model.items() if f'model.{key}' in given}
   if 'image_size' not in given:

@@ -12,7 +12,6 @@ from hivit_jax.data import loader, transforms
 from hivit_jax.data.sources import base
 from hivit_jax.data.sources.relabelled import Relabelled
 from hivit_jax.errors import UserError
-from hivit_jax.train import assemble
 from hivit_jax.train.assemble import image_size
 
 _log = logging.getLogger(__name__)
@@ -27,22 +26,21 @@ def open_source(config: ml_collections.ConfigDict, split: str) -> Any:
   return base.open_source(config.data.name, split, config.data.data_dir)
 
 
-def set_num_classes(config: ml_collections.ConfigDict, source: Any) -> None:
-  """Settles `config.model.num_classes` by a source; raises UserError if they do not agree."""
-  if assemble.is_pretraining(config):
-    return
+def num_classes(config: ml_collections.ConfigDict, source: Any) -> int:
+  """`config.model.num_classes`, or without it a source's; UserError if the source has more."""
   count = source.num_classes
   if not count:
     raise UserError(
       f'{source.name} ({source.split}) has no class folders, and config.task="{config.task}" needs '
       'classes: <root>/<split>/<class>/*.jpg; pretraining does not need them'
     )
-  config.model.num_classes = config.model.num_classes or count
-  if config.model.num_classes < count:
+  settled = config.model.num_classes or count
+  if settled < count:
     raise UserError(
-      f'config.model.num_classes={config.model.num_classes}, but {source.name} ({source.split}) '
-      f'has {count} classes; --config.model.num_classes=None takes those'
+      f'config.model.num_classes={settled}, but {source.name} ({source.split}) has {count} '
+      'classes; --config.model.num_classes=None takes those'
     )
+  return settled
 
 
 def check_classes(names: Sequence[str], where: str, source: Any) -> None:

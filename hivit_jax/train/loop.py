@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -28,8 +28,8 @@ class NonFiniteLoss(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Hook:
-  """Something done between steps: an evaluation, pictures.
+class Evaluator:
+  """Something done between steps: an accuracy, pictures.
 
   Attributes:
     every: steps from one time to the next; also done at the start and the end of the run.
@@ -71,52 +71,59 @@ class _Interval:
     }
 
 
-def run(
-  *,
-  state: Any,
-  train_step: Callable,
-  batches: Any,
-  mesh: Mesh,
-  start_step: int,
-  total_steps: int,
-  batch_size: int,
-  epochs_per_step: float,
-  hooks: Sequence[Hook],
-  evaluated: bool,
-  checkpoints: Any,
-  metadata: dict[str, Any],
-  save_every: int | None,
-  writer: Any,
-  progress: Any,
-  log_every: int,
-  signals: StopSignals,
-) -> Any:
-  """Trains from `start_step` to `total_steps`.
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run as the loop needs it.
 
-  Metrics are fetched one interval late, so that the device never waits for the host. Evaluation
-  and checkpoints look at them first: a state after a non-finite loss is never saved. The first
-  step, which compiles, evaluations and saving count neither as images/s nor as time.
-
-  A signal is honoured after the step under way, and at once while data is waited for or hooks run;
-  the last hooks, those at `total_steps`, are finished first. Several processes agree on a step soon
-  after, and finish their hooks.
-
-  Args:
-    state: of the model and optimizer at `start_step`; donated.
+  Attributes:
+    state: of the model and optimizer at `start_step`; the loop donates it.
     train_step: see `step.make_train_step`.
     batches: this process's batches from `start_step` on, a `data.loader.Loader`.
     mesh: the devices.
     start_step, total_steps: steps done, and when to end.
     batch_size: examples a step over all processes, for images/s.
     epochs_per_step: to tell epochs in the log and in checkpoints.
-    hooks: see `Hook`.
-    evaluated: the hooks of `start_step` have been run: `evaluated` of the checkpoint's metadata.
+    evaluators: see `Evaluator`.
+    evaluated: the evaluators have run at `start_step`: `evaluated` of the checkpoint's metadata.
     checkpoints: see `checkpoint.Checkpoints`.
     metadata: saved with every checkpoint, and `step`, `epoch` and `evaluated` with it.
     save_every: steps between checkpoints, one more at the end; None: only that one.
     writer: has `write(step, metrics)`.
     progress: has `update(step, metrics)`.
     log_every: steps between log lines.
+  """
+
+  state: Any
+  train_step: Callable
+  batches: Any
+  mesh: Mesh
+  start_step: int
+  total_steps: int
+  batch_size: int
+  epochs_per_step: float
+  evaluators: Sequence[Evaluator]
+  evaluated: bool
+  checkpoints: Any
+  metadata: Mapping[str, Any]
+  save_every: int | None
+  writer: Any
+  progress: Any
+  log_every: int
+
+
+def train(run: Run, signals: StopSignals) -> Any:
+  """Trains from `run.start_step` to `run.total_steps`.
+
+  Metrics are fetched one interval late, so that the device never waits for the host. Evaluation
+  and checkpoints look at them first: a state after a non-finite loss is never saved. The first
+  step, which compiles, evaluations and saving count neither as images/s nor as time.
+
+  A signal is honoured after the step under way, and at once while data is waited for or evaluators
+  run; the last evaluators, at `total_steps`, are finished first. Several processes agree on a step
+  soon after, and finish their evaluators.
+
+  Args:
+    run: what to train, on what, and where it goes.
     signals: an entered `StopSignals`.
 
   Returns:
@@ -126,8 +133,9 @@ def run(
     NonFiniteLoss: with the step, the last good checkpoint and what to try.
     Stopped: after SIGTERM or SIGINT, with a checkpoint saved.
   """
+  state, batches, checkpoints, writer = run.state, run.batches, run.checkpoints, run.writer
   interval, late = _Interval(), None
-  vote = distributed.Votes(mesh)
+  vote = distributed.Votes(run.mesh)
   interruptible = contextlib.nullcontext if jax.process_count() > 1 else signals.interruptible
 
   def flush(done: _Interval | None) -> None:
@@ -140,15 +148,15 @@ def run(
     step = done.steps[-1][0]
     means = {key: float(np.mean([metrics[key] for metrics in values])) for key in values[0]}
     means['learning_rate'] = float(values[-1]['learning_rate'])
-    timing = done.timing(batch_size)
-    means |= {**timing, **host_memory.in_use(), 'epoch': step * epochs_per_step}
+    timing = done.timing(run.batch_size)
+    means |= {**timing, **host_memory.in_use(), 'epoch': step * run.epochs_per_step}
     if done.broken:
       means['broken_images'] = done.broken
     writer.write(step, {f'train/{key}': value for key, value in means.items()})
     shown = {'loss': means['loss']}
     if timing:
       shown['images/s'] = timing['images_per_second']
-    progress.update(step, shown)
+    run.progress.update(step, shown)
 
   def flush_all() -> None:
     nonlocal interval, late
@@ -159,17 +167,17 @@ def run(
     flush(interval)
     interval, late = _Interval(), None
 
-  def hooks_of(step: int) -> list[Hook]:
-    ends = step in (0, total_steps)
-    return [hook for hook in hooks if ends or step % hook.every == 0]
+  def evaluators_at(step: int) -> list[Evaluator]:
+    ends = step in (0, run.total_steps)
+    return [e for e in run.evaluators if ends or step % e.every == 0]
 
   def evaluate(step: int) -> None:
-    for hook in hooks_of(step):
+    for evaluator in evaluators_at(step):
       flush_all()
-      last = step == total_steps > start_step
+      last = step == run.total_steps > run.start_step
       try:
         with contextlib.nullcontext() if last else interruptible():
-          metrics = hook.run(step, state)
+          metrics = evaluator.run(step, state)
       except Interrupted:
         stop(step, evaluated=False)
       if metrics:
@@ -180,8 +188,8 @@ def run(
 
   def save(step: int, *, evaluated: bool = True, wait: bool = False) -> None:
     flush_all()
-    facts = {'step': step, 'epoch': step * epochs_per_step, 'evaluated': evaluated}
-    checkpoints.save(step, dict(state), {**metadata, **facts}, wait=wait)
+    facts = {'step': step, 'epoch': step * run.epochs_per_step, 'evaluated': evaluated}
+    checkpoints.save(step, state, {**run.metadata, **facts}, wait=wait)
     interval.restart_clock()
 
   def stop(step: int, *, evaluated: bool) -> NoReturn:
@@ -193,21 +201,21 @@ def run(
     )
 
   in_flight: collections.deque = collections.deque()
-  if not evaluated:
-    evaluate(start_step)
-  for step in range(start_step + 1, total_steps + 1):
+  if not run.evaluated:
+    evaluate(run.start_step)
+  for step in range(run.start_step + 1, run.total_steps + 1):
     before = time.perf_counter()
     try:
       with interruptible():
         batch = next(batches)
     except Interrupted:
       stop(step - 1, evaluated=True)
-    batch = sharding.put_batch(batch, mesh)
+    batch = sharding.put_batch(batch, run.mesh)
     interval.waited += time.perf_counter() - before
-    first = step == start_step + 1
+    first = step == run.start_step + 1
     if first:
       _log.info('compiling the training step')
-    state, metrics = train_step(state, batch)
+    state, metrics = run.train_step(state, batch)
     interval.steps.append((step, metrics))
     if first:
       jax.block_until_ready(metrics)
@@ -217,18 +225,18 @@ def run(
     in_flight.append(metrics['loss'])
     if len(in_flight) > _IN_FLIGHT:
       in_flight.popleft().block_until_ready()
-    if step % log_every == 0:
+    if step % run.log_every == 0:
       interval.stop(len(batches.broken))
       flush(late)
       interval, late = _Interval(), interval
-    if step == total_steps:
+    if step == run.total_steps:
       evaluate(step)
       save(step, wait=True)
     elif stopping:
-      stop(step, evaluated=not hooks_of(step))
+      stop(step, evaluated=not evaluators_at(step))
     else:
       evaluate(step)
-      if save_every and step % save_every == 0:
+      if run.save_every and step % run.save_every == 0:
         save(step)
   return state
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from hivit_jax.train.packing import pack, unpack
 from hivit_jax.train.rules import Rules, apply_rules, path_name
 
 TRUST_COEFFICIENT = 1e-3  # of LARS
@@ -133,7 +132,7 @@ def adamw(
   trained, decayed = _labels(rules, params)
   tx = optax.chain(
     _clip(clip_norm),
-    _vectors_as_one(optax.scale_by_adam(b1=b1, b2=b2, eps=eps)),
+    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
     optax.add_decayed_weights(weight_decay, mask=decayed),
   )
   return Optimizer(tx, trained, _scales(params, trained, layer_decay))
@@ -182,19 +181,3 @@ def _scales(params: Any, trained: Any, decay: float | None) -> Any:
 def _clip(norm: float | None) -> optax.GradientTransformation:
   # Neither has a state, and one is there in any case: a run may go on with another clip_norm.
   return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
-
-
-def _vectors_as_one(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """`tx`, which must work element by element, on biases and scales as if they were one parameter.
-
-  Else their moments are half of the leaves of a training state, and the host takes its time to
-  start a step for each leaf. The state is over what `pack` makes of the parameters.
-  """
-
-  def update(updates, state, params=None):
-    del params
-    packed, layout = pack(updates)
-    packed, state = tx.update(packed, state)
-    return unpack(packed, layout), state
-
-  return optax.GradientTransformation(lambda params: tx.init(pack(params)[0]), update)

@@ -1,7 +1,8 @@
-"""One run from its config: set up, resume, train, report."""
+"""What `main.py` does with a config: train, or evaluate weights."""
 
 import contextlib
 import errno
+import json
 import logging
 import pathlib
 import shlex
@@ -11,10 +12,10 @@ from typing import Any
 
 import jax
 import ml_collections
+from flax import nnx
 
-from hivit_jax.data.loader import PREFETCH
 from hivit_jax.errors import Stopped, UserError
-from hivit_jax.interop import torch_names
+from hivit_jax.interop import files, importer, infer, torch_names
 from hivit_jax.reporting.console import Progress, setup_logging
 from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.reporting.run_info import config_changes, write_run_info
@@ -22,8 +23,8 @@ from hivit_jax.runtime import distributed, host_memory, lock, watchdog
 from hivit_jax.runtime.signals import Interrupted, StopSignals
 from hivit_jax.train import (
   assemble,
+  evaluation,
   hints,
-  hooks,
   initialise,
   inputs,
   loop,
@@ -31,15 +32,18 @@ from hivit_jax.train import (
   sharding,
   step,
   validate,
+  weights,
 )
 from hivit_jax.train.checkpoint import Checkpoints, Restored
+from hivit_jax.train.manifest import Misfit
+from hivit_jax.train.setup import Setup, check_local, set_up
 
 _log = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ORDER = {'seed', 'batch_size', 'data.name', 'data.train_split'}  # settings that decide who is next
 
 
-def run(config: ml_collections.ConfigDict, workdir: str, given: Collection[str] = ()) -> None:
+def train(config: ml_collections.ConfigDict, workdir: str, given: Collection[str] = ()) -> None:
   """Trains as the config says, from the newest checkpoint in `workdir` if there is one.
 
   Args:
@@ -59,43 +63,107 @@ def run(config: ml_collections.ConfigDict, workdir: str, given: Collection[str] 
   directory = pathlib.Path(workdir).expanduser().absolute()
   with (
     watchdog.Watch(),
-    told_of_full_memory(config),
+    _told_of_full_memory(config),
     _told_of_full_disk(directory),
     StopSignals() as signals,
     contextlib.ExitStack() as stack,
   ):
     try:
       with signals.interruptible():
-        training = _set_up(config, directory, stack, given)
+        checked = validate.checked(config)
+        ignored = hints.without_effect(checked, given)
+        if ignored and primary:
+          _log.warning('settings without effect in this run: %s', ', '.join(ignored))
+        run = _begin(set_up(checked), directory, stack)
     except Interrupted:
       raise Stopped(
         f'{signals.received}: stopped before training began; the same command starts again'
       ) from None
-    if training is None:
+    if run is None:
       return
     try:
-      loop.run(**training, signals=signals)
+      loop.train(run, signals)
     except loop.NonFiniteLoss as error:
       raise UserError(f'{error}; what helps: {hints.for_finite_numbers(config)}') from error
-  broken = len(training['batches'].broken)
+  broken = len(run.batches.broken)
   if broken:
     _log.warning('%d broken training images were replaced by others; each is named above', broken)
   if primary:
-    _report(config, directory, training['checkpoints'].path(training['total_steps']))
+    _report(config, directory, run.checkpoints.path(run.total_steps))
 
 
-def check_local(path: str) -> None:
-  """UserError for the address of a bucket."""
-  if '://' in path:
+def evaluate(
+  config: ml_collections.ConfigDict,
+  workdir: str | None,
+  default_workdir: str,
+  given: Collection[str] = (),
+) -> None:
+  """Evaluates weights and prints the metrics as JSON.
+
+  It takes the newest checkpoint in `workdir` or, without one, of a run in `default_workdir`, else
+  `config.init`; see `initialise.config_for` for the settings.
+
+  Args:
+    config: see configs/base.py. With k-NN accuracy and no other in it, nothing else is computed.
+    workdir: a workdir, or one of its checkpoints.
+    default_workdir: where `train` leaves what this config trains.
+    given: dotted settings on the command line, which win over the run's.
+
+  Raises:
+    UserError: a setting, data set or file that does not fit.
+  """
+  host_memory.keep_freed_memory(one_arena=assemble.is_large(config))
+  setup_logging(distributed.primary())
+  with watchdog.Watch(), _told_of_full_memory(config):
+    metrics = _evaluate(config, workdir, default_workdir, given)
+  if distributed.primary():
+    print(json.dumps(metrics))
+
+
+def _evaluate(
+  config: ml_collections.ConfigDict,
+  workdir: str | None,
+  default_workdir: str,
+  given: Collection[str],
+) -> dict[str, float]:
+  trained = pathlib.Path(default_workdir, 'checkpoints').exists() and config.model.name is not None
+  if workdir and config.init and 'init' in given:
+    raise UserError(f'--workdir={workdir} and --config.init={config.init}: give one of them')
+  path = workdir or (config.init if 'init' in given or not trained else default_workdir)
+  if not path:
+    raise UserError('what to evaluate? Give --workdir=DIRECTORY or --config.init=FILE')
+  check_local(path)
+  state = weights.read(path, ema=config.init_ema)
+  setup = set_up(initialise.config_for(config, state, given), evaluated=state)
+  task, graphdef, params = _evaluated(setup, state)
+  evaluators = evaluation.evaluators(setup, task, graphdef)
+  if not evaluators:
     raise UserError(
-      f'{path} is no path in the file system; mount the bucket (gcsfuse, s3fs) and give the path '
-      'where it is mounted, or take a local disk or NFS'
+      f'{state.source} is {setup.config.model.name}, which has no classifier; evaluate its '
+      'features with --config=configs/evaluate.py:knn or --config.knn.every_epochs=1'
     )
-  if not path.isascii() and sys.getfilesystemencoding() != 'utf-8':  # Orbax's are always UTF-8
-    raise UserError(
-      f'{path} cannot be written: file names are {sys.getfilesystemencoding()} here; start with '
-      'PYTHONUTF8=1 in the environment, or choose another --workdir'
-    )
+  metrics: dict[str, float] = {}
+  for evaluator in evaluators:
+    metrics |= evaluator.run(0, {'params': params})
+  source = setup.eval_source
+  shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
+  _log.info(
+    '%s at %dx%d pixels on %s of %s (%d examples): %s',
+    state.source, *setup.config.image_size, source.split, source.name, len(source), shown,
+  )  # fmt: skip
+  return metrics
+
+
+def _evaluated(setup: Setup, state: files.StateDict) -> tuple[Any, nnx.GraphDef, Any]:
+  """Task, static half and parameters, on the devices, of the model that weights are for."""
+  headless = infer.family(state.arrays) == 'backbone'
+  create = assemble.model_creator(setup.config)
+  model = create() if headless else nnx.eval_shape(create)
+  importer.load_into(model, state, partial=headless)
+  graphdef, params = nnx.split(model)
+  params = nnx.to_pure_dict(params)
+  on_devices = sharding.put(params, sharding.state_shardings(params, setup.mesh))
+  return assemble.task(setup.config), graphdef, on_devices
 
 
 @contextlib.contextmanager
@@ -113,7 +181,7 @@ def _told_of_full_disk(directory: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_of_full_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
+def _told_of_full_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
   """Turns what JAX says when a device's memory is full into a UserError with the ways out."""
   try:
     yield
@@ -126,35 +194,12 @@ def told_of_full_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
     ) from error
 
 
-def _set_up(
-  config: ml_collections.ConfigDict,
-  directory: pathlib.Path,
-  stack: contextlib.ExitStack,
-  given: Collection[str],
-) -> dict[str, Any] | None:
-  """Makes the arguments of `loop.run`, or None if the run is finished; `stack` closes them."""
+def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -> loop.Run | None:
+  """The run at its first step or where it was left; None if it is finished; `stack` closes it."""
+  config, mesh, steps = setup.config, setup.mesh, setup.steps
   primary = distributed.primary()
-  validate.check(config)
-  ignored = hints.without_effect(config, given)
-  if ignored and primary:
-    _log.warning('settings without effect in this run: %s', ', '.join(ignored))
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
-  _check_images(config, mesh, 'batch_size')
-  check_evaluation_batch(config, mesh)
-  assemble.task(config)  # what is wrong with it is said before data are looked for
-  with distributed.primary_first():  # embedded data sets are prepared
-    train_source = inputs.open_source(config, config.data.train_split)
-    eval_source = inputs.open_source(config, config.data.eval_split)
-  inputs.set_num_classes(config, train_source)
-  if not assemble.is_pretraining(config):
-    inputs.check_classes(train_source.class_names, config.data.train_split, eval_source)
-    inputs.check_labels(train_source)
-  steps = assemble.Steps(len(train_source), config.batch_size)
-  task, graphdef, optimizer, abstract, train_step = assemble.training(
-    config, mesh, epochs_per_step=steps.epochs_per_step
-  )
-  memory.check_state(mesh, dict(abstract))
+  training = assemble.training(config, mesh, epochs_per_step=steps.epochs_per_step)
+  memory.check_state(mesh, training.abstract)
   total = config.max_steps or steps.of(config.epochs)
 
   distributed.on_primary(lambda: stack.enter_context(lock.hold(directory)))
@@ -166,11 +211,12 @@ def _set_up(
     )
   )
   distributed.check_shared(directory)
-  restored = _restore(checkpoints, dict(abstract), config_changes(directory, config.to_dict()))
+  changes = config_changes(directory, config.to_dict())
+  restored = _restore(checkpoints, training.abstract, changes)
   start = restored.step if restored else 0
   evaluated = restored is not None and restored.metadata['evaluated']
   if restored:
-    _warn_of_changes(restored, directory, config, steps, total)
+    _warn_of_changes(restored, changes, steps, total)
   if start >= total and evaluated:
     _log.info(
       'this run is finished: %s is at step %d of %d. To train longer: %s; to begin anew: another '
@@ -178,68 +224,55 @@ def _set_up(
       checkpoints.path(start), start, total, hints.to_train_longer(config),
     )  # fmt: skip
     return None
-  if restored:
-    state = step.State(restored.state)
-  else:
-    if config.task == 'linear' and not config.init and primary:
-      _log.warning(
-        'a linear probe of a random model, because config.init is not set; to probe a pretrained '
-        'one: --config.init=WORKDIR'
-      )
-    state = step.init_state(
-      initialise.initial_model(config, train_source.class_names), optimizer, abstract
-    )
-    _log_overview(state['params'])
+  state = restored.state if restored else _initial_state(setup, training)
   if primary:
     write_run_info(directory, config.to_dict())
+  examples = setup.train_source
   _log.info(
     '%s step %d of %d: %s, %d training examples of %s, %d evaluation examples, %s on %d x %s',
     'resuming at' if restored else 'starting at', start, total, config.model.name,
-    len(train_source), train_source.name, len(eval_source), assemble.compute_dtype(config),
+    len(examples), examples.name, len(setup.eval_source), assemble.compute_dtype(config),
     mesh.size, mesh.devices.flat[0].device_kind,
   )  # fmt: skip
-  told: set[str] = set()  # broken images of evaluations, so that each is named once
   writer = stack.enter_context(MetricWriter(directory, start_step=start, primary=primary))
-  return {
-    'state': state,
-    'train_step': train_step,
-    'batches': stack.enter_context(inputs.train_batches(config, train_source, start, total)),
-    'mesh': mesh,
-    'start_step': start,
-    'total_steps': total,
-    'batch_size': config.batch_size,
-    'epochs_per_step': steps.epochs_per_step,
-    'hooks': [
-      *hooks.accuracy_hook(config, task, graphdef, mesh, eval_source, steps, told),
-      *hooks.knn_hook(config, task, graphdef, mesh, train_source, eval_source, steps, told),
-      *hooks.picture_hook(config, graphdef, mesh, eval_source, steps, directory, writer),
+  return loop.Run(
+    state=state,
+    train_step=training.train_step,
+    batches=stack.enter_context(inputs.train_batches(config, examples, start, total)),
+    mesh=mesh,
+    start_step=start,
+    total_steps=total,
+    batch_size=config.batch_size,
+    epochs_per_step=steps.epochs_per_step,
+    evaluators=[
+      *evaluation.evaluators(setup, training.task, training.graphdef),
+      *evaluation.pictures(setup, training.graphdef, directory, writer),
     ],
-    'evaluated': evaluated,
-    'checkpoints': checkpoints,
-    'metadata': {
+    evaluated=evaluated,
+    checkpoints=checkpoints,
+    metadata={
       'config': config.to_dict(),
-      'examples': len(train_source),
-      'class_names': list(train_source.class_names),
+      'examples': len(examples),
+      'class_names': list(examples.class_names),
     },
-    'save_every': steps.between_saves(config.checkpoint),
-    'writer': writer,
-    'progress': stack.enter_context(Progress(total, start_step=start, primary=primary)),
-    'log_every': config.log_every_steps,
-  }
+    save_every=steps.between_saves(config.checkpoint),
+    writer=writer,
+    progress=stack.enter_context(Progress(total, start_step=start, primary=primary)),
+    log_every=config.log_every_steps,
+  )
 
 
-def check_evaluation_batch(config: ml_collections.ConfigDict, mesh: Any) -> None:
-  """UserError if batches of evaluations cannot be split over the devices, or do not fit there."""
-  if config.evaluation.every_epochs or config.knn.every_epochs:
-    key = 'evaluation.batch_size'
-    sharding.check_batch_size(config.evaluation.batch_size, mesh, key=key)
-    _check_images(config, mesh, key)
-
-
-def _check_images(config: ml_collections.ConfigDict, mesh: Any, key: str) -> None:
-  size = validate.get(config, key)
-  channels = config.channels
-  memory.check_images(mesh, config.image_size, channels, size, key, prefetched=PREFETCH)
+def _initial_state(setup: Setup, training: assemble.Training) -> step.State:
+  config = setup.config
+  if config.task == 'linear' and not config.init and distributed.primary():
+    _log.warning(
+      'a linear probe of a random model, because config.init is not set; to probe a pretrained '
+      'one: --config.init=WORKDIR'
+    )
+  create = initialise.initial_model(config, setup.train_source.class_names)
+  state = step.init_state(create, training.optimizer, training.abstract)
+  _log_overview(state['params'])
+  return state
 
 
 def _restore(
@@ -247,7 +280,7 @@ def _restore(
 ) -> Restored | None:
   try:
     return checkpoints.restore(abstract)
-  except UserError as error:
+  except Misfit as error:
     if changes:
       raise UserError(
         f'{error}. Changed since then: {"; ".join(_pairs(changes))}; as before: '
@@ -261,14 +294,9 @@ def _pairs(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 
 def _warn_of_changes(
-  restored: Restored,
-  directory: pathlib.Path,
-  config: ml_collections.ConfigDict,
-  steps: assemble.Steps,
-  total: int,
+  restored: Restored, changes: Mapping[str, tuple[Any, Any]], steps: assemble.Steps, total: int
 ) -> None:
   """Says what differs from the run that saved the checkpoint, and what that does."""
-  changes = config_changes(directory, config.to_dict())
   for pair in _pairs(changes):
     _log.warning('changed since this run was started: %s', pair)
   reasons = sorted(_ORDER & changes.keys())
@@ -299,7 +327,7 @@ def _report(
   workdir = f'--workdir={shlex.quote(str(directory))}'
   python = pathlib.Path(sys.executable).name
   lines = [f'finished: checkpoint {checkpoint}']
-  picture = hooks.newest_picture(directory)
+  picture = evaluation.newest_picture(directory)
   if picture:
     lines.append(f'reconstructions: {picture}')
   lines.append(f'curves: tensorboard --logdir={shlex.quote(str(directory))}/tensorboard')

@@ -20,7 +20,7 @@ _RULES: rules.Rules = (
   (r'(.*/)?kernel', 'split'),
   (r'(.*/)?(bias|scale|mean|var|relative_position_bias_table)', 'whole'),
   (r'(.*/)?(absolute_pos_embed|pos_embed|decoder_pos_embed|cls_token|mask_token)', 'whole'),
-  (r'step|.*/(count|vectors)', 'whole'),  # the optimizer's numbers for biases and scales: `optim`
+  (r'step|.*/count', 'whole'),
 )
 
 

@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 
 from hivit_jax.ops.barriers import cpu_barrier
 from hivit_jax.train import optim, sharding
-from hivit_jax.train.packing import State, elementwise, pack
+
+# `step`: () int32; `params`; `opt_state`; with an average of the parameters, `ema`.
+State = dict[str, Any]
 
 
 def abstract_state(
@@ -42,7 +44,7 @@ def abstract_state(
     state['ema'] = params
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
   abstract = jax.tree.map(place, state, sharding.state_shardings(state, mesh))
-  return graphdef, optimizer, State(abstract)
+  return graphdef, optimizer, abstract
 
 
 def init_state(
@@ -56,7 +58,7 @@ def init_state(
     create: builds the model.
     optimizer, abstract: from `abstract_state`.
   """
-  shardings = _shardings(dict(abstract))
+  shardings = _shardings(abstract)
   params = sharding.put(nnx.to_pure_dict(nnx.state(create())), shardings['params'])
   trained, _ = optim.split(params, optimizer.trained)
   state = {
@@ -66,7 +68,7 @@ def init_state(
   }
   if 'ema' in abstract:
     state['ema'] = jax.tree.map(jnp.copy, params)
-  return State(state)
+  return state
 
 
 def make_train_step(
@@ -131,23 +133,22 @@ def make_train_step(
     return jax.lax.scan(add, zeros, parts)[0]
 
   def step(state: State, batch: dict) -> tuple[State, dict]:
-    old = dict(state)
-    rng = jax.random.fold_in(jax.random.key(seed), old['step'])
-    batch = task.prepare(nnx.merge(graphdef, old['params']), batch, rng)
-    trained, others = optim.split(old['params'], optimizer.trained)
+    rng = jax.random.fold_in(jax.random.key(seed), state['step'])
+    batch = task.prepare(nnx.merge(graphdef, state['params']), batch, rng)
+    trained, others = optim.split(state['params'], optimizer.trained)
     grads, (metrics, statistics) = mean_gradients(trained, others, batch)
-    updates, opt_state = optimizer.tx.update(grads, old['opt_state'], trained)
-    epoch = old['step'] * epochs_per_step
+    updates, opt_state = optimizer.tx.update(grads, state['opt_state'], trained)
+    epoch = state['step'] * epochs_per_step
     lr = schedule(epoch)
     if optimizer.scales is None:
-      trained = elementwise(lambda p, u: p - lr * u, trained, updates)
+      trained = jax.tree.map(lambda p, u: p - lr * u, trained, updates)
     else:
       lowest = schedule(epoch, 0.0)  # the rate is an affine function of the layer's factor
-      trained = elementwise(
+      trained = jax.tree.map(
         lambda p, u, scale: p - (lowest + scale * (lr - lowest)) * u,
         trained,
         updates,
-        jax.tree.map(_like_vectors, trained, optimizer.scales),
+        optimizer.scales,
       )
     params = _overlay(optim.join(trained, others), statistics)
     metrics |= {
@@ -155,10 +156,10 @@ def make_train_step(
       'grad_norm': _norm(grads),
       'param_norm': _norm(params),  # tells whether the new state is sound
     }
-    new = {'step': old['step'] + 1, 'params': params, 'opt_state': opt_state}
+    new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
     if ema_decay is not None:
-      new['ema'] = elementwise(lambda e, p: p + ema_decay * (e - p), old['ema'], params)
-    return State(new), metrics
+      new['ema'] = jax.tree.map(lambda e, p: p + ema_decay * (e - p), state['ema'], params)
+    return new, metrics
 
   shardings = None
   if abstract is not None:
@@ -175,15 +176,10 @@ def _shardings(abstract: Any) -> Any:
   return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def _like_vectors(leaf: jax.Array, value: float) -> np.ndarray:
-  """`value` for each element of a vector, so that vectors of values are joined as vectors are."""
-  return np.full(leaf.shape if leaf.ndim == 1 else (), value, np.float32)
-
-
 def _norm(tree: Any) -> jax.Array:
   # CPUs: rows first, because XLA sums to one number in a single thread. The barrier, because it
   # would write the squares to memory where others want them, too, as Adam does of a gradient.
-  leaves = cpu_barrier([jnp.atleast_1d(x) for x in jax.tree.leaves(pack(tree)[0])])
+  leaves = cpu_barrier([jnp.atleast_1d(x) for x in jax.tree.leaves(tree)])
   rows = [jnp.square(x).sum(axis=-1) for x in leaves]
   return jnp.sqrt(sum(row.sum() for row in rows))
 

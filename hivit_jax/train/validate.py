@@ -103,11 +103,19 @@ _OPTIONAL = (
 OPTIONAL = frozenset(_OPTIONAL.split())
 
 
+def checked(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A copy of a config that `check` accepts, with the image size as (height, width)."""
+  check(config)
+  config = config.copy_and_resolve_references()
+  config.image_size = assemble.image_size(config)
+  return config
+
+
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises UserError, with the key, its value and what is possible, unless all values make sense.
 
   Args:
-    config: see configs/base.py; `image_size` becomes (height, width) if it was one side.
+    config: see configs/base.py; it stays as it is.
   """
   for key, value in dotted(config).items():
     if value is None and key not in OPTIONAL:
@@ -117,7 +125,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       value = get(config, key)
       if value is not None and not _holds(test, value):
         raise UserError(f'config.{key}={value}: expected {expected}')
-  config.image_size = assemble.image_size(config)
+  assemble.image_size(config)
   if config.optim.warmup_epochs >= config.epochs:
     raise UserError(
       f'config.optim.warmup_epochs={config.optim.warmup_epochs} is not shorter than '

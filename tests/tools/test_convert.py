@@ -16,14 +16,15 @@ from absl.testing import flagsaver
 from flax import nnx
 
 import hivit_jax
-from configs import demo, evaluate
+from configs import demo
+from configs import evaluate as evaluation
 from hivit_jax.errors import UserError
 from hivit_jax.interop import exporter, files
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tools import convert
-from hivit_jax.train import evaluation, inputs
+from hivit_jax.train import inputs
 from hivit_jax.train.checkpoint import Checkpoints, load_params
-from hivit_jax.train.run import run as train
+from hivit_jax.train.run import evaluate, train
 from hivit_jax.train.weights import read
 from tests import patience
 from tests.helpers import TINY_SWIN, TINY_VIT, quick_jit, random_model
@@ -86,13 +87,13 @@ def test_a_baseline_goes_there_and_back_and_is_evaluated_by_its_weights_alone(
   assert {k: (v.dtype, v.tobytes()) for k, v in back.items()} == {
     k: (v.dtype, v.tobytes()) for k, v in state.items()
   }
-  config = evaluate.get_config()
+  config = evaluation.get_config()
   config.init = str(tmp_path / 'back.safetensors')
   config.image_size = options['image_size']
   config.data.update(name='digits', eval_split='test[:16]', eval_crop=1.0)
   config.evaluation.batch_size = 16
   capsys.readouterr()
-  evaluation.evaluate(config, None, str(tmp_path / 'none'))
+  evaluate(config, None, str(tmp_path / 'none'))
   metrics = json.loads(capsys.readouterr().out)
   source = inputs.open_source(config, config.data.eval_split)
   with inputs.eval_batches(config, source, 16, alone=True) as batches:

@@ -20,7 +20,7 @@ import optax
 import pytest
 
 from hivit_jax.errors import UserError
-from hivit_jax.train import checkpoint
+from hivit_jax.train import checkpoint, manifest, storage
 from hivit_jax.train.checkpoint import Checkpoints, load_metadata, load_params
 from tests import patience
 
@@ -74,6 +74,10 @@ def save_steps(directory, *steps, **options):
   with Checkpoints(directory, **{'keep_last': 10, **options}) as checkpoints:
     for step in steps:
       assert checkpoints.save(step, make_state(step), {'epoch': step / 10})
+
+
+def names(directory):
+  return sorted(path.name for path in directory.iterdir())
 
 
 def run(script: str, *args, **env) -> subprocess.CompletedProcess:
@@ -136,7 +140,7 @@ class Held:
 
   def __init__(self, monkeypatch):
     self.release = threading.Event()
-    real = checkpoint._orbax_save
+    real = storage.save
 
     def save(*args):
       response = real(*args)
@@ -149,7 +153,7 @@ class Held:
 
       return Response()
 
-    monkeypatch.setattr(checkpoint, '_orbax_save', save)
+    monkeypatch.setattr(storage, 'save', save)
 
 
 def test_save_returns_early_and_the_next_one_waits(tmp_path, monkeypatch):
@@ -167,19 +171,18 @@ def test_save_returns_early_and_the_next_one_waits(tmp_path, monkeypatch):
   assert checkpoints.steps() == [1, 2]
 
 
-@pytest.mark.parametrize(('asynchronous', 'wait'), [(False, False), (True, True)])
-def test_a_blocking_save_is_complete_when_it_returns(tmp_path, asynchronous, wait):
-  with Checkpoints(tmp_path, asynchronous=asynchronous) as checkpoints:
-    checkpoints.save(1, make_state(1), {}, wait=wait)
+def test_a_blocking_save_is_complete_when_it_returns(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, make_state(1), {}, wait=True)
     assert checkpoints._pending is None
     assert checkpoints.steps() == [1]
 
 
 def test_keeps_the_last_ones_and_every_mth(tmp_path):
   save_steps(tmp_path, *range(10, 80, 10), keep_last=2, keep_every_steps=30)
-  assert Checkpoints(tmp_path, read_only=True).steps() == [30, 60, 70]
+  assert names(tmp_path) == ['30', '60', '70']
   save_steps(tmp_path / 'one', 1, 2, 3, keep_last=1)
-  assert Checkpoints(tmp_path / 'one', read_only=True).steps() == [3]
+  assert names(tmp_path / 'one') == ['3']
 
 
 def test_nothing_is_deleted_before_the_new_checkpoint_is_complete(tmp_path, monkeypatch):
@@ -430,26 +433,58 @@ def test_a_named_step_has_no_substitute(tmp_path):
     checkpoints.restore(abstract(make_state()), step=2)
 
 
-def test_read_only_changes_nothing(tmp_path):
+def test_tools_change_nothing_in_a_run_that_may_be_going_on(tmp_path):
   save_steps(tmp_path, 1, 2)
   (tmp_path / '2/_CHECKPOINT_METADATA').unlink()
   (tmp_path / '3.writing.orbax-checkpoint-tmp').mkdir()
-  with Checkpoints(tmp_path, read_only=True) as checkpoints:
-    assert checkpoints.restore(abstract(make_state())).step == 1
-    with pytest.raises(RuntimeError, match='read-only'):
-      checkpoints.save(4, make_state(), {})
-  assert sorted(p.name for p in tmp_path.iterdir()) == ['1', '2', '3.writing.orbax-checkpoint-tmp']
+  assert load_params(tmp_path).step == 1
+  assert load_metadata(tmp_path) == {'epoch': 0.1}
+  assert names(tmp_path) == ['1', '2', '3.writing.orbax-checkpoint-tmp']
+  with pytest.raises(UserError, match='does not exist'):
+    load_params(tmp_path / 'new')
   assert not (tmp_path / 'new').exists()
-  assert Checkpoints(tmp_path / 'new', read_only=True).steps() == []
-  assert not (tmp_path / 'new').exists()
+
+
+# Other formats
 
 
 def test_another_format_is_not_called_damage(tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, '_FORMAT', 2)
+  monkeypatch.setattr(manifest, 'FORMAT', 3)
   save_steps(tmp_path, 1)
   monkeypatch.undo()
-  with pytest.raises(UserError, match=r'format 2.*reads 1'):
+  with pytest.raises(UserError, match=r'format 3.*reads up to 2'):
     load_metadata(tmp_path)
+
+
+def test_training_does_not_continue_the_first_format_but_its_weights_are_read(
+  tmp_path, monkeypatch, caplog
+):
+  """There, the moments of all biases and scales were one array."""
+  params = {
+    'fc': {'kernel': jnp.ones((3, 2)), 'bias': jnp.zeros(2)},
+    'norm': {'scale': jnp.ones(3)},
+  }
+  old = {'matrices': {'fc': {'kernel': jnp.ones((3, 2))}}, 'vectors': jnp.zeros(5)}
+  state = {'step': jnp.asarray(7), 'params': params, 'ema': params}
+  monkeypatch.setattr(manifest, 'FORMAT', 1)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(7, state | {'opt_state': [{'mu': old, 'nu': old}]}, {'epoch': 0.5})
+  monkeypatch.undo()
+  new = state | {'opt_state': [{'mu': params, 'nu': params}]}
+  with (
+    Checkpoints(tmp_path) as checkpoints,
+    pytest.raises(
+      UserError,
+      match=rf'^{tmp_path}/7 is from an earlier version .*--config\.init={tmp_path}/7 and another',
+    ) as error,
+  ):
+    checkpoints.restore(abstract(new))
+  assert '\n' not in str(error.value)
+  assert not caplog.records
+  assert names(tmp_path) == ['7']
+  for key in ('params', 'ema'):
+    assert_same(load_params(tmp_path, key=key).state, host(params))
+  assert load_metadata(tmp_path) == {'epoch': 0.5}
 
 
 # Interrupted and failing saves
@@ -479,8 +514,7 @@ def test_kill_during_a_save_leaves_the_one_before(tmp_path):
     result = run(KILLED, tmp_path, delay)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert list(tmp_path.glob('2.writing*'))  # it was killed on the way
-    reader = Checkpoints(tmp_path, read_only=True)
-    assert reader.steps() == [1]
+    assert load_params(tmp_path, key='w').step == 1
   with Checkpoints(tmp_path) as checkpoints:
     assert [p.name for p in tmp_path.iterdir()] == ['1']
     restored = checkpoints.restore({'w': jax.ShapeDtypeStruct(expected.shape, expected.dtype)})
@@ -567,7 +601,7 @@ def test_nothing_is_left_of_a_save_that_failed_while_other_threads_went_on(tmp_p
       monkeypatch.setattr(checkpoint.time, 'sleep', sleep)
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, '_orbax_save', save)
+    monkeypatch.setattr(storage, 'save', save)
     with pytest.raises(UserError, match=r'No space left on device; .*/1 is kept'):
       checkpoints.save(2, big_state(2), {})
     monkeypatch.undo()
@@ -577,7 +611,7 @@ def test_nothing_is_left_of_a_save_that_failed_while_other_threads_went_on(tmp_p
 
 def test_writes_that_end_after_a_failed_save_print_no_trace(capsys, monkeypatch):
   monkeypatch.setattr(sys, 'excepthook', sys.__excepthook__)
-  checkpoint._orbax.__wrapped__()
+  storage._orbax.__wrapped__()
 
   def report(function):
     """As TensorStore's threads do with an error of a callback."""

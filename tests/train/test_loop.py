@@ -106,7 +106,7 @@ class Checkpoints:
 
 
 class Run:
-  """`loop.run` and what it was given."""
+  """`loop.train` and what it was given."""
 
   def __init__(self, step=add_batch, *, wait=lambda step: None, on_save=lambda: None, **options):
     start = options.get('start_step', 0)
@@ -122,7 +122,7 @@ class Run:
       'total_steps': 10,
       'batch_size': BATCH,
       'epochs_per_step': 0.25,
-      'hooks': [],
+      'evaluators': [],
       'evaluated': False,
       'checkpoints': self.checkpoints,
       'metadata': {'config': 'c'},
@@ -136,7 +136,7 @@ class Run:
     before = _handlers()
     try:
       with StopSignals() as signals:
-        return loop.run(**self._options, signals=signals)
+        return loop.train(loop.Run(**self._options), signals)
     finally:
       assert _handlers() == before
 
@@ -178,7 +178,7 @@ def test_images_per_second_leave_out_compiling_evaluating_and_saving(clock):
   compiling = before_step(lambda: clock.sleep(0.5), at=lambda step: step == 1)
   run = Run(
     lambda state, batch: before_step(lambda: clock.sleep(0.02))(compiling(state, batch)[0], batch),
-    hooks=[loop.Hook(4, lambda step, params: clock.sleep(0.5))],
+    evaluators=[loop.Evaluator(4, lambda step, params: clock.sleep(0.5))],
     on_save=lambda: clock.sleep(0.5),
     total_steps=12,
     save_every=6,
@@ -214,29 +214,29 @@ def test_broken_images_are_a_metric_once_there_are_any():
   assert run.writer.column('train/broken_images') == {9: 1, 10: 1}
 
 
-# Hooks and checkpoints
+# Evaluators and checkpoints
 
 
-def test_hooks_run_at_the_start_at_their_steps_and_at_the_end():
+def test_evaluators_run_at_the_start_at_their_steps_and_at_the_end():
   seen = []
 
-  def hook(step, state):
+  def evaluate(step, state):
     seen.append((step, float(state['params'])))
     return {'eval/x': step}
 
-  run = Run(hooks=[loop.Hook(4, hook)])
+  run = Run(evaluators=[loop.Evaluator(4, evaluate)])
   run()
   assert seen == [(0, 0), (4, 10), (8, 36), (10, 55)]
   assert run.writer.column('eval/x') == {0: 0, 4: 4, 8: 8, 10: 10}
 
 
 @pytest.mark.parametrize(('evaluated', 'steps'), [(True, [8, 10]), (False, [4, 8, 10])])
-def test_a_continued_run_repeats_the_hooks_of_its_start_only_if_they_were_not_done(
+def test_a_continued_run_repeats_the_evaluators_of_its_start_only_if_they_were_not_done(
   evaluated, steps
 ):
   seen = []
-  hook = loop.Hook(4, lambda step, params: seen.append(step))
-  Run(hooks=[hook], start_step=4, evaluated=evaluated)()
+  evaluator = loop.Evaluator(4, lambda step, params: seen.append(step))
+  Run(evaluators=[evaluator], start_step=4, evaluated=evaluated)()
   assert seen == steps
 
 
@@ -265,8 +265,8 @@ def test_nothing_is_saved_or_evaluated_that_is_not_finite(metric, value, bad):
     return state, metrics | spoilt
 
   seen = []
-  hooks = [loop.Hook(2, lambda step, params: seen.append(step))]
-  run = Run(step, hooks=hooks, save_every=2)
+  evaluators = [loop.Evaluator(2, lambda step, params: seen.append(step))]
+  run = Run(step, evaluators=evaluators, save_every=2)
   with pytest.raises(loop.NonFiniteLoss, match=f'at step {bad}: .*{metric} {value}') as error:
     run()
   good = (bad - 1) // 2 * 2
@@ -321,46 +321,46 @@ def test_a_signal_while_data_is_waited_for_is_honoured_at_once():
 
 @pytest.mark.parametrize('at', [0, 4])
 def test_a_signal_interrupts_an_evaluation_which_the_continued_run_repeats(at):
-  def hook(step, params):
+  def evaluate(step, params):
     if step == at:
       block()
     return {'eval/x': step}
 
-  first = loop.Hook(4, lambda step, params: {'eval/first': step})
-  run = Run(hooks=[first, loop.Hook(4, hook)])
+  first = loop.Evaluator(4, lambda step, params: {'eval/first': step})
+  run = Run(evaluators=[first, loop.Evaluator(4, evaluate)])
   with pytest.raises(Stopped, match=f'stopped at step {at},'):
     run()
   total, metadata = run.checkpoints.saved[at]
   assert total == at * (at + 1) / 2
   assert not metadata['evaluated']
   assert at not in run.writer.column('eval/x')
-  again = Run(hooks=[loop.Hook(4, lambda step, params: {'eval/x': step})], start_step=at)
+  again = Run(evaluators=[loop.Evaluator(4, lambda step, params: {'eval/x': step})], start_step=at)
   again()
   assert at in again.writer.column('eval/x')
 
 
 def test_an_evaluation_that_was_interrupted_is_made_up_for_when_no_step_is_left():
-  hook = loop.Hook(4, lambda step, params: {'eval/x': step})
-  run = Run(hooks=[hook], start_step=10, evaluated=False)
+  evaluator = loop.Evaluator(4, lambda step, params: {'eval/x': step})
+  run = Run(evaluators=[evaluator], start_step=10, evaluated=False)
   assert run()['params'] == 55
   assert run.writer.rows == {10: {'eval/x': 10}}
 
 
 def test_a_signal_during_a_step_that_is_to_be_evaluated_leaves_that_to_the_continued_run():
-  hook = loop.Hook(4, lambda step, params: {})
-  run = Run(before_step(stop, at=lambda step: step == 4), hooks=[hook])
+  evaluator = loop.Evaluator(4, lambda step, params: {})
+  run = Run(before_step(stop, at=lambda step: step == 4), evaluators=[evaluator])
   with pytest.raises(Stopped, match='stopped at step 4,'):
     run()
   assert not run.checkpoints.saved[4][1]['evaluated']
 
 
 def test_a_signal_at_the_very_end_lets_the_run_finish():
-  def hook(step, params):
+  def evaluate(step, params):
     if step == 10:
       stop()
     return {'eval/x': step}
 
-  run = Run(hooks=[loop.Hook(100, hook)])
+  run = Run(evaluators=[loop.Evaluator(100, evaluate)])
   assert run()['params'] == 55
   assert run.writer.column('eval/x') == {0: 0, 10: 10}
   assert run.checkpoints.saved[10][1]['evaluated']

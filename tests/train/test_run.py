@@ -15,7 +15,7 @@ def test_full_memory_is_told_with_the_ways_out():
   message = 'a device has not enough memory: .*allocating 40+ bytes.*what helps: (.*); '
   with (
     pytest.raises(UserError, match=message) as error,
-    run.told_of_full_memory(demo.get_config()),
+    run._told_of_full_memory(demo.get_config()),
   ):
     jnp.zeros(10**15).block_until_ready()
   assert re.search(message, str(error.value))[1] == (
@@ -25,5 +25,5 @@ def test_full_memory_is_told_with_the_ways_out():
 
 
 def test_other_errors_of_jax_are_left_as_they_are():
-  with pytest.raises(jax.errors.JaxRuntimeError), run.told_of_full_memory(None):
+  with pytest.raises(jax.errors.JaxRuntimeError), run._told_of_full_memory(None):
     raise jax.errors.JaxRuntimeError('INTERNAL: something else')

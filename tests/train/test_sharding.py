@@ -198,7 +198,7 @@ def _start(mesh, accumulate_steps: int, *, classify: bool, group: int | None = _
     'ema': params,
   }
   shardings = sharding.state_shardings(state, mesh)
-  state = step.State(sharding.put(jax.tree.map(jnp.copy, state), shardings))
+  state = sharding.put(jax.tree.map(jnp.copy, state), shardings)
   train_step = step.make_train_step(
     graphdef,
     task,
@@ -232,9 +232,9 @@ def train(data: int, fsdp: int, accumulate_steps: int, *, classify: bool = False
     state, metrics = train_step(state, batch)
     losses.append(float(metrics['loss']))
     noise.append(float(metrics['noise']))
-  assert jax.tree.map(lambda x: x.sharding, dict(state)) == shardings
+  assert jax.tree.map(lambda x: x.sharding, state) == shardings
   bytes_of = lambda shape: sum(math.prod(shape(leaf)) for leaf in jax.tree.leaves(state))  # noqa: E731
-  whole = sharding.local(sharding.whole(dict(state), mesh))
+  whole = sharding.local(sharding.whole(state, mesh))
   return {
     'losses': losses,
     'noise': noise,

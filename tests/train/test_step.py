@@ -64,7 +64,7 @@ def _training(make_optimizer=_adamw, *, task=TASK, seed=0, schedule=lambda _: 0.
     'opt_state': jax.jit(optimizer.tx.init)(optim.split(params, optimizer.trained)[0]),
   }
   options = {'epochs_per_step': 0.5, 'seed': seed, 'compiler_options': QUICK} | options
-  return step.State(state), step.make_train_step(graphdef, task, optimizer, schedule, **options)
+  return state, step.make_train_step(graphdef, task, optimizer, schedule, **options)
 
 
 def _remembering(optimizer: optim.Optimizer) -> optim.Optimizer:
@@ -172,8 +172,7 @@ def test_randomness_is_a_function_of_seed_and_step():
 
   def numbers(train_step, steps, start=0):
     """Of the last of some steps; state and images depend on where they start."""
-    state = dict(jax.tree.map(jnp.copy, fresh)) | {'step': jnp.asarray(start, jnp.int32)}
-    state = step.State(state)
+    state = jax.tree.map(jnp.copy, fresh) | {'step': jnp.asarray(start, jnp.int32)}
     for number in range(steps):
       state, metrics = train_step(state, _batch(10 * start + number))
     return {key: np.asarray(metrics[key]) for key in ('noise', 'drop_path_noise')}
@@ -217,7 +216,7 @@ def test_initial_state_is_what_the_abstract_one_says():
   state = step.init_state(create, optimizer, abstract)
   describe = lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding)  # noqa: E731
   assert jax.tree.structure(state) == jax.tree.structure(abstract)
-  assert jax.tree.map(describe, dict(state)) == jax.tree.map(describe, dict(abstract))
+  assert jax.tree.map(describe, state) == jax.tree.map(describe, abstract)
   assert state['step'] == 0
   model = nnx.to_pure_dict(nnx.state(create()))
   jax.tree.map(np.testing.assert_array_equal, state['params'], model)

@@ -123,17 +123,13 @@ def _only_config(wanted: DatasetName, base: Path) -> Path:
 
 
 def preparation(wanted: DatasetName, folder: str | os.PathLike) -> str:
-  """Returns the commands that prepare a data set in `folder`."""
-  from hivit_jax.data import builders
-
+  """Returns the commands that prepare a data set of TFDS, which is not embedded, in `folder`."""
   if wanted.name == 'imagenet2012':
     return (
       'python -m hivit_jax.tools.prepare imagenet2012 --train_tar=ILSVRC2012_img_train.tar '
       f'--val_tar=ILSVRC2012_img_val.tar --data_dir={folder} (the files are on image-net.org '
       'after a free registration; --source_dir=... takes extracted folders instead)'
     )
-  if wanted.name in builders.EMBEDDED:
-    return f'python -m hivit_jax.tools.prepare {wanted.name} --data_dir={folder}'
   return (
     'pip install tensorflow tensorflow-datasets importlib-resources (in an environment of its '
     'own: only this step needs TensorFlow), then there: python -c "import tensorflow_datasets as '

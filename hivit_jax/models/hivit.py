@@ -150,16 +150,16 @@ class HiViTEncoder(Encoder):
     x = self._run(self.blocks[first + 2 :], first, x, drop_path_noise, ids, self.grid, scan=scan)
     return stem.stage1, stem.stage2, x
 
-  def _stem(self, units: jax.Array, noise: jax.Array | None) -> _Stem:
+  def _stem(self, units: jax.Array, drop_path_noise: jax.Array | None) -> _Stem:
     first, second = self.stem_blocks
     half = first // 2
-    x = self.patch_embed(unit_patches(units))
-    middle = self._run(self.blocks[:half], 0, x, noise)
-    stage1 = self._run(self.blocks[half:first], half, middle, noise)
-    merged = self.blocks[first](stage1)
-    stage2 = self._run(self.blocks[first + 1 : first + 1 + second], first, merged, noise)
-    tokens = self.blocks[first + 1 + second](stage2)[:, :, 0]
-    return _Stem(middle, stage1, merged, stage2, tokens)
+    merge1, merge2 = self.blocks[first], self.blocks[first + 1 + second]
+    x = self.patch_embed(unit_patches(units.astype(self.settings.dtype)))
+    middle = self._run(self.blocks[:half], 0, x, drop_path_noise)
+    stage1 = self._run(self.blocks[half:first], half, middle, drop_path_noise)
+    merged = merge1(stage1)
+    stage2 = self._run(self.blocks[first + 1 : first + 1 + second], first, merged, drop_path_noise)
+    return _Stem(middle, stage1, merged, stage2, merge2(stage2)[:, :, 0])
 
   def forward_features(
     self,

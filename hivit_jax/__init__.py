@@ -28,6 +28,17 @@ def create_model(
 ) -> Any:
   """Builds a model, with fresh parameters or with given ones.
 
+  The model takes images (B, H, W, channels) of its image size as normalised floating point numbers;
+  uint8 is refused. Call it under `jax.jit`, which takes models as arguments:
+
+    forward = jax.jit(lambda model, images: model(images))
+    logits = forward(model, images)
+
+  Classifiers (`hivit_*`, `vit_*`, `swin_*`) give (B, num_classes) logits, autoencoders (`mae_*`,
+  `simmim_*`) a loss, predictions and a mask, backbones feature maps. All of them have
+  `forward_features(images)`, what the last stage gives; `pooled(images)`, (B, C) its mean; and
+  `feature_info`, channels and strides.
+
   Args:
     name: one of `list_models()`; None: the model that `weights` are for. If `weights` carry that
       model, it has the arguments that it was trained with. Arguments that a file of other code does
@@ -37,9 +48,29 @@ def create_model(
     weights: path of a file, workdir or checkpoint, see `load_weights`.
     partial: see `load_weights`.
     ema: see `load_weights`.
-    **overrides: arguments of the model's class instead of the variant's or the weights':
-      `image_size` (one side or (height, width) in pixels), `num_classes`, `drop_path_rate`, ...
-      `dtype`, `attention`, `remat` and `scan` never come with weights.
+    **overrides: settings instead of the named model's or the weights', see below. `dtype`,
+      `attention`, `remat` and `scan` never come with weights.
+
+  Settings of every model:
+    image_size: one side or (height, width) in pixels.
+    channels: of the images.
+    drop_path_rate: largest probability of dropping a residual branch in training.
+    dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
+    remat: recompute activations in the backward pass: less memory, more time.
+
+  Settings of a family; the classes of `hivit_jax.models` explain them:
+    hivit_*: embed_dim, depths, num_heads, stem_blocks, stem_mlp_ratio, mlp_ratio, rpe, scan,
+      num_classes (0: no head, the model gives the features before it), head_std, head_batch_norm.
+    backbone_hivit_*: as hivit_* up to scan; bias_image_size, window_size, global_blocks,
+      level_norms.
+    mae_hivit_*: as hivit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
+      mask_ratio, norm_pix_loss, hifeat.
+    vit_*: embed_dim, depth, num_heads, mlp_ratio, scan, num_classes, head_std, head_batch_norm.
+    mae_vit_*: as vit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
+      mask_ratio, norm_pix_loss.
+    swin_*: embed_dim, depths, num_heads, window_size, mlp_ratio, mlp_stages, global_stages,
+      num_classes, head_std, head_batch_norm.
+    simmim_swin_*: as swin_* up to global_stages; mask_ratio.
 
   Returns:
     A `flax.nnx.Module`.

@@ -1,6 +1,5 @@
 """Which model a state dict belongs to, inferred from its names and shapes."""
 
-import inspect
 import itertools
 import math
 import re
@@ -11,7 +10,7 @@ import numpy as np
 
 from hivit_jax import settings
 from hivit_jax.errors import UserError
-from hivit_jax.models import MODELS
+from hivit_jax.models import MODELS, settings_of
 
 _HEAD_WIDTH = 64  # channels of an attention head in every published HiViT and ViT
 _PRETRAINED_DECODER_HEADS = 16
@@ -88,23 +87,9 @@ def tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def defaults(name: str) -> dict[str, Any]:
   """Arguments of a model where none are given, `COMPUTATION` aside; {} for an unknown name."""
-  own = {
-    key: value.default
-    for key, value in _parameters(name).items()
-    if value.default is not value.empty and key not in COMPUTATION
-  }
-  return own | MODELS[name][1] if own else {}
-
-
-def accepted(name: str) -> set[str]:
-  """Arguments that a model's class takes, `COMPUTATION` aside; none for an unknown name."""
-  return set(_parameters(name)) - COMPUTATION - {'self', 'rngs'}
-
-
-def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
   if name not in MODELS:
     return {}
-  return inspect.signature(MODELS[name][0].__init__).parameters
+  return {key: value for key, value in settings_of(name).items() if key not in COMPUTATION}
 
 
 def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Described:
@@ -288,9 +273,9 @@ def _name(family_name: str, arguments: Mapping[str, Any], source: str) -> str:
     return arguments.get('depths') or (arguments['depth'],)
 
   def distance(name: str) -> tuple:
-    variant = MODELS[name][1]
-    pairs = itertools.zip_longest(depths(variant), depths(arguments), fillvalue=0)
-    return variant['embed_dim'] != arguments['embed_dim'], sum(abs(a - b) for a, b in pairs)
+    own = settings_of(name)
+    pairs = itertools.zip_longest(depths(own), depths(arguments), fillvalue=0)
+    return own['embed_dim'] != arguments['embed_dim'], sum(abs(a - b) for a, b in pairs)
 
   names = [name for name in MODELS if name.rsplit('_', 1)[0] == family_name]
   if not names:

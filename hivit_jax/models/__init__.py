@@ -1,24 +1,25 @@
 """Every model that `create_model` can build, by name."""
 
-import inspect
+import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError, suggest
-from hivit_jax.models.backbone import HiViTBackbone
-from hivit_jax.models.hivit import HiViT
+from hivit_jax.models.backbone import BackboneSettings, HiViTBackbone
+from hivit_jax.models.encoder import Settings
+from hivit_jax.models.hivit import HiViT, HiViTClassifierSettings
 from hivit_jax.models.layers import Attention
-from hivit_jax.models.mae import MaskedAutoencoder
-from hivit_jax.models.simmim import SimMIM
-from hivit_jax.models.swin import Swin
-from hivit_jax.models.vit import ViT, ViTMaskedAutoencoder
+from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
+from hivit_jax.models.simmim import SimMIM, SimMIMSettings
+from hivit_jax.models.swin import Swin, SwinClassifierSettings
+from hivit_jax.models.vit import ViT, ViTClassifierSettings, ViTMAESettings, ViTMaskedAutoencoder
 from hivit_jax.ops.attention import IMPLEMENTATIONS
 
+_Sizes = dict[str, dict[str, Any]]
+
 # Table 1 of arXiv 2205.14949; large follows its scaling, the paper gives none.
-_SIZES = {
+_HIVIT: _Sizes = {
   'tiny': {'embed_dim': 384, 'depths': (1, 1, 10), 'num_heads': 6},
   'small': {'embed_dim': 384, 'depths': (2, 2, 20), 'num_heads': 6},
   'base': {'embed_dim': 512, 'depths': (2, 2, 20), 'num_heads': 8},
@@ -26,11 +27,11 @@ _SIZES = {
 }
 
 # Table 5 of arXiv 2111.06377's ViT; Table 7 of arXiv 2103.14030.
-_VIT = {
+_VIT: _Sizes = {
   'base': {'embed_dim': 768, 'depth': 12, 'num_heads': 12},
   'large': {'embed_dim': 1024, 'depth': 24, 'num_heads': 16},
 }
-_SWIN = {
+_SWIN: _Sizes = {
   'tiny': {'embed_dim': 96, 'depths': (2, 2, 6, 2), 'num_heads': (3, 6, 12, 24)},
   'small': {'embed_dim': 96, 'depths': (2, 2, 18, 2), 'num_heads': (3, 6, 12, 24)},
   'base': {'embed_dim': 128, 'depths': (2, 2, 18, 2), 'num_heads': (4, 8, 16, 32)},
@@ -42,22 +43,29 @@ _SWIN = {
 # embedding, and the last LayerNorm after the mean.
 _THREE_STAGES = {'embed_dim': 128, 'depths': (2, 2, 20), 'num_heads': (4, 8, 16)}
 _GLOBAL = {**_THREE_STAGES, 'global_stages': 1}
-_LADDER = {
+_LADDER: _Sizes = {
   'three_stages': _THREE_STAGES,
   'global': _GLOBAL,
   'mlp_stem': {**_GLOBAL, 'mlp_stages': 2},
 }
 
-# name -> (class, arguments of this variant)
-MODELS: dict[str, tuple[type[nnx.Module], dict[str, Any]]] = {
-  **{f'hivit_{size}': (HiViT, arguments) for size, arguments in _SIZES.items()},
-  **{f'backbone_hivit_{size}': (HiViTBackbone, arguments) for size, arguments in _SIZES.items()},
-  **{f'mae_hivit_{size}': (MaskedAutoencoder, arguments) for size, arguments in _SIZES.items()},
-  **{f'vit_{size}': (ViT, arguments) for size, arguments in _VIT.items()},
-  **{f'mae_vit_{size}': (ViTMaskedAutoencoder, arguments) for size, arguments in _VIT.items()},
-  **{f'swin_{size}': (Swin, arguments) for size, arguments in _SWIN.items()},
-  **{f'swin_base_{step}': (Swin, arguments) for step, arguments in _LADDER.items()},
-  **{f'simmim_swin_{size}': (SimMIM, arguments) for size, arguments in _SWIN.items()},
+# Beginning of the name, class, its settings, sizes.
+_FAMILIES: tuple[tuple[str, type[nnx.Module], type[Settings], _Sizes], ...] = (
+  ('hivit', HiViT, HiViTClassifierSettings, _HIVIT),
+  ('backbone_hivit', HiViTBackbone, BackboneSettings, _HIVIT),
+  ('mae_hivit', HiViTMaskedAutoencoder, HiViTMAESettings, _HIVIT),
+  ('vit', ViT, ViTClassifierSettings, _VIT),
+  ('mae_vit', ViTMaskedAutoencoder, ViTMAESettings, _VIT),
+  ('swin', Swin, SwinClassifierSettings, _SWIN),
+  ('swin_base', Swin, SwinClassifierSettings, _LADDER),
+  ('simmim_swin', SimMIM, SimMIMSettings, _SWIN),
+)
+
+# name -> (class, settings)
+MODELS: dict[str, tuple[type[nnx.Module], Settings]] = {
+  f'{family}_{size}': (cls, settings(**own))
+  for family, cls, settings, sizes in _FAMILIES
+  for size, own in sizes.items()
 }
 
 
@@ -66,60 +74,35 @@ def list_models() -> list[str]:
   return sorted(MODELS)
 
 
+def settings_of(name: str) -> dict[str, Any]:
+  """All settings of a named model."""
+  settings = MODELS[name][1]
+  return {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+
+
+def variant(name: str) -> dict[str, Any]:
+  """What distinguishes a named model from the others of its family: size, depth, heads."""
+  fields = {field.name: field for field in dataclasses.fields(MODELS[name][1])}
+  return {key: value for key, value in settings_of(name).items() if value != fields[key].default}
+
+
 def create_model(name: str, *, seed: int = 0, attention: str = 'xla', **overrides: Any) -> Any:
-  """Builds a model with freshly initialised parameters.
-
-  Args:
-    name: one of `list_models()`.
-    seed: of the initialisation.
-    attention: 'xla', or 'cudnn' for NVIDIA GPUs; see `attention.attend`.
-    **overrides: arguments of the model's class, instead of the variant's: `image_size` (one side
-      or (height, width) in pixels), `num_classes`, `drop_path_rate`, `dtype`, ...
-
-  Returns:
-    A `flax.nnx.Module`.
-
-  Raises:
-    UserError: unknown name or argument.
-    UserError: also for values that do not fit, such as a size that is not a multiple of 16.
-  """
+  """Builds a model with freshly initialised parameters; see `hivit_jax.create_model`."""
   if name not in MODELS:
     raise UserError(
       f'unknown model "{name}"{suggest(name, MODELS)}; known: {", ".join(list_models())}'
     )
-  cls, arguments = MODELS[name]
+  cls, preset = MODELS[name]
   if attention not in IMPLEMENTATIONS:
     raise UserError(f'attention="{attention}" is not one of {", ".join(IMPLEMENTATIONS)}')
-  accepted = set(inspect.signature(cls.__init__).parameters) - {'self', 'rngs'}
+  accepted = settings_of(name)
   for key in overrides:
     if key not in accepted:
       raise UserError(
         f'{name} has no argument "{key}"{suggest(key, accepted)}; it takes: '
-        + ', '.join(sorted(accepted | {'attention'}))
+        + ', '.join(sorted({*accepted, 'attention'}))
       )
-  arguments = {**arguments, **overrides}
-  for key in ('image_size', 'bias_image_size'):
-    if arguments.get(key) is not None:
-      arguments[key] = _size(key, arguments[key])
-  _check_dtype(arguments.get('dtype', jnp.float32))
   build: Any = cls
-  model = build(**arguments, rngs=nnx.Rngs(seed))
+  model = build(dataclasses.replace(preset, **overrides), rngs=nnx.Rngs(seed))
   model.set_attributes(Attention, implementation=attention)
   return model
-
-
-def _size(key: str, value: Any) -> tuple[int, int]:
-  """(height, width) from one side or two."""
-  sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
-  if len(sides) != 2 or not all(isinstance(side, int | np.integer) for side in sides):
-    raise UserError(f'{key}={value!r}: expected one side or (height, width), in pixels, as numbers')
-  return int(sides[0]), int(sides[1])
-
-
-def _check_dtype(dtype: Any) -> None:
-  try:
-    known = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-  except TypeError:
-    known = False
-  if not known:
-    raise UserError(f'dtype={dtype!r}: expected float32 or bfloat16')

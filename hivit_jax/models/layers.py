@@ -11,14 +11,14 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.models import positions, resize
-from hivit_jax.ops import attention
+from hivit_jax.ops import attention, initializers
 from hivit_jax.ops.barriers import cpu_barrier
 from hivit_jax.ops.gelu import gelu
 from hivit_jax.ops.linear import affine, linear
 from hivit_jax.ops.norm import layer_norm
 from hivit_jax.ops.precision import widen
 
-_normal = nnx.initializers.normal(0.02)
+_normal = initializers.normal(0.02)
 
 
 def add_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
@@ -28,17 +28,7 @@ def add_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
 
 def torch_conv_init(fan_in: int) -> Callable:
   """PyTorch's default initialisation of a convolution, for its weight and its bias."""
-  return uniform_init(1 / math.sqrt(fan_in))
-
-
-def uniform_init(bound: float) -> Callable:
-  """Uniform in [-bound, bound)."""
-
-  def init(key, shape, dtype=jnp.float32, out_sharding=None):
-    del out_sharding
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-  return init
+  return initializers.uniform(1 / math.sqrt(fan_in))
 
 
 def drop_path(x: jax.Array, rate: jax.Array | float, noise: jax.Array | None) -> jax.Array:

@@ -1,103 +1,212 @@
-"""Masked autoencoding with HiViT (arXiv 2205.14949, section 3.3; MAE, arXiv 2111.06377)."""
+"""Masked autoencoding (MAE, arXiv 2111.06377), with HiViT (arXiv 2205.14949, section 3.3)."""
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from hivit_jax.models import positions
-from hivit_jax.models.hivit import HiViTEncoder, to_rows_and_columns
-from hivit_jax.models.masking import MaskedDecoder
+from hivit_jax.errors import UserError
+from hivit_jax.models import layers, positions
+from hivit_jax.models.encoder import Encoder, TokenSettings
+from hivit_jax.models.hivit import HiViTEncoder, HiViTSettings
+from hivit_jax.models.masking import (
+  MAEOutput,
+  kept_units,
+  mask_to_noise,
+  pixel_target,
+  random_masking,
+)
+from hivit_jax.models.units import UNIT, to_rows_and_columns
+from hivit_jax.ops import initializers
+from hivit_jax.ops.gather import gather_units
+from hivit_jax.ops.linear import linear
 from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.precision import widen
 
 
-class MaskedAutoencoder(HiViTEncoder, MaskedDecoder):
-  """HiViT encoder on the kept units, light transformer decoder on all of them.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MAESettings(TokenSettings):
+  """Settings of a masked autoencoder beside its encoder's.
 
-  Args:
-    hifeat: feed the decoder the outputs of all three stages ("hierarchical features") instead of
-      the last one's.
-    decoder_embed_dim, decoder_depth, decoder_num_heads, mask_ratio, norm_pix_loss: see
-      `MaskedDecoder`.
-    Others as for `HiViTEncoder`.
+  Attributes:
+    decoder_embed_dim: channels of the decoder, a multiple of 4 and of `decoder_num_heads`.
+    decoder_depth: its transformer blocks.
+    decoder_num_heads: heads of each.
+    mask_ratio: share of units removed; `int(N * (1 - mask_ratio))` are kept.
+    norm_pix_loss: predict pixels normalised per unit.
   """
 
-  def __init__(
+  decoder_embed_dim: int = 512
+  decoder_depth: int = 8
+  decoder_num_heads: int = 16
+  mask_ratio: float = 0.75
+  norm_pix_loss: bool = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    kept_units(self.grid[0] * self.grid[1], self.mask_ratio)
+    width, heads = self.decoder_embed_dim, self.decoder_num_heads
+    if width % 4:
+      raise UserError(f'decoder_embed_dim={width} is not a multiple of 4')
+    if width % heads:
+      raise UserError(f'decoder_num_heads={heads} does not divide decoder_embed_dim={width}')
+
+
+class MaskedAutoencoder(Encoder):
+  """An encoder sees some units, a light transformer decoder predicts the pixels of the others."""
+
+  latent: Callable[..., jax.Array]  # what the decoder gets, (images, ids, drop_path_noise)
+  grid: tuple[int, int]
+  class_tokens = 0  # before the units, in the latents and in `decoder_pos_embed`
+
+  def _add_decoder(self, settings: MAESettings, width: int, *, rngs: nnx.Rngs) -> None:
+    """Adds the decoder's parameters, for latents of `width` channels."""
+    self.mask_ratio = settings.mask_ratio
+    self.norm_pix_loss = settings.norm_pix_loss
+    c, options = settings.decoder_embed_dim, {'rngs': rngs, 'dtype': settings.dtype}
+    self.decoder_embed = linear(width, c, **options)
+    self.mask_token = nnx.Param(initializers.normal(0.02)(rngs.params(), (1, 1, c)))
+    # Fixed: `decode` stops its gradient and the optimizers freeze it by name.
+    self.decoder_pos_embed = nnx.Param(positions.sincos_2d(c, self.grid, self.class_tokens))
+    self.decoder_blocks = nnx.List(
+      layers.Block(c, settings.decoder_num_heads, mlp_ratio=4.0, **options)
+      for _ in range(settings.decoder_depth)
+    )
+    self.decoder_norm = layer_norm(c, **options)
+    self.decoder_pred = linear(c, UNIT * UNIT * self.channels, **options)
+
+  def __call__(
     self,
+    images: jax.Array,
     *,
-    image_size: tuple[int, int] = (224, 224),
-    channels: int = 3,
-    embed_dim: int,
-    depths: Sequence[int],
-    num_heads: int,
-    stem_blocks: Sequence[int] | None = None,
-    stem_mlp_ratio: float = 3.0,
-    mlp_ratio: float = 4.0,
-    decoder_embed_dim: int = 512,
-    decoder_depth: int = 6,
-    decoder_num_heads: int = 16,
-    mask_ratio: float = 0.75,
-    norm_pix_loss: bool = True,
-    hifeat: bool = True,
-    rpe: bool = False,
-    drop_path_rate: float = 0.0,
-    remat: bool = False,
-    scan: bool = False,
-    dtype: Any = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    super().__init__(
-      image_size=image_size,
-      channels=channels,
-      embed_dim=embed_dim,
-      depths=depths,
-      stem_blocks=stem_blocks,
-      num_heads=num_heads,
-      stem_mlp_ratio=stem_mlp_ratio,
-      mlp_ratio=mlp_ratio,
-      rpe=rpe,
-      drop_path_rate=drop_path_rate,
-      remat=remat,
-      scan=scan,
-      dtype=dtype,
-      pos_embed_init=lambda key, shape: jnp.asarray(positions.sincos_2d(embed_dim, self.grid)),
-      table_init=nnx.initializers.normal(0.02),
-      rngs=rngs,
-    )
-    if hifeat:
-      self.norm = layer_norm(7 * embed_dim, rngs=rngs, dtype=dtype)
-    self.hifeat = hifeat
-    self._add_decoder(
-      7 * embed_dim if hifeat else embed_dim,
-      decoder_embed_dim,
-      decoder_depth,
-      decoder_num_heads,
-      mask_ratio=mask_ratio,
-      norm_pix_loss=norm_pix_loss,
-      rngs=rngs,
-      dtype=dtype,
-    )
+    noise: jax.Array | None = None,
+    rng: jax.Array | None = None,
+    mask: np.ndarray | None = None,
+    mask_ratio: float | None = None,
+    drop_path_noise: jax.Array | None = None,
+  ) -> MAEOutput:
+    """Masks, encodes, decodes and compares.
 
-  def stages(self, images: jax.Array) -> tuple[jax.Array, ...]:
-    """Outputs of the three stages for whole images, see `encode`."""
-    return self.encode(images)
+    Args:
+      images: (B, H, W, channels) of this model's image size, normalised.
+      noise: (B, N), the units with the smallest noise are kept.
+      rng: PRNG key that draws the noise.
+      mask: (B, N) zeros and ones, 1 = removed, concrete; instead of noise.
+      mask_ratio: instead of the model's; static under `jit`.
+      drop_path_noise: from the method of that name; None (evaluation) switches drop path off.
 
-  def pooled(self, images: jax.Array) -> jax.Array:
-    """(B, H, W, channels) normalised images -> (B, C) mean of the main stage's tokens, unmasked."""
-    return self.encode(images)[-1].mean(axis=1)
+    Raises:
+      ValueError: none or several of the ways to choose units are given.
+      UserError: a shape, ratio or mask does not fit.
+    """
+    ids_keep, ids_restore, removed = self._choose(len(images), noise, rng, mask, mask_ratio)
+    latent = self.latent(images, ids_keep, drop_path_noise)  # (B, K, width)
+    pred = self.decode(latent, ids_restore)  # (B, N, 16 * 16 * channels)
+    error = jnp.square(pred - self.target(images)).mean(axis=-1)  # (B, N)
+    loss = (error * removed).sum() / removed.sum()
+    return MAEOutput(loss, pred, removed, ids_keep, ids_restore)
+
+  def _choose(
+    self,
+    batch: int,
+    noise: jax.Array | None,
+    rng: jax.Array | None,
+    mask: np.ndarray | None,
+    mask_ratio: float | None,
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The kept units, by one of three ways; see `random_masking`."""
+    units = self.grid[0] * self.grid[1]
+    if sum(way is not None for way in (noise, rng, mask)) != 1:
+      raise ValueError('give one of noise=, rng= and mask= to choose the units that are removed')
+    if mask is not None:
+      if mask_ratio is not None:
+        raise ValueError('give mask_ratio= or mask=, which has a ratio of its own, not both')
+      order, keep = mask_to_noise(mask, units)
+    else:
+      keep = kept_units(units, self.mask_ratio if mask_ratio is None else mask_ratio)
+      order = noise if rng is None else self.masking_noise(rng, batch)
+    order = jnp.asarray(order)
+    if order.shape != (batch, units):
+      raise UserError(
+        f'noise or mask must be {(batch, units)}, one number per unit, got {order.shape}'
+      )
+    return random_masking(order, keep)
+
+  def masking_noise(self, rng: jax.Array, batch: int) -> jax.Array:
+    """Uniform numbers that decide which units of a batch are kept: (batch, N)."""
+    return jax.random.uniform(rng, (batch, self.grid[0] * self.grid[1]))
+
+  def decode(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
+    """Latents of the kept units -> (B, N, 16 * 16 * channels) float32 pixels.
+
+    Args:
+      latent: (B, K, width), class tokens before the units.
+      ids_restore: (B, N), see `random_masking`.
+    """
+    x = self.decoder_embed(latent)
+    others, x = x[:, : self.class_tokens], x[:, self.class_tokens :]
+    b, k, c = x.shape
+    n = ids_restore.shape[1]
+    # Repeated before it is rounded, so that its gradient is summed in float32.
+    token = jnp.broadcast_to(self.mask_token[...], (b, n - k, c)).astype(x.dtype)
+    x = gather_units(jnp.concatenate([x, token], axis=1), ids_restore)  # (B, N, c)
+    if self.class_tokens:
+      x = jnp.concatenate([others, x], axis=1)
+    x = x + jax.lax.stop_gradient(self.decoder_pos_embed[...]).astype(x.dtype)
+    x = layers.apply_blocks(
+      self.decoder_blocks,
+      x,
+      rates=(0.0,) * len(self.decoder_blocks),
+      noise=None,
+      remat=self.settings.remat,
+      scan=self.settings.scan,
+    )
+    x = self.decoder_norm(x)[:, self.class_tokens :]
+    return widen(self.decoder_pred(x))
+
+  def target(self, images: jax.Array) -> jax.Array:
+    """(B, H, W, channels) normalised images -> (B, N, 16 * 16 * channels), see `pixel_target`."""
+    return pixel_target(images, self.norm_pix_loss)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HiViTMAESettings(MAESettings, HiViTSettings):
+  """Settings of HiViT as a masked autoencoder.
+
+  Attributes:
+    hifeat: feed the decoder the outputs of all three stages ("hierarchical features") instead of
+      the last one's.
+  """
+
+  rpe: bool = False
+  decoder_depth: int = 6
+  hifeat: bool = True
+
+
+class HiViTMaskedAutoencoder(HiViTEncoder, MaskedAutoencoder):
+  """MAE with HiViT; the position embedding starts as sines and cosines and is learned."""
+
+  def __init__(self, settings: HiViTMAESettings, *, rngs: nnx.Rngs):
+    position = positions.sincos_2d(settings.embed_dim, settings.grid)
+    super().__init__(settings, rngs=rngs, position=position)
+    width = settings.embed_dim
+    if settings.hifeat:
+      width *= 7  # 4 C of the first stage, 2 C of the second, C
+      self.norm = layer_norm(width, rngs=rngs, dtype=settings.dtype)
+    self._add_decoder(settings, width, rngs=rngs)
 
   def latent(
-    self, images: jax.Array, *, ids: jax.Array | None = None, noise: jax.Array | None = None
+    self,
+    images: jax.Array,
+    ids: jax.Array | None = None,
+    drop_path_noise: jax.Array | None = None,
   ) -> jax.Array:
-    """What the decoder gets; arguments as for `encode`.
-
-    Returns:
-      (B, K, 7C) with hierarchical features, else (B, K, C).
-    """
-    stage1, stage2, stage3 = self.encode(images, ids=ids, noise=noise)
-    if not self.hifeat:
+    """What the decoder gets, (B, K, 7C) with `hifeat`, else (B, K, C); arguments as `stages`."""
+    stage1, stage2, stage3 = self.stages(images, ids, drop_path_noise)
+    if not self.settings.hifeat:
       return stage3
     b, k, _ = stage3.shape
     levels = [to_rows_and_columns(level).reshape(b, k, -1) for level in (stage1, stage2)]

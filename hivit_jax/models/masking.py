@@ -1,26 +1,21 @@
-"""Masked autoencoding of units, for any encoder that takes some of them (MAE, arXiv 2111.06377)."""
-
-from collections.abc import Callable
-from typing import Any
+"""Which units an autoencoder sees, and what it is to predict (MAE, arXiv 2111.06377)."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import struct
 from jax import core
 
 from hivit_jax.errors import UserError
-from hivit_jax.models import layers, positions
-from hivit_jax.models.hivit import UNIT, split_units
-from hivit_jax.ops.gather import gather_units
-from hivit_jax.ops.linear import linear
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.models.units import split_units
 from hivit_jax.ops.precision import widen
+
+NORM_PIX_EPS = 1e-6
 
 
 @struct.dataclass
 class MAEOutput:
-  """What `MaskedDecoder.__call__` gives.
+  """What a masked autoencoder gives.
 
   Attributes:
     loss: () float32, mean squared error over the removed units.
@@ -99,147 +94,11 @@ def unit_moments(target: jax.Array) -> tuple[jax.Array, jax.Array]:
   return target.mean(axis=-1, keepdims=True), target.var(axis=-1, ddof=1, keepdims=True)
 
 
-NORM_PIX_EPS = 1e-6
-
-
-class MaskedDecoder:
-  """What makes an encoder of units a masked autoencoder: decoder, target and loss.
-
-  The encoder has `grid`, `channels` and `latent(images, ids=..., noise=...)`.
-
-  Args of `_add_decoder`:
-    width: channels of the latents.
-    embed_dim, depth, num_heads: of the decoder.
-    mask_ratio: share of units removed; `int(N * (1 - mask_ratio))` are kept.
-    norm_pix_loss: predict pixels normalised per unit.
-  """
-
-  grid: tuple[int, int]
-  channels: int
-  remat: bool
-  scan: bool
-  latent: Callable[..., jax.Array]
-  class_tokens = 0  # before the units, in the latents and in `decoder_pos_embed`
-
-  def _add_decoder(
-    self,
-    width: int,
-    embed_dim: int,
-    depth: int,
-    num_heads: int,
-    *,
-    mask_ratio: float,
-    norm_pix_loss: bool,
-    rngs: nnx.Rngs,
-    dtype: Any,
-  ) -> None:
-    kept_units(self.grid[0] * self.grid[1], mask_ratio)  # a bad ratio fails here, not in a step
-    if embed_dim % 4:
-      raise UserError(f'decoder_embed_dim={embed_dim} is not a multiple of 4')
-    if embed_dim % num_heads:
-      raise UserError(
-        f'decoder_num_heads={num_heads} does not divide decoder_embed_dim={embed_dim}'
-      )
-    self.mask_ratio = mask_ratio
-    self.norm_pix_loss = norm_pix_loss
-    options = {'rngs': rngs, 'dtype': dtype}
-    self.decoder_embed = linear(width, embed_dim, **options)
-    self.mask_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, embed_dim)))
-    # Fixed: `decode` stops its gradient and the optimizers freeze it by name.
-    position = positions.sincos_2d(embed_dim, self.grid, self.class_tokens)
-    self.decoder_pos_embed = nnx.Param(jnp.asarray(position))
-    self.decoder_blocks = nnx.List(
-      layers.Block(embed_dim, num_heads, mlp_ratio=4.0, **options) for _ in range(depth)
-    )
-    self.decoder_norm = layer_norm(embed_dim, **options)
-    self.decoder_pred = linear(embed_dim, UNIT * UNIT * self.channels, **options)
-
-  def decode(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
-    """Latents of the kept units -> (B, N, 16 * 16 * channels) float32 pixels.
-
-    Args:
-      latent: (B, K, width), class tokens before the units.
-      ids_restore: (B, N), see `random_masking`.
-    """
-    x = self.decoder_embed(latent)
-    others, x = x[:, : self.class_tokens], x[:, self.class_tokens :]
-    b, k, c = x.shape
-    n = ids_restore.shape[1]
-    # Repeated before it is rounded, so that its gradient is summed in float32.
-    token = jnp.broadcast_to(self.mask_token[...], (b, n - k, c)).astype(x.dtype)
-    x = gather_units(jnp.concatenate([x, token], axis=1), ids_restore)
-    if self.class_tokens:
-      x = jnp.concatenate([others, x], axis=1)
-    x = x + jax.lax.stop_gradient(self.decoder_pos_embed[...]).astype(x.dtype)
-    x = layers.apply_blocks(
-      self.decoder_blocks,
-      x,
-      rates=(0.0,) * len(self.decoder_blocks),
-      noise=None,
-      remat=self.remat,
-      scan=self.scan,
-    )
-    x = self.decoder_norm(x)[:, self.class_tokens :]
-    return widen(self.decoder_pred(x))
-
-  def masking_noise(self, rng: jax.Array, batch: int) -> jax.Array:
-    """Uniform numbers that decide which units of a batch are kept: (batch, N)."""
-    return jax.random.uniform(rng, (batch, self.grid[0] * self.grid[1]))
-
-  def target(self, images: jax.Array) -> jax.Array:
-    """(B, H, W, channels) normalised images -> (B, N, 16 * 16 * channels) what `pred` should be."""
-    units = split_units(widen(images))
-    target = units.reshape(*units.shape[:2], -1)
-    if self.norm_pix_loss:
-      mean, variance = unit_moments(target)
-      target = (target - mean) * jax.lax.rsqrt(variance + NORM_PIX_EPS)
-    return target
-
-  def __call__(
-    self,
-    images: jax.Array,
-    *,
-    noise: jax.Array | None = None,
-    rng: jax.Array | None = None,
-    mask: np.ndarray | None = None,
-    mask_ratio: float | None = None,
-    drop_path_noise: jax.Array | None = None,
-  ) -> MAEOutput:
-    """Masks, encodes, decodes and compares.
-
-    Args:
-      images: (B, H, W, channels) of this model's image size, normalised.
-      noise: (B, N), the units with the smallest noise are kept.
-      rng: PRNG key that draws the noise.
-      mask: (B, N) zeros and ones, 1 = removed, concrete; instead of noise.
-      mask_ratio: instead of the model's; static under `jit`.
-      drop_path_noise: from the method of that name; None (evaluation) switches drop path off.
-
-    Raises:
-      ValueError: none or several of the ways to choose units are given.
-      UserError: a shape, ratio or mask does not fit.
-    """
-    b, n = images.shape[0], self.grid[0] * self.grid[1]
-    if sum(way is not None for way in (noise, rng, mask)) != 1:
-      raise ValueError('give one of noise=, rng= and mask= to choose the units that are removed')
-    if mask is not None:
-      if mask_ratio is not None:
-        raise ValueError('give mask_ratio= or mask=, which has a ratio of its own, not both')
-      order, keep = mask_to_noise(mask, n)
-    else:
-      keep = kept_units(n, self.mask_ratio if mask_ratio is None else mask_ratio)
-      order = noise if rng is None else self.masking_noise(rng, b)
-    order = jnp.asarray(order)
-    if order.shape != (b, n):
-      raise UserError(f'noise or mask must be {(b, n)}, one number per unit, got {order.shape}')
-    ids_keep, ids_restore, removed = random_masking(order, keep)
-    latent = self.latent(images, ids=ids_keep, noise=drop_path_noise)
-    pred = self.decode(latent, ids_restore)
-    error = jnp.square(pred - self.target(images)).mean(axis=-1)  # (B, N)
-    return MAEOutput(
-      loss=(error * removed).sum() / removed.sum(),
-      pred=pred,
-      mask=removed,
-      ids_keep=ids_keep,
-      ids_restore=ids_restore,
-    )
+def pixel_target(images: jax.Array, norm_pix_loss: bool) -> jax.Array:
+  """(B, H, W, channels) normalised images -> (B, N, 16 * 16 * channels) what `pred` should be."""
+  units = split_units(widen(images))
+  target = units.reshape(*units.shape[:2], -1)
+  if norm_pix_loss:
+    mean, variance = unit_moments(target)
+    target = (target - mean) * jax.lax.rsqrt(variance + NORM_PIX_EPS)
+  return target

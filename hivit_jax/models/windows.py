@@ -1,39 +1,36 @@
-"""Windows of units, for attention whose cost grows with the image and not with its square."""
+"""Square windows of a map, for attention whose cost grows with the map and not with its square."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def split_windows(x: jax.Array, grid: tuple[int, int], side: int) -> jax.Array:
-  """Cuts a grid of units into windows; what is missing at the lower and right border is zeros.
+def split_windows(x: Any, side: int) -> Any:
+  """Cuts a map into windows; what is missing at the lower and right border is zeros.
 
-  As in the reference the zeros take part: they go through the block like any unit, unmasked.
+  As in HiViT's published detectors the zeros take part: they go through a block unmasked.
 
   Args:
-    x: (B, rows * columns, C).
-    grid: (rows, columns).
-    side: units along a window's side.
+    x: (B, rows, columns, C).
+    side: cells along a window's side.
 
   Returns:
-    (B * windows, side * side, C); the windows of one example follow one another.
+    (B, windows, side * side, C), windows and cells in row-major order.
   """
-  b, _, c = x.shape
-  down, across = windows_in(grid, side)
-  x = x.reshape(b, *grid, c)
-  x = jnp.pad(x, ((0, 0), (0, down * side - grid[0]), (0, across * side - grid[1]), (0, 0)))
+  b, rows, columns, c = x.shape
+  down, across = -(-rows // side), -(-columns // side)
+  missing = down * side - rows, across * side - columns
+  if any(missing):
+    x = jnp.pad(x, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))
   x = x.reshape(b, down, side, across, side, c).swapaxes(2, 3)
-  return x.reshape(b * down * across, side * side, c)
+  return x.reshape(b, down * across, side * side, c)
 
 
 def join_windows(windows: jax.Array, grid: tuple[int, int], side: int) -> jax.Array:
-  """Inverse of `split_windows`: (B * windows, side * side, C) -> (B, rows * columns, C)."""
+  """Inverse of `split_windows`: (B, windows, side * side, C) -> (B, *grid, C)."""
   c = windows.shape[-1]
-  down, across = windows_in(grid, side)
+  rows, columns = grid
+  down, across = -(-rows // side), -(-columns // side)
   x = windows.reshape(-1, down, across, side, side, c).swapaxes(2, 3)
-  x = x.reshape(-1, down * side, across * side, c)[:, : grid[0], : grid[1]]
-  return x.reshape(-1, grid[0] * grid[1], c)
-
-
-def windows_in(grid: tuple[int, int], side: int) -> tuple[int, int]:
-  """How many windows cover the rows and the columns of a grid."""
-  return -(-grid[0] // side), -(-grid[1] // side)
+  return x.reshape(-1, down * side, across * side, c)[:, :rows, :columns]

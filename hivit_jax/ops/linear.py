@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hivit_jax.ops import initializers
 from hivit_jax.ops.barriers import cpu_after, cpu_barrier
 from hivit_jax.ops.precision import at_least_float32, widen
 
@@ -67,7 +68,7 @@ def linear(
   The reference draws from a normal of standard deviation `std` cut at +-2 (absolute, 100 standard
   deviations), which is a plain normal; biases start at zero.
   """
-  init = nnx.initializers.normal(std)
+  init = initializers.normal(std)
   return Linear(
     in_features, out_features, use_bias=use_bias, kernel_init=init, dtype=dtype, rngs=rngs
   )

@@ -81,7 +81,7 @@ class ClassifyTask:
     images = batch['image']
     if images.dtype == jnp.uint8:  # a quarter of the memory until here, for a batch in parts
       images = normalize(images, self.mean, self.std)
-    logits = model(images, noise=batch.get('drop_path_noise'), train=True)
+    logits = model(images, drop_path_noise=batch.get('drop_path_noise'), train=True)
     right = logits.argmax(axis=-1) == batch['target'].argmax(axis=-1)
     return _cross_entropy(logits, batch['target']).mean(), {'accuracy': right.mean()}
 

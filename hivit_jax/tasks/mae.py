@@ -8,11 +8,10 @@ import jax.numpy as jnp
 
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.simmim import SimMIM
-from hivit_jax.models.vit import ViTMaskedAutoencoder
 from hivit_jax.tasks.images import normalize
 
 Batch = Mapping[str, jax.Array]
-Model = MaskedAutoencoder | ViTMaskedAutoencoder | SimMIM
+Model = MaskedAutoencoder | SimMIM
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 
-from hivit_jax.models.hivit import join_units, split_units
-from hivit_jax.models.masking import NORM_PIX_EPS, MaskedDecoder, unit_moments
+from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.models.masking import NORM_PIX_EPS, unit_moments
 from hivit_jax.models.simmim import SimMIM
+from hivit_jax.models.units import join_units, split_units
 from hivit_jax.tasks.images import denormalize, normalize
 
 _HIDDEN = 128  # grey level of units that a panel leaves out
@@ -44,7 +45,7 @@ class Reconstruction:
 
 
 def predict_pixels(
-  model: MaskedDecoder | SimMIM,
+  model: MaskedAutoencoder | SimMIM,
   images: jax.Array,
   noise: jax.Array,
   *,

@@ -71,8 +71,9 @@ def _from_torch(path: str, out: pathlib.Path) -> None:
     same_kind = models.MODELS[_MODEL.value][0] is models.MODELS[described.name][0]
     keep = arguments if same_kind else ('image_size', 'channels', 'rpe')
     arguments = {k: arguments[k] for k in keep if k in arguments}
-    arguments |= models.MODELS[_MODEL.value][1]
-    guessed = tuple(key for key in guessed if key not in models.MODELS[_MODEL.value][1])
+    own = models.variant(_MODEL.value)
+    arguments |= own
+    guessed = tuple(key for key in guessed if key not in own)
   model = nnx.eval_shape(lambda: models.create_model(name, **arguments))
   values, report = importer.fit(
     model, state, partial=_PARTIAL.value, image_size=arguments['image_size']

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from hivit_jax import models, settings
 from hivit_jax.errors import UserError, flag
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.models.hivit import UNIT
-from hivit_jax.models.masking import MaskedDecoder
+from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.simmim import SimMIM
+from hivit_jax.models.units import UNIT
 from hivit_jax.ops.attention import IMPLEMENTATIONS
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
@@ -25,7 +25,7 @@ _LARGE_WIDTH = 256  # channels of the main stage
 _PUBLISHED_CLASSES = 1000  # of a config that names no number, before there is a data set
 # task -> class of its models, how they are called, rules of the optimizer
 _TASKS = {
-  'mae': (MaskedDecoder, 'masked autoencoder', optim.PRETRAIN_RULES),
+  'mae': (MaskedAutoencoder, 'masked autoencoder', optim.PRETRAIN_RULES),
   'simmim': (SimMIM, 'SimMIM', optim.SIMMIM_RULES),
   'classify': (Classifier, 'classifier', optim.CLASSIFY_RULES),
   'linear': (Classifier, 'classifier', optim.LINEAR_RULES),
@@ -55,8 +55,9 @@ def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
 
 def is_large(config: ml_collections.ConfigDict) -> bool:
   """Whether a step takes long enough for `host_memory.keep_freed_memory(one_arena=True)`."""
-  own = models.MODELS.get(config.model.name, (None, {}))[1]
-  width = config.model.embed_dim or own.get('embed_dim', 0)
+  known = config.model.name in models.MODELS
+  own = models.settings_of(config.model.name)['embed_dim'] if known else 0
+  width = config.model.embed_dim or own
   if 'swin' in (config.model.name or ''):  # it tells the first stage's
     width *= 4
   return width >= _LARGE_WIDTH

@@ -138,7 +138,7 @@ def _as_inferred(
   config.task = assemble.task_of(models.MODELS[name][0])
   config.channels = described.arguments['channels']
   config.model.name = name
-  accepted = {key for key in infer.accepted(name) if key not in ('image_size', 'channels')}
+  accepted = {key for key in infer.defaults(name) if key not in ('image_size', 'channels')}
   # Swin has a number of heads for each stage; other arguments have no setting.
   with config.model.ignore_type(), config.model.unlocked():
     config.model.update({k: v for k, v in described.arguments.items() if k in accepted})

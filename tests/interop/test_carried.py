@@ -120,7 +120,7 @@ def test_the_backbone_of_an_exported_autoencoder_has_its_heads(convert, workdir,
   assert not _warnings(caplog)
   images = random_images(1, 64, 64, 3)
   whole = hivit_jax.create_model(weights=workdir)
-  np.testing.assert_array_equal(model.encode(images)[-1], whole.encode(images)[-1])
+  np.testing.assert_array_equal(model.forward_features(images), whole.forward_features(images))
 
 
 def test_a_probes_batch_norm_is_part_of_the_last_layer_in_exported_files():

@@ -135,7 +135,7 @@ def test_names_and_shapes_are_those_of_the_official_code(golden, model, layout):
 def test_the_model_is_told_from_its_shapes(name):
   described = infer.describe(_shapes(name), 'x')
   assert described.name == name
-  ours, theirs = models.MODELS[name][1], described.arguments
+  ours, theirs = models.variant(name), described.arguments
   assert {key: theirs[key] for key in ours} == ours
   size = 192 if 'simmim' in name else 224
   assert theirs['image_size'] == (size, size)
@@ -188,7 +188,7 @@ def test_itpn_with_odd_stem_and_feature_pyramid_is_imported():
   report = _load(again, arrays)
   assert set(report.ignored) == set(pyramid)
   images = random_images(1, 64, 64, 3)
-  np.testing.assert_array_equal(again.encode(images)[-1], model.encode(images)[-1])
+  np.testing.assert_array_equal(again.forward_features(images), model.forward_features(images))
   assert [level.shape[1] for level in again(images)] == [16, 8, 4, 2]
 
 
@@ -213,7 +213,7 @@ def test_a_pretrained_encoder_goes_into_a_classifier_and_the_report_is_exact(cap
   mae = models.create_model('mae_hivit_tiny', **TINY_MAE)
   _load(mae, pretrained)
   images = random_images(2, 64, 64, 3)
-  assert_close(model.encode(images)[-1], mae.encode(images)[-1], relative=1e-6)
+  assert_close(model.forward_features(images), mae.forward_features(images), relative=1e-6)
 
 
 def test_a_head_of_other_classes_starts_anew_only_in_a_partial_load():

@@ -1,9 +1,13 @@
 """Building models by name, and what is said about mistakes."""
 
+import dataclasses
+import re
+
 import pytest
 from flax import nnx
 
 import hivit_jax
+from hivit_jax import models
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers
 from hivit_jax.models.hivit import HiViT
@@ -27,10 +31,38 @@ def test_overrides_go_before_the_variant():
   assert isinstance(model, HiViT)
   assert model.grid == (1, 2)
   assert model.head.kernel.shape == (48, 3)
-  assert (model.depths, model.blocks[-1].attn.heads) == ((1, 1, 10), 6)
+  assert (model.settings.depths, model.blocks[-1].attn.heads) == ((1, 1, 10), 6)
   model = nnx.merge(*abstract_model('mae_hivit_tiny', image_size=32))
   assert isinstance(model, MaskedAutoencoder)
   assert model.grid == (2, 2)
+
+
+def _documented() -> dict[str, set[str]]:
+  """Beginning of a name -> the settings that the help of `create_model` says it takes."""
+  text = hivit_jax.create_model.__doc__.split('Settings of every model:')[1].split('Returns:')[0]
+  every, families = re.split('Settings of a family.*', text)
+  shared = set(re.findall(r'^    (\w+):', every, re.MULTILINE))
+  taken: dict[str, list[str]] = {}
+  for family, listed in re.findall(r'^    (\w+)_\*: (.*?)\.$', families, re.MULTILINE | re.DOTALL):
+    listed = re.sub(r'\(.*?\)', '', listed, flags=re.DOTALL)
+    like = re.match(r'as (\w+)_\* up to (\w+);', listed)
+    start = [] if like is None else taken[like[1]][: taken[like[1]].index(like[2]) + 1]
+    taken[family] = start + re.findall(r'\w+', listed[like.end() if like else 0 :])
+  return {family: shared | set(own) for family, own in taken.items()}
+
+
+def test_help_lists_what_each_family_takes():
+  documented = _documented()
+  for name, (_, settings) in models.MODELS.items():
+    family = max((f for f in documented if name.startswith(f'{f}_')), key=len)
+    assert documented[family] == {field.name for field in dataclasses.fields(settings)}, name
+
+
+def test_the_variant_is_what_the_sizes_differ_in():
+  assert models.variant('hivit_base') == {'embed_dim': 512, 'depths': (2, 2, 20), 'num_heads': 8}
+  assert models.variant('swin_base_global')['global_stages'] == 1
+  # Not what all SimMIMs have.
+  assert set(models.variant('simmim_swin_base')) == {'embed_dim', 'depths', 'num_heads'}
 
 
 @pytest.mark.parametrize('name', ['mae_hivit_tiny', 'mae_vit_base', 'swin_tiny'])
@@ -60,6 +92,10 @@ def test_all_of_a_model_has_the_attention_asked_for(name):
     ('hivit_tiny', {'image_size': (64, 64, 3)}, 'expected one side or .height, width.'),
     ('hivit_tiny', {'dtype': 'bf16'}, "dtype='bf16': expected float32 or bfloat16"),
     ('hivit_tiny', {'dtype': 'int32'}, "dtype='int32': expected float32 or bfloat16"),
+    ('hivit_tiny', {'num_classes': -1}, 'num_classes must be positive, or 0 for features, got -1'),
+    ('hivit_tiny', {'depths': (1, 1)}, r'depths=\(1, 1\): expected 3 numbers'),
+    ('hivit_tiny', {'stem_blocks': 2}, r'stem_blocks=2: expected 2 numbers'),
+    ('swin_tiny', {'image_size': 0}, 'multiples of 32 pixels, got 0x0'),
     ('hivit_tiny', {'embed_dim': 90}, 'embed_dim must be a multiple of 4, got 90'),
     ('hivit_tiny', {'num_heads': 5}, 'num_heads=5 does not divide 384 channels'),
     ('hivit_tiny', {'drop_path_rate': 1.0}, 'drop_path_rate .* below 1, got 1.0'),
@@ -67,6 +103,12 @@ def test_all_of_a_model_has_the_attention_asked_for(name):
     ('mae_hivit_tiny', {'image_size': 16}, 'mask_ratio 0.75 keeps 0 of 1 units'),
     ('mae_hivit_tiny', {'decoder_num_heads': 7}, 'decoder_num_heads=7 does not divide decoder_emb'),
     ('mae_hivit_tiny', {'decoder_embed_dim': 30}, 'decoder_embed_dim=30 is not a multiple of 4'),
+    (
+      'swin_tiny',
+      {'scan': True},
+      'swin_tiny has no argument "scan".*it takes: .*remat, window_size',
+    ),
+    ('simmim_swin_tiny', {'scan': False}, 'no argument "scan".*mask_ratio'),
     ('swin_tiny', {'num_heads': 3}, 'num_heads=3: expected one number for each stage'),
     ('hivit_tiny', {'dtype': None}, 'dtype=None: expected float32 or bfloat16'),
   ],

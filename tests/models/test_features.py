@@ -68,12 +68,12 @@ def test_every_model_gives_the_levels_that_feature_info_tells_at_any_size(name, 
   assert [info.stride for info in model.feature_info] == [4, 8, 16, 32]
 
 
-def test_at_the_models_own_size_level_3_is_what_encode_gives():
+def test_at_the_models_own_size_level_3_is_what_forward_features_gives():
   graphdef, params = random_model('hivit_tiny', **TINY)
   model = nnx.merge(graphdef, params)
   images = random_images(2, 64, 64, 3)
   (feature,) = model.features(images, (3,))
-  assert_close(feature.reshape(2, 16, -1), model.encode(images)[-1], relative=1e-6)
+  assert_close(feature.reshape(2, 16, -1), model.forward_features(images), relative=1e-6)
 
 
 def test_a_window_as_large_as_the_image_is_global_attention():
@@ -105,8 +105,8 @@ def test_drop_path_drops_whole_examples_with_windows_too():
   model = nnx.merge(graphdef, params)
   images = random_images(2, 64, 96, 3)
   noise = jnp.stack([jnp.ones((6, 2)), jnp.zeros((6, 2))]).at[0].set(0.999)
-  kept = model.features(images, (3,), window_size=2, noise=jnp.zeros((2, 6, 2)))[0]
-  mixed = model.features(images, (3,), window_size=2, noise=noise)[0]
+  kept = model.features(images, (3,), window_size=2, drop_path_noise=jnp.zeros((2, 6, 2)))[0]
+  mixed = model.features(images, (3,), window_size=2, drop_path_noise=noise)[0]
   assert_close(mixed[1], kept[1])
   assert np.abs(mixed[0] - kept[0]).max() > 0.1
 

@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 from hivit_jax.models import swin
-from hivit_jax.models.hivit import to_rows_and_columns
 from hivit_jax.models.positions import sincos_2d
+from hivit_jax.models.units import to_rows_and_columns
 from tests.helpers import (
   GOLDEN,
   abstract_model,
@@ -84,7 +84,7 @@ def test_classifier(name, options, dtype):
 
   def loss(model):
     logits = model(golden.images)
-    return (logits * arrays['logit_weights']).sum(), (logits, model.encode(golden.images))
+    return (logits * arrays['logit_weights']).sum(), (logits, model.stages(golden.images))
 
   grads, (logits, stages) = golden.gradients(loss)
   golden.check('stage1', to_rows_and_columns(stages[0]))

@@ -14,7 +14,7 @@ import hivit_jax
 from hivit_jax.errors import UserError
 from hivit_jax.interop import torch_names
 from hivit_jax.models import layers, positions
-from hivit_jax.models.hivit import join_units, split_units, to_rows_and_columns, unit_patches
+from hivit_jax.models.units import join_units, split_units, to_rows_and_columns, unit_patches
 from hivit_jax.ops.gelu import gelu
 from hivit_jax.ops.norm import layer_norm
 from hivit_jax.planning.flops import matmul_flops
@@ -64,8 +64,8 @@ PARAMETERS = {
 MAE_BASE = 'mae_hivit_base_dec512d6b'  # the official name: of the decoder, 512 channels, 6 blocks
 
 
-def _encode(graphdef, **options):
-  return lambda params, images, **more: nnx.merge(graphdef, params).encode(
+def _stages(graphdef, **options):
+  return lambda params, images, **more: nnx.merge(graphdef, params).stages(
     images, **options, **more
   )
 
@@ -216,7 +216,7 @@ def rpe_model():
 
 def test_stem_treats_units_independently(rpe_model):
   graphdef, params = rpe_model
-  encode = quick_jit(_encode(graphdef))
+  encode = quick_jit(_stages(graphdef))
   images = random_images(1, 64, 64, 3)
   changed = images.copy()
   changed[:, 16:32, 32:48] = random_images(1, 16, 16, 3, seed=1)  # unit 1 * 4 + 2
@@ -233,7 +233,7 @@ def test_dropped_units_leave_the_others_as_they_are(rpe_model):
   """Stem outputs of kept units are those of the whole image, in the order asked for; with every
   unit kept, in any order, the main stage's are too: positions and their biases move along."""
   graphdef, params = rpe_model
-  encode = quick_jit(_encode(graphdef))
+  encode = quick_jit(_stages(graphdef))
   images = random_images(2, 64, 64, 3)
   rng = np.random.default_rng(0)
   order = np.stack([rng.permutation(16) for _ in range(2)])
@@ -256,7 +256,7 @@ def test_masked_units_get_no_gradient_and_have_no_influence(rpe_model):
   weights = [random_images(2, 4, *rest) for rest in ((16, 8), (4, 16), (32,))]
 
   def objective(images):
-    outputs = _encode(graphdef)(params, images, ids=ids)
+    outputs = _stages(graphdef)(params, images, ids=ids)
     return sum((w * x).sum() for w, x in zip(weights, outputs, strict=True)), outputs
 
   run = quick_jit(jax.value_and_grad(objective, has_aux=True))
@@ -364,7 +364,7 @@ def test_non_square_images():
   def run(graphdef):
     def function(params, images):
       model = nnx.merge(graphdef, params)
-      stages = model.encode(images)
+      stages = model.stages(images)
       return *map(to_rows_and_columns, stages[:2]), stages[2], model(images)
 
     return quick_jit(function)
@@ -400,7 +400,7 @@ def test_other_channel_counts():
     return new
 
   def tokens(graphdef, params, images):
-    return quick_jit(_encode(graphdef))(params, images)[2]
+    return quick_jit(_stages(graphdef))(params, images)[2]
 
   grey = abstract_model('hivit_tiny', **options, channels=1)
   four = abstract_model('hivit_tiny', **options, channels=4)
@@ -420,7 +420,7 @@ def test_other_channel_counts():
 
 def _training_function(graphdef, images, noise):
   def loss(params):
-    logits = nnx.merge(graphdef, params)(images, noise=noise)
+    logits = nnx.merge(graphdef, params)(images, drop_path_noise=noise)
     return jnp.square(logits).sum(), logits
 
   return jax.value_and_grad(loss, has_aux=True)
@@ -494,7 +494,7 @@ def test_drop_path_acts_on_each_branch_of_each_example():
     return new
 
   run = quick_jit(
-    lambda params, images, noise=None: nnx.merge(graphdef, params)(images, noise=noise)
+    lambda params, images, noise=None: nnx.merge(graphdef, params)(images, drop_path_noise=noise)
   )
   trained = run(params, images, noise)
   expected = np.concatenate([run(scaled(b), images)[b : b + 1] for b in range(3)])
@@ -595,7 +595,7 @@ def test_gelu_is_the_exact_one():
     ((1, 64, 64, 1), r'\(B, H, W, 3\).*\(1, 64, 64, 1\)'),
     ((64, 64, 3), r'\(B, H, W, 3\).*\(64, 64, 3\)'),
     ((1, 32, 64, 3), r'takes images of 64x64 pixels.*32x64'),
-    ((1, 64, 72, 3), r'multiples of 16.*64x72'),
+    ((1, 64, 72, 3), r'takes images of 64x64 pixels.*64x72'),
   ],
 )
 def test_images_that_do_not_fit(rpe_model, shape, message):

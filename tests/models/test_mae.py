@@ -8,8 +8,8 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.interop import torch_names
-from hivit_jax.models.hivit import join_units, split_units
 from hivit_jax.models.masking import kept_units, random_masking, unit_moments
+from hivit_jax.models.units import join_units, split_units
 from tests.helpers import (
   TINY_MAE,
   abstract_model,
@@ -137,7 +137,7 @@ def test_ways_to_choose_units_that_contradict(mae):
   [
     ((2, 64, 64, 1), r'\(B, H, W, 3\).*\(2, 64, 64, 1\)'),
     ((2, 32, 64, 3), r'takes images of 64x64 pixels.*32x64'),
-    ((2, 64, 72, 3), r'multiples of 16.*64x72'),
+    ((2, 64, 72, 3), r'takes images of 64x64 pixels.*64x72'),
   ],
 )
 def test_images_that_do_not_fit(mae, shape, message):
@@ -225,7 +225,7 @@ def test_decoder_gets_all_stages_or_the_last():
 
   def latents(params, encoder, images):
     model, other = nnx.merge(graphdef, params), nnx.merge(single, encoder)
-    return model.latent(images, ids=ids), other.latent(images, ids=ids), model.encode(images)
+    return model.latent(images, ids=ids), other.latent(images, ids=ids), model.stages(images)
 
   every, last, stages = quick_jit(latents)(params, encoder, images)
   assert every.shape == (1, 2, 224)
@@ -299,7 +299,7 @@ def test_pooled_features_are_the_mean_token_of_the_whole_image(mae):
 
   def function(params):
     model = nnx.merge(graphdef, params)
-    return model.pooled(images), model.encode(images)[2]
+    return model.pooled(images), model.forward_features(images)
 
   pooled, tokens = quick_jit(function)(params)
   assert pooled.shape == (2, 32)

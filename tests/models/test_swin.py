@@ -8,6 +8,7 @@ import pytest
 import hivit_jax
 from hivit_jax.errors import UserError
 from hivit_jax.models import swin
+from hivit_jax.models.windows import join_windows, split_windows
 from tests.helpers import assert_close, quick_jit, random_images
 
 TINY = {
@@ -21,7 +22,7 @@ def test_the_mask_separates_what_only_the_shift_made_neighbours(grid):
   rows, columns = (np.arange(n) for n in grid)
   place = np.stack(np.meshgrid(rows, columns, indexing='ij'), axis=-1)  # (h, w, 2)
   shifted = np.roll(place, (-shift, -shift), axis=(0, 1))
-  windows = np.asarray(swin.to_windows(jnp.asarray(shifted)[None], side))[0]  # (W, N, 2)
+  windows = np.asarray(split_windows(jnp.asarray(shifted)[None], side))[0]  # (W, N, 2)
   distance = np.abs(windows[:, :, None] - windows[:, None]).max(axis=-1)
   expected = np.where(distance < side, 0, -100)
   np.testing.assert_array_equal(swin.shift_mask(grid, side, shift), expected)
@@ -30,10 +31,10 @@ def test_the_mask_separates_what_only_the_shift_made_neighbours(grid):
 
 def test_windows_are_cut_and_joined():
   x = random_images(2, 8, 12, 3)
-  windows = swin.to_windows(jnp.asarray(x), 4)
+  windows = split_windows(jnp.asarray(x), 4)
   assert windows.shape == (2, 6, 16, 3)
   np.testing.assert_array_equal(windows[1, 4].reshape(4, 4, 3), x[1, 4:8, 4:8])
-  np.testing.assert_array_equal(swin.from_windows(windows, (8, 12)), x)
+  np.testing.assert_array_equal(join_windows(windows, (8, 12), 4), x)
 
 
 def test_windows_exchange_what_they_know_by_shifting():
@@ -43,7 +44,7 @@ def test_windows_exchange_what_they_know_by_shifting():
 
   def reached(blocks):
     def first(image):
-      x = model.patch_embed(image)
+      x = model.patch_embed(swin.cut_patches(image))
       for block in blocks:
         x = block(x)
       return x[0, 5, 5].sum()  # in the window of rows and columns 4 to 7
@@ -62,12 +63,6 @@ def test_images_that_windows_do_not_cover():
     hivit_jax.create_model('swin_tiny', **TINY | {'image_size': 72})
   with pytest.raises(UserError, match=r'image_size must be multiples of 8 pixels, got 60x60'):
     hivit_jax.create_model('swin_tiny', **TINY | {'image_size': 60})
-
-
-@pytest.mark.parametrize('name', ['swin_tiny', 'simmim_swin_tiny'])
-def test_blocks_that_differ_cannot_be_scanned(name):
-  with pytest.raises(UserError, match='Swin takes no scan=True'):
-    hivit_jax.create_model(name, scan=True)
 
 
 @pytest.fixture(scope='module')

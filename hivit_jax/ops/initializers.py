@@ -1,0 +1,59 @@
+"""Initial values of parameters, drawn in pieces of one shape.
+
+JAX compiles a program for every shape that it draws, which takes longer than the drawing: a model
+has dozens of shapes, here all share one program.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import core
+
+_PIECE = 1 << 16  # numbers
+
+
+def normal(std: float) -> Callable:
+  """Normal of mean 0 and standard deviation `std`."""
+  return functools.partial(_draw, _normal, std)
+
+
+def uniform(bound: float) -> Callable:
+  """Uniform in [-bound, bound)."""
+  return functools.partial(_draw, _uniform, bound)
+
+
+@jax.jit
+def _normal(key: jax.Array, piece: Any, std: Any) -> jax.Array:
+  return std * jax.random.normal(jax.random.fold_in(key, piece), (_PIECE,))
+
+
+@jax.jit
+def _uniform(key: jax.Array, piece: Any, bound: Any) -> jax.Array:
+  key = jax.random.fold_in(key, piece)
+  return jax.random.uniform(key, (_PIECE,), minval=-bound, maxval=bound)
+
+
+def _draw(
+  piece: Callable,
+  scale: float,
+  key: jax.Array,
+  shape: tuple[int, ...],
+  dtype: Any = jnp.float32,
+  out_sharding: Any = None,
+) -> jax.Array:
+  """An initialiser as Flax takes them; inside a trace it draws the same numbers."""
+  del out_sharding
+  count = int(np.prod(shape))
+  numbers = np.arange(max(1, -(-count // _PIECE)), dtype=np.uint32)
+  width = np.float32(scale)
+  pieces: Any = piece(key, numbers[0], width)
+  if isinstance(pieces, core.Tracer):
+    pieces = jax.vmap(piece, in_axes=(None, 0, None))(key, numbers, width)
+  else:
+    others = [piece(key, number, width) for number in numbers[1:]]
+    pieces = np.stack(jax.device_get([pieces, *others]))
+  return jnp.asarray(pieces.reshape(-1)[:count].reshape(shape), dtype)

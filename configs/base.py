@@ -39,8 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
   config.model.attention = 'xla'  # cudnn: NVIDIA GPUs compute it without its logits in memory
   config.model.remat = False  # recompute activations: less memory, about a third more time
-  # HiViT and ViT: compile the main block once, not once a layer; slower on CPUs.
-  config.model.scan = config_dict.placeholder(bool)
+  config.model.scan = config_dict.placeholder(bool)  # not Swin: compile one block; slow on CPUs
 
   config.init = config_dict.placeholder(str)  # weights: .pth, .safetensors, checkpoint, workdir
   config.init_ema = False  # take its averaged weights

@@ -33,13 +33,14 @@ def create_model(
       model, it has the arguments that it was trained with. Arguments that a file of other code does
       not show are guessed, and one warning names them.
     seed: of the initialisation.
-    attention: 'xla', or 'cudnn' for NVIDIA GPUs, see `ops.attention.attend`.
+    attention: 'xla', or 'cudnn' for NVIDIA GPUs, see `ops.attention.cudnn`.
     weights: path of a file, workdir or checkpoint, see `load_weights`.
     partial: see `load_weights`.
     ema: see `load_weights`.
     **overrides: arguments of the model's class instead of the variant's or the weights':
       `image_size` (one side or (height, width) in pixels), `num_classes`, `drop_path_rate`, ...
-      `dtype`, `attention`, `remat` and `scan` never come with weights.
+      `ops='plain'` computes every operation by its definition, see `ops.choice`. `dtype`,
+      `attention`, `ops`, `remat` and `scan` never come with weights.
 
   Returns:
     A `flax.nnx.Module`.

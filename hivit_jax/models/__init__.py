@@ -10,12 +10,11 @@ from flax import nnx
 from hivit_jax.errors import UserError, suggest
 from hivit_jax.models.backbone import HiViTBackbone
 from hivit_jax.models.hivit import HiViT
-from hivit_jax.models.layers import Attention
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.simmim import SimMIM
 from hivit_jax.models.swin import Swin
 from hivit_jax.models.vit import ViT, ViTMaskedAutoencoder
-from hivit_jax.ops.attention import IMPLEMENTATIONS
+from hivit_jax.ops.choice import choose
 
 # Table 1 of arXiv 2205.14949; large follows its scaling, the paper gives none.
 _SIZES = {
@@ -66,13 +65,15 @@ def list_models() -> list[str]:
   return sorted(MODELS)
 
 
-def create_model(name: str, *, seed: int = 0, attention: str = 'xla', **overrides: Any) -> Any:
+def create_model(
+  name: str, *, seed: int = 0, attention: str = 'xla', ops: str = 'fast', **overrides: Any
+) -> Any:
   """Builds a model with freshly initialised parameters.
 
   Args:
     name: one of `list_models()`.
     seed: of the initialisation.
-    attention: 'xla', or 'cudnn' for NVIDIA GPUs; see `attention.attend`.
+    attention, ops: see `ops.choice.choose`.
     **overrides: arguments of the model's class, instead of the variant's: `image_size` (one side
       or (height, width) in pixels), `num_classes`, `drop_path_rate`, `dtype`, ...
 
@@ -88,14 +89,13 @@ def create_model(name: str, *, seed: int = 0, attention: str = 'xla', **override
       f'unknown model "{name}"{suggest(name, MODELS)}; known: {", ".join(list_models())}'
     )
   cls, arguments = MODELS[name]
-  if attention not in IMPLEMENTATIONS:
-    raise UserError(f'attention="{attention}" is not one of {", ".join(IMPLEMENTATIONS)}')
+  chosen = choose(ops, attention)
   accepted = set(inspect.signature(cls.__init__).parameters) - {'self', 'rngs'}
   for key in overrides:
     if key not in accepted:
       raise UserError(
         f'{name} has no argument "{key}"{suggest(key, accepted)}; it takes: '
-        + ', '.join(sorted(accepted | {'attention'}))
+        + ', '.join(sorted(accepted | {'attention', 'ops'}))
       )
   arguments = {**arguments, **overrides}
   for key in ('image_size', 'bias_image_size'):
@@ -104,7 +104,7 @@ def create_model(name: str, *, seed: int = 0, attention: str = 'xla', **override
   _check_dtype(arguments.get('dtype', jnp.float32))
   build: Any = cls
   model = build(**arguments, rngs=nnx.Rngs(seed))
-  model.set_attributes(Attention, implementation=attention)
+  model.set_attributes(ops=chosen)
   return model
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.models.hivit import HiViTEncoder
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.modules import layer_norm
 
 
 class _MaxPool(nnx.Module):

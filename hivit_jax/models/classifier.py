@@ -6,8 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from hivit_jax.ops import norm
-from hivit_jax.ops.linear import linear
+from hivit_jax.ops import modules
 from hivit_jax.ops.precision import at_least_float32
 
 
@@ -36,9 +35,11 @@ class Classifier:
     rngs: nnx.Rngs,
     dtype: Any,
   ) -> None:
-    self.head_norm = norm.batch_norm(width, rngs=rngs) if batch_norm else None
+    self.head_norm = modules.batch_norm(width, rngs=rngs) if batch_norm else None
     # Not in bfloat16, in which several logits would be the largest.
-    self.head = linear(width, num_classes, std=std, rngs=rngs, dtype=at_least_float32(dtype))
+    self.head = modules.linear(
+      width, num_classes, std=std, rngs=rngs, dtype=at_least_float32(dtype)
+    )
 
   def __call__(
     self, images: jax.Array, *, noise: jax.Array | None = None, train: bool = False

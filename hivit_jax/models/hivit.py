@@ -20,9 +20,7 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.models import classifier, layers, resize, windows
-from hivit_jax.ops.gather import gather_shared, gather_units
-from hivit_jax.ops.linear import linear
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.modules import layer_norm, linear
 
 UNIT = 16  # pixels: side of a unit, the stride of the tokens
 PATCH = 4  # pixels: side of a sub-patch
@@ -109,25 +107,14 @@ class PatchEmbed(nnx.Module):
   """4x4 convolution of stride 4 within each unit, then LayerNorm."""
 
   def __init__(self, channels: int, features: int, *, rngs: nnx.Rngs, dtype: Any):
-    init = layers.torch_conv_init(PATCH * PATCH * channels)
-    self.proj = nnx.Conv(
-      channels,
-      features,
-      (PATCH, PATCH),
-      strides=PATCH,
-      padding='VALID',
-      kernel_init=init,
-      bias_init=init,
-      dtype=dtype,
-      rngs=rngs,
-    )
+    self.proj = layers.patch_conv(channels, features, PATCH, rngs=rngs, dtype=dtype)
     self.norm = layer_norm(features, rngs=rngs, dtype=dtype)
     self.dtype = dtype
 
   def __call__(self, units: jax.Array) -> jax.Array:
     """(B, K, 16, 16, channels) -> (B, K, 16, features), sub-patches in merge order."""
     patches = unit_patches(units.astype(self.dtype))
-    return self.norm(layers.convolve_patches(self.proj, patches, self.dtype))
+    return self.norm(self.proj(patches))
 
 
 class PatchMerge(nnx.Module):
@@ -255,8 +242,8 @@ class HiViTEncoder(layers.StochasticDepth, nnx.Module):
     units = split_units(images)
     position = self.absolute_pos_embed[...]
     if ids is not None:
-      units = gather_units(units, ids)
-      position = gather_shared(position[0], ids)  # (B, K, C)
+      units = self.ops.gather_units(units, ids)
+      position = self.ops.gather_shared(position[0], ids)  # (B, K, C)
     x = self.patch_embed(units)
 
     rates = self.drop_path_rates

@@ -10,7 +10,7 @@ from flax import nnx
 from hivit_jax.models import positions
 from hivit_jax.models.hivit import HiViTEncoder, to_rows_and_columns
 from hivit_jax.models.masking import MaskedDecoder
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.modules import layer_norm
 
 
 class MaskedAutoencoder(HiViTEncoder, MaskedDecoder):

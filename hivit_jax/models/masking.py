@@ -12,9 +12,8 @@ from jax import core
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers, positions
 from hivit_jax.models.hivit import UNIT, split_units
-from hivit_jax.ops.gather import gather_units
-from hivit_jax.ops.linear import linear
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.choice import FAST, Ops
+from hivit_jax.ops.modules import layer_norm, linear
 from hivit_jax.ops.precision import widen
 
 
@@ -119,6 +118,7 @@ class MaskedDecoder:
   remat: bool
   scan: bool
   latent: Callable[..., jax.Array]
+  ops: Ops = FAST
   class_tokens = 0  # before the units, in the latents and in `decoder_pos_embed`
 
   def _add_decoder(
@@ -167,7 +167,7 @@ class MaskedDecoder:
     n = ids_restore.shape[1]
     # Repeated before it is rounded, so that its gradient is summed in float32.
     token = jnp.broadcast_to(self.mask_token[...], (b, n - k, c)).astype(x.dtype)
-    x = gather_units(jnp.concatenate([x, token], axis=1), ids_restore)
+    x = self.ops.gather_units(jnp.concatenate([x, token], axis=1), ids_restore)
     if self.class_tokens:
       x = jnp.concatenate([others, x], axis=1)
     x = x + jax.lax.stop_gradient(self.decoder_pos_embed[...]).astype(x.dtype)

@@ -68,20 +68,9 @@ class SimMIM(nnx.Module):
     self.mask_ratio = mask_ratio
     self._kept(mask_ratio)  # a bad ratio fails here, not in a step
     width = self.unit**2 * channels
-    init = layers.torch_conv_init(self.encoder.features)
     # The official name of a 1x1 convolution, which a pixel shuffle follows.
     self.decoder = nnx.List(
-      [
-        nnx.Conv(
-          self.encoder.features,
-          width,
-          (1, 1),
-          kernel_init=init,
-          bias_init=init,
-          dtype=dtype,
-          rngs=rngs,
-        )
-      ]
+      [layers.patch_conv(self.encoder.features, width, 1, rngs=rngs, dtype=dtype)]
     )
 
   @property
@@ -128,7 +117,7 @@ class SimMIM(nnx.Module):
     """
     x = self.encoder.stages(images, mask=mask, noise=noise)[-1]  # (B, h, w, C)
     b, h, w, c = x.shape
-    x = layers.convolve_patches(self.decoder[0], x.reshape(b, h * w, c), x.dtype)
+    x = self.decoder[0](x.reshape(b, h * w, c))
     side, channels = self.unit, self.channels
     # The channels of a pixel shuffle are (channel, row, column).
     pred = jnp.moveaxis(widen(x).reshape(b, h * w, channels, side, side), 2, -1)

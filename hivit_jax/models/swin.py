@@ -16,8 +16,8 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.ops.linear import linear
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.choice import FAST, Ops
+from hivit_jax.ops.modules import layer_norm, linear
 from hivit_jax.ops.precision import widen
 
 PATCH = 4  # pixels
@@ -63,6 +63,8 @@ def shift_mask(grid: Grid, side: int, shift: int) -> np.ndarray:
 
 class SwinBlock(nnx.Module):
   """Pre-norm block: attention within windows, and MLP, each residual."""
+
+  ops: Ops = FAST
 
   def __init__(
     self,
@@ -152,27 +154,15 @@ class SwinPatchEmbed(nnx.Module):
   """4x4 convolution of stride 4, then LayerNorm."""
 
   def __init__(self, channels: int, features: int, *, rngs: nnx.Rngs, dtype: Any):
-    init = layers.torch_conv_init(PATCH * PATCH * channels)
-    self.proj = nnx.Conv(
-      channels,
-      features,
-      (PATCH, PATCH),
-      strides=PATCH,
-      padding='VALID',
-      kernel_init=init,
-      bias_init=init,
-      dtype=dtype,
-      rngs=rngs,
-    )
+    self.proj = layers.patch_conv(channels, features, PATCH, rngs=rngs, dtype=dtype)
     self.norm = _norm(features, rngs=rngs, dtype=dtype)
-    self.dtype = dtype
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """(B, H, W, channels) -> (B, H / 4, W / 4, features)."""
     b, h, w, c = images.shape
     x = images.reshape(b, h // PATCH, PATCH, w // PATCH, PATCH, c).swapaxes(2, 3)
     x = x.reshape(b, h // PATCH, w // PATCH, PATCH * PATCH * c)
-    return self.norm(layers.convolve_patches(self.proj, x, self.dtype))
+    return self.norm(self.proj(x))
 
 
 class SwinEncoder(layers.StochasticDepth, nnx.Module):

@@ -16,34 +16,23 @@ from hivit_jax.models import layers, positions
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.hivit import UNIT, split_units, unit_grid
 from hivit_jax.models.masking import MaskedDecoder
-from hivit_jax.ops.gather import gather_shared, gather_units
-from hivit_jax.ops.linear import Linear
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.modules import Linear, layer_norm
 
 
 class PatchEmbed(nnx.Module):
   """16x16 convolution of stride 16."""
 
   def __init__(self, channels: int, features: int, *, rngs: nnx.Rngs, dtype: Any):
-    fan_in = UNIT * UNIT * channels
-    bound = np.sqrt(6 / (fan_in + features))  # Xavier's, of the convolution as a Linear
-    self.proj = nnx.Conv(
-      channels,
-      features,
-      (UNIT, UNIT),
-      strides=UNIT,
-      padding='VALID',
-      kernel_init=layers.uniform_init(bound),
-      bias_init=layers.torch_conv_init(fan_in),
-      dtype=dtype,
-      rngs=rngs,
+    bound = np.sqrt(6 / (UNIT * UNIT * channels + features))  # Xavier's, as if it were a Linear
+    init = layers.uniform_init(bound)
+    self.proj = layers.patch_conv(
+      channels, features, UNIT, kernel_init=init, rngs=rngs, dtype=dtype
     )
-    self.dtype = dtype
 
   def __call__(self, units: jax.Array) -> jax.Array:
     """(B, K, 16, 16, channels) -> (B, K, features)."""
     b, k, *_ = units.shape
-    return layers.convolve_patches(self.proj, units.reshape(b, k, -1), self.dtype)
+    return self.proj(units.reshape(b, k, -1))
 
 
 class ViTEncoder(layers.StochasticDepth, nnx.Module):
@@ -128,8 +117,8 @@ class ViTEncoder(layers.StochasticDepth, nnx.Module):
       position = jax.lax.stop_gradient(position)
     of_class, of_patches = position[:, :1], position[:, 1:]
     if ids is not None:
-      units = gather_units(units, ids)
-      of_patches = gather_shared(of_patches[0], ids)  # (B, K, C)
+      units = self.ops.gather_units(units, ids)
+      of_patches = self.ops.gather_shared(of_patches[0], ids)  # (B, K, C)
     x = self.patch_embed(units)
     x = layers.add_parameter(x, of_patches)
     first = jnp.broadcast_to(self.cls_token[...] + of_class, (len(x), 1, self.embed_dim))

@@ -1,24 +1,20 @@
 """Order of computation where a compiler needs help."""
 
-from typing import Any
-
 import jax
 
 
-def cpu_barrier(x: Any) -> Any:
+def between_blocks_plain(x: jax.Array) -> jax.Array:
+  """What one block gives and the next one takes: nothing happens to it."""
+  return x
+
+
+def between_blocks_fast(x: jax.Array) -> jax.Array:
   """`x`, computed before anything that reads it; for XLA's CPU backend only.
 
-  Of a tree of arrays, each by itself. It takes effect where the program is compiled with
-  `train.sharding.compiler_options`.
+  Without it the residual sums of the gradient are fused over all layers, and every layer computes
+  those of the layers after it again.
   """
-  each = lambda x: jax.tree.map(jax.lax.optimization_barrier, x)  # noqa: E731
-  return jax.lax.platform_dependent(x, cpu=each, default=lambda x: x)
-
-
-def cpu_after(x: jax.Array, other: jax.Array) -> jax.Array:
-  """`x` for what is to be computed after `other`; as `cpu_barrier`."""
-  first = lambda x, other: jax.lax.optimization_barrier((x, other))[0]  # noqa: E731
-  return jax.lax.platform_dependent(x, other, cpu=first, default=lambda x, other: x)
+  return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def cuda_barrier(*xs: jax.Array) -> tuple[jax.Array, ...]:
@@ -26,3 +22,12 @@ def cuda_barrier(*xs: jax.Array) -> tuple[jax.Array, ...]:
   return jax.lax.platform_dependent(
     *xs, cuda=lambda *xs: jax.lax.optimization_barrier(xs), default=lambda *xs: xs
   )
+
+
+def compiler_options(platform: str) -> dict[str, str]:
+  """Options for the compilation of training steps.
+
+  XLA's CPU backend drops optimization barriers before it fuses, which makes that between blocks
+  useless and lets it undo `jax.checkpoint`; here it must keep them.
+  """
+  return {'xla_disable_hlo_passes': 'cse_barrier_expander'} if platform == 'cpu' else {}

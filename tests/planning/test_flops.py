@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from hivit_jax.ops.attention import attend
+from hivit_jax.ops.attention import fast as attend
 from hivit_jax.planning.flops import matmul_flops
 from tests.helpers import abstract_model
 

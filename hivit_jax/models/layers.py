@@ -12,6 +12,7 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.models import positions, resize
 from hivit_jax.ops.choice import FAST, Ops
+from hivit_jax.ops.gelu import gelu
 from hivit_jax.ops.modules import PatchConv, layer_norm, linear
 from hivit_jax.ops.precision import widen
 
@@ -103,15 +104,13 @@ def rising_rates(largest: float, count: int) -> tuple[float, ...]:
 class Mlp(nnx.Module):
   """Linear, GELU, Linear."""
 
-  ops: Ops = FAST
-
   def __init__(self, features: int, hidden: int, *, rngs: nnx.Rngs, dtype: Any):
     self.fc1 = linear(features, hidden, rngs=rngs, dtype=dtype)
     self.fc2 = linear(hidden, features, rngs=rngs, dtype=dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])  # TPUs copy hidden layers of other shapes between products
-    return self.fc2(self.ops.gelu(self.fc1(rows))).reshape(x.shape)
+    return self.fc2(gelu(self.fc1(rows))).reshape(x.shape)
 
 
 class Attention(nnx.Module):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 
 from hivit_jax.errors import UserError
-from hivit_jax.ops import attention, barriers, gather, gelu, linear, norm, relative_position
+from hivit_jax.ops import attention, barriers, gather, linear, norm, relative_position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,6 @@ class Ops:
 
   linear: Callable[..., jax.Array]
   layer_norm: Callable[..., jax.Array]
-  gelu: Callable[..., jax.Array]
   attend: Callable[..., jax.Array]
   relative_position_bias: Callable[..., jax.Array]
   gather_units: Callable[..., jax.Array]
@@ -31,7 +30,6 @@ class Ops:
 PLAIN = Ops(
   linear=linear.plain,
   layer_norm=norm.plain,
-  gelu=gelu.plain,
   attend=attention.plain,
   relative_position_bias=relative_position.plain,
   gather_units=gather.units_plain,
@@ -43,7 +41,6 @@ PLAIN = Ops(
 FAST = Ops(
   linear=linear.fast,
   layer_norm=norm.fast,
-  gelu=gelu.fast,
   attend=attention.fast,
   relative_position_bias=relative_position.fast,
   gather_units=gather.units_fast,

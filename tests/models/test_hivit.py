@@ -15,7 +15,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import torch_names
 from hivit_jax.models import layers, positions
 from hivit_jax.models.hivit import join_units, split_units, to_rows_and_columns, unit_patches
-from hivit_jax.ops.gelu import fast as gelu
+from hivit_jax.ops.gelu import gelu
 from hivit_jax.ops.modules import layer_norm
 from hivit_jax.planning.flops import matmul_flops
 from tests.helpers import (

@@ -43,7 +43,6 @@ CASES = {
   'linear': Case('linear', ((5, 24),), ((24, 16), (16,))),
   'linear without bias': Case('linear', ((5, 24),), ((24, 16),), (None,)),
   'layer_norm': Case('layer_norm', ((5, 24),), ((24,), (24,)), (1e-6,)),
-  'gelu': Case('gelu', ((5, 24),)),
   'attend': Case('attend', QKV),
   'attend with a bias': Case('attend', QKV, ((2, 6, 6),)),
   'attend with a bias for each example': Case('attend', QKV, ((3, 2, 6, 6),)),

@@ -184,8 +184,6 @@ class Attention(nnx.Module):
 class MlpBlock(nnx.Module):
   """Pre-norm residual MLP without attention: the block of HiViT's first two stages."""
 
-  ops: Ops = FAST
-
   def __init__(self, features: int, *, mlp_ratio: float, rngs: nnx.Rngs, dtype: Any):
     self.norm2 = layer_norm(features, rngs=rngs, dtype=dtype)
     self.mlp = Mlp(features, int(features * mlp_ratio), rngs=rngs, dtype=dtype)
@@ -199,8 +197,6 @@ class MlpBlock(nnx.Module):
 
 class Block(nnx.Module):
   """Pre-norm transformer block: attention and MLP, each residual."""
-
-  ops: Ops = FAST
 
   def __init__(
     self,
@@ -237,7 +233,7 @@ class Block(nnx.Module):
 
 
 def apply_blocks(
-  blocks: Sequence[Any],
+  blocks: Sequence[nnx.Module],
   x: jax.Array,
   *args: Any,
   rates: Sequence[float],
@@ -248,7 +244,7 @@ def apply_blocks(
   """Runs blocks of one shape in sequence.
 
   Args:
-    blocks: modules with `ops`, called as `block(x, *args, rate=..., noise=...)`.
+    blocks: modules called as `block(x, *args, rate=..., noise=...)`.
     x: (B, ...) input of the first block.
     *args: further inputs, the same for every block.
     rates: drop path rate of each block.
@@ -275,6 +271,5 @@ def apply_blocks(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     return jax.lax.scan(body, x, (stacked, jnp.asarray(rates, jnp.float32), noise))[0]
   for i, layer_params in enumerate(params):
-    x = blocks[i].ops.between_blocks(x)
     x, _ = body(x, (layer_params, rates[i], None if noise is None else noise[i]))
   return x

@@ -16,7 +16,6 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.ops.choice import FAST, Ops
 from hivit_jax.ops.modules import layer_norm, linear
 from hivit_jax.ops.precision import widen
 
@@ -63,8 +62,6 @@ def shift_mask(grid: Grid, side: int, shift: int) -> np.ndarray:
 
 class SwinBlock(nnx.Module):
   """Pre-norm block: attention within windows, and MLP, each residual."""
-
-  ops: Ops = FAST
 
   def __init__(
     self,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 
 from hivit_jax.errors import UserError
-from hivit_jax.ops import attention, barriers, gather, linear, norm, relative_position
+from hivit_jax.ops import attention, gather, linear, norm, relative_position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,6 @@ class Ops:
   gather_units: Callable[..., jax.Array]
   gather_shared: Callable[..., jax.Array]
   gather_pairs: Callable[..., jax.Array]
-  between_blocks: Callable[..., jax.Array]
 
 
 PLAIN = Ops(
@@ -35,22 +34,20 @@ PLAIN = Ops(
   gather_units=gather.units_plain,
   gather_shared=gather.shared_plain,
   gather_pairs=gather.pairs_plain,
-  between_blocks=barriers.between_blocks_plain,
 )
 
 FAST = Ops(
   linear=linear.fast,
   layer_norm=norm.fast,
-  attend=attention.fast,
+  attend=attention.plain,
   relative_position_bias=relative_position.fast,
   gather_units=gather.units_fast,
   gather_shared=gather.shared_fast,
   gather_pairs=gather.pairs_fast,
-  between_blocks=barriers.between_blocks_fast,
 )
 
 FORMS = {'fast': FAST, 'plain': PLAIN}
-ATTENTION = {'xla': attention.fast, 'cudnn': attention.cudnn}
+ATTENTION = {'xla': attention.plain, 'cudnn': attention.cudnn}
 
 
 def choose(ops: str = 'fast', attention: str = 'xla') -> Ops:
@@ -59,7 +56,7 @@ def choose(ops: str = 'fast', attention: str = 'xla') -> Ops:
   Args:
     ops: 'fast', or 'plain' for the definitions, differentiated by JAX: where results differ, the
       fault is that of a fast form.
-    attention: 'xla', or 'cudnn' for NVIDIA GPUs, see `attention.cudnn`; fast only.
+    attention: 'xla', which is the definition, or 'cudnn' for NVIDIA GPUs, see `attention.cudnn`.
 
   Raises:
     UserError: an unknown name, or cuDNN's attention together with plain operations.

@@ -33,20 +33,36 @@ def plain(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
   return jnp.moveaxis(table[index(np.arange(grid[0] * grid[1]), grid)], -1, 0)
 
 
-def fast(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """`plain` as a product with two small matrices of zeros and ones.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _bias(table, grid):
+  return plain(table, grid)
 
-  The derivative of a look-up adds up all pairs of one offset by a scatter, which GPUs do in any
-  order. That of a product adds the same numbers in a fixed order.
-  """
+
+def _forward(table, grid):
+  return plain(table, grid), None
+
+
+def _backward(grid, _, g):
   rows, columns = grid
-  bias = jnp.einsum(
-    'yxh,ijy,abx->hiajb',  # queries (i, a) and keys (j, b), each as (row, column)
-    table.reshape(2 * rows - 1, 2 * columns - 1, -1),
-    *(_offsets(side).astype(table.dtype) for side in grid),
+  table = jnp.einsum(
+    'hiajb,ijy,abx->yxh',  # queries (i, a) and keys (j, b), each as (row, column)
+    g.reshape(-1, rows, columns, rows, columns),
+    *(_offsets(side).astype(g.dtype) for side in grid),
     precision='highest',
   )
-  return bias.reshape(-1, rows * columns, rows * columns)
+  return (table.reshape(-1, len(g)),)
+
+
+_bias.defvjp(_forward, _backward)
+
+
+def fast(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
+  """`plain`, whose derivative is a product with two small matrices of zeros and ones.
+
+  The derivative of a look-up adds up all pairs of one offset by a scatter, which GPUs do in any
+  order. The product adds the same numbers in a fixed order.
+  """
+  return _bias(table, grid)
 
 
 @functools.cache

@@ -26,8 +26,6 @@ from tests.helpers import (
 
 SOME = np.array([[4, 0, 2], [1, 2, 3]])
 ALL = np.array([[4, 0, 2, 1, 3], [0, 1, 3, 4, 2]])
-QKV = ((3, 2, 6, 8),) * 3
-MANY = ((5, 8, 196, 8),) * 3  # as many logits as a real model has
 
 
 class Case(NamedTuple):
@@ -43,20 +41,14 @@ CASES = {
   'linear': Case('linear', ((5, 24),), ((24, 16), (16,))),
   'linear without bias': Case('linear', ((5, 24),), ((24, 16),), (None,)),
   'layer_norm': Case('layer_norm', ((5, 24),), ((24,), (24,)), (1e-6,)),
-  'attend': Case('attend', QKV),
-  'attend with a bias': Case('attend', QKV, ((2, 6, 6),)),
-  'attend with a bias for each example': Case('attend', QKV, ((3, 2, 6, 6),)),
-  'attend with heads of 128': Case('attend', ((3, 2, 6, 128),) * 3),
-  'attend to many': Case('attend', MANY, ((8, 196, 196),)),
   'relative_position_bias': Case('relative_position_bias', (), ((5 * 7, 2),), ((3, 4),)),
   'gather some units': Case('gather_units', ((2, 5, 3, 2),), (), (SOME,)),
   'gather all units': Case('gather_units', ((2, 5, 3, 2),), (), (ALL,)),
   'gather what is shared': Case('gather_shared', (), ((5, 3),), (SOME,)),
   'gather pairs': Case('gather_pairs', (), ((2, 5, 5),), (SOME,)),
-  'between_blocks': Case('between_blocks', ((5, 24),)),
 }
 # Where a platform has a branch of its own; CPUs compute all other forms as the others do.
-BRANCHES = {'attend': 'tpu', 'layer_norm': 'cuda'}
+BRANCHES = {'layer_norm': 'cuda'}
 
 
 def each(*names: str):
@@ -105,6 +97,7 @@ def _compute_here_what_others_compute(request, monkeypatch) -> None:
 
 def test_every_operation_has_a_case_and_two_forms():
   names = {field.name for field in dataclasses.fields(choice.Ops)}
+  names -= {'attend'}  # has one form for XLA; for cuDNN's see test_attention.py
   assert {case.name for case in CASES.values()} == names
   assert [name for name in names if getattr(FAST, name) is getattr(PLAIN, name)] == []
 
@@ -130,12 +123,11 @@ def test_fast_in_bfloat16_is_plain_rounded(case, platform):
   assert_close(value, expected, relative=0.01)
   assert [g.dtype for g in gradients] == [x.dtype for x in (*activations, *parameters)]
   for i, (actual, wanted) in enumerate(zip(gradients, expected_gradients, strict=True)):
-    # Gradients of parameters are sums in float32; that of attention's bias comes from its output.
-    exact_sum = i >= len(activations) and case.name != 'attend'
+    exact_sum = i >= len(activations)  # of a parameter: in float32
     assert_close(actual, wanted, relative=1e-5 if exact_sum else 0.02, name=f'gradient {i}')
 
 
-@each(*(name for name in CASES if name != 'attend to many'))
+@each(*CASES)
 def test_fast_under_vmap(case, platform):
   """A batch of activations with parameters in common: a gradient for each example."""
   shared = bool(case.activations)
@@ -186,7 +178,9 @@ def test_a_plain_model_has_the_loss_and_the_gradients_of_a_fast_one():
 @pytest.mark.parametrize('name', MODELS)
 def test_plain_models_are_made_of_definitions_only(name):
   def help_of(ops: str) -> set[str]:
-    return {e.primitive.name for e in equations(*_loss(name, ops=ops))} & HELP
+    loss, params = _loss(name, ops=ops)
+    programs = (equations(function, params) for function in (loss, jax.grad(loss)))
+    return {e.primitive.name for program in programs for e in program} & HELP
 
   assert help_of('fast') == HELP
   assert help_of('plain') == set()

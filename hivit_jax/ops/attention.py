@@ -19,7 +19,8 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = Non
   logits = jnp.einsum('...qd,...kd->...qk', q, k, preferred_element_type=wide)
   if bias is not None:
     logits = logits + bias
-  return jax.nn.softmax(logits, axis=-1).astype(v.dtype) @ v
+  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  return jnp.einsum('...qk,...kd->...qd', weights, v)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:

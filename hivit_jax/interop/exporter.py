@@ -12,8 +12,9 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import files, importer, infer, mismatch, torch_names
 from hivit_jax.interop.files import StateDict, normal_names
 from hivit_jax.interop.infer import Described
-from hivit_jax.models import positions, swin
-from hivit_jax.ops.norm import BATCH_NORM_EPS
+from hivit_jax.models import swin
+from hivit_jax.ops import relative_position
+from hivit_jax.ops.modules import BATCH_NORM_EPS
 
 # Layout -> (what it is, the key under which a .pth file has the state dict)
 LAYOUTS = {
@@ -166,9 +167,7 @@ def _swin_buffers(arrays: Mapping[str, np.ndarray], state: StateDict) -> dict[st
 
 
 def _index(grid: tuple[int, int]) -> np.ndarray:
-  return np.asarray(
-    positions.relative_position_index(np.arange(grid[0] * grid[1]), grid), dtype=np.int64
-  )
+  return np.asarray(relative_position.index(np.arange(grid[0] * grid[1]), grid), dtype=np.int64)
 
 
 def _mmpretrain(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

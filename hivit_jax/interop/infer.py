@@ -29,7 +29,7 @@ KINDS = {
 # Arguments that no shape shows, beside numbers of heads.
 INVISIBLE = ('mask_ratio', 'norm_pix_loss')
 # Arguments that change how a model is computed, not what: they are the user's, not the weights'.
-COMPUTATION = frozenset(('dtype', 'attention', 'remat', 'scan'))
+COMPUTATION = frozenset(('dtype', 'attention', 'ops', 'remat', 'scan'))
 
 
 class Described(NamedTuple):

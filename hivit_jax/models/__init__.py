@@ -9,12 +9,11 @@ from hivit_jax.errors import UserError, suggest
 from hivit_jax.models.backbone import BackboneSettings, HiViTBackbone
 from hivit_jax.models.encoder import Settings
 from hivit_jax.models.hivit import HiViT, HiViTClassifierSettings
-from hivit_jax.models.layers import Attention
 from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
 from hivit_jax.models.simmim import SimMIM, SimMIMSettings
 from hivit_jax.models.swin import Swin, SwinClassifierSettings
 from hivit_jax.models.vit import ViT, ViTClassifierSettings, ViTMAESettings, ViTMaskedAutoencoder
-from hivit_jax.ops.attention import IMPLEMENTATIONS
+from hivit_jax.ops.choice import choose
 
 _Sizes = dict[str, dict[str, Any]]
 
@@ -86,23 +85,24 @@ def variant(name: str) -> dict[str, Any]:
   return {key: value for key, value in settings_of(name).items() if value != fields[key].default}
 
 
-def create_model(name: str, *, seed: int = 0, attention: str = 'xla', **overrides: Any) -> Any:
+def create_model(
+  name: str, *, seed: int = 0, attention: str = 'xla', ops: str = 'fast', **overrides: Any
+) -> Any:
   """Builds a model with freshly initialised parameters; see `hivit_jax.create_model`."""
   if name not in MODELS:
     raise UserError(
       f'unknown model "{name}"{suggest(name, MODELS)}; known: {", ".join(list_models())}'
     )
   cls, preset = MODELS[name]
-  if attention not in IMPLEMENTATIONS:
-    raise UserError(f'attention="{attention}" is not one of {", ".join(IMPLEMENTATIONS)}')
+  chosen = choose(ops, attention)
   accepted = settings_of(name)
   for key in overrides:
     if key not in accepted:
       raise UserError(
         f'{name} has no argument "{key}"{suggest(key, accepted)}; it takes: '
-        + ', '.join(sorted({*accepted, 'attention'}))
+        + ', '.join(sorted({*accepted, 'attention', 'ops'}))
       )
   build: Any = cls
   model = build(dataclasses.replace(preset, **overrides), rngs=nnx.Rngs(seed))
-  model.set_attributes(Attention, implementation=attention)
+  model.set_attributes(ops=chosen)
   return model

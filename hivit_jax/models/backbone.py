@@ -8,7 +8,7 @@ from flax import nnx
 
 from hivit_jax.models.hivit import HiViTEncoder, HiViTSettings
 from hivit_jax.models.units import unit_grid
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.modules import layer_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,7 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.models.encoder import Encoder, Settings
-from hivit_jax.ops import norm
-from hivit_jax.ops.linear import linear
+from hivit_jax.ops.modules import batch_norm, linear
 from hivit_jax.ops.precision import at_least_float32, widen
 
 
@@ -39,7 +38,7 @@ class Classifier(Encoder):
   fc_norm: nnx.Module | None = None  # between the two
 
   def _add_head(self, settings: HeadSettings, width: int, *, rngs: nnx.Rngs) -> None:
-    self.head_norm = norm.batch_norm(width, rngs=rngs) if settings.head_batch_norm else None
+    self.head_norm = batch_norm(width, rngs=rngs) if settings.head_batch_norm else None
     # Not in bfloat16, in which several logits would be the largest.
     options = {'rngs': rngs, 'dtype': at_least_float32(settings.dtype)}
     classes = settings.num_classes

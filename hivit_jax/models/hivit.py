@@ -32,8 +32,7 @@ from hivit_jax.models.units import (
   unit_patches,
 )
 from hivit_jax.ops import initializers
-from hivit_jax.ops.gather import gather_shared, gather_units
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.modules import layer_norm
 
 OVERHANG = 0.1  # units: of the published dense models, see `resize.position_embedding`
 
@@ -141,8 +140,8 @@ class HiViTEncoder(Encoder):
     self._check(images)
     units, position = split_units(images), self.absolute_pos_embed[...]
     if ids is not None:
-      units = gather_units(units, ids)  # (B, K, 16, 16, channels)
-      position = gather_shared(position[0], ids)  # (B, K, C)
+      units = self.ops.gather_units(units, ids)  # (B, K, 16, 16, channels)
+      position = self.ops.gather_shared(position[0], ids)  # (B, K, C)
     stem = self._stem(units, drop_path_noise)
     x = layers.add_parameter(stem.tokens, position)
     first = sum(self.stem_blocks)

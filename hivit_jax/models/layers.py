@@ -11,11 +11,10 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.models import positions, resize
-from hivit_jax.ops import attention, initializers
-from hivit_jax.ops.barriers import cpu_barrier
+from hivit_jax.ops import initializers
+from hivit_jax.ops.choice import FAST, Ops
 from hivit_jax.ops.gelu import gelu
-from hivit_jax.ops.linear import affine, linear
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.modules import layer_norm, linear
 from hivit_jax.ops.precision import widen
 
 _normal = initializers.normal(0.02)
@@ -47,23 +46,6 @@ def drop_path(x: jax.Array, rate: jax.Array | float, noise: jax.Array | None) ->
   return x * scale.reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def convolve_patches(conv: Any, patches: jax.Array, dtype: Any) -> jax.Array:
-  """A convolution whose stride is its size: a product with its reshaped kernel.
-
-  Args:
-    conv: an `nnx.Conv`.
-    patches: (..., h * w * channels), in (row, column, channel) order.
-    dtype: of the computation.
-
-  Returns:
-    (..., features).
-  """
-  kernel = conv.kernel[...]
-  rows = patches.reshape(-1, patches.shape[-1]).astype(dtype)
-  x = affine(rows, kernel.reshape(-1, kernel.shape[-1]), conv.bias[...])
-  return x.reshape(*patches.shape[:-1], -1)
-
-
 class StochasticDepth:
   """What a model with `drop_path` in its residual blocks has.
 
@@ -72,6 +54,7 @@ class StochasticDepth:
   """
 
   drop_path_rates: tuple[float, ...]
+  ops: Ops = FAST
 
   def drop_path_noise(self, rng: jax.Array, batch: int) -> jax.Array:
     """Uniform numbers that decide about one batch's residual branches: (batch, blocks, 2)."""
@@ -97,39 +80,6 @@ class Mlp(nnx.Module):
     return self.fc2(gelu(self.fc1(rows))).reshape(x.shape)
 
 
-@jax.custom_vjp
-def _split(qkv: jax.Array) -> tuple[jax.Array, ...]:
-  """(..., N, 3, heads, D) -> q, k, v of (..., heads, N, D)."""
-  return jax.lax.platform_dependent(
-    qkv, tpu=_split_columns, default=lambda qkv: tuple(jnp.moveaxis(qkv, (-3, -2), (0, -3)))
-  )
-
-
-def _split_columns(qkv):
-  # TPUs: an axis of 3 inside would be filled up to a tile.
-  *leading, n, _, heads, d = qkv.shape
-  parts = jnp.split(qkv.reshape(*leading, n, -1), 3, axis=-1)
-  return tuple(x.reshape(*leading, n, heads, d).swapaxes(-3, -2) for x in parts)
-
-
-def _split_backward(_, gradients):
-  return (jax.lax.platform_dependent(*gradients, tpu=_join_columns, default=_join),)
-
-
-def _join(*gradients):
-  # CPUs: three transposes and then a plain concatenation; fused, they are five times as slow.
-  return jnp.stack([cpu_barrier(g.swapaxes(-3, -2)) for g in gradients], axis=-3)
-
-
-def _join_columns(*gradients):
-  *leading, heads, n, d = gradients[0].shape
-  rows = [g.swapaxes(-3, -2).reshape(*leading, n, heads * d) for g in gradients]
-  return jnp.concatenate(rows, axis=-1).reshape(*leading, n, 3, heads, d)
-
-
-_split.defvjp(lambda qkv: (_split(qkv), None), _split_backward)
-
-
 class Attention(nnx.Module):
   """Multi-head self-attention with a fused qkv projection and an optional relative position bias.
 
@@ -137,12 +87,9 @@ class Attention(nnx.Module):
     features: channels C, a multiple of `heads`.
     heads: number of heads.
     grid: (rows, columns) of the unit grid when a relative position bias is wanted, else None.
-
-  Attributes:
-    implementation: see `attention.attend`; `create_model` sets it.
   """
 
-  implementation: str = 'xla'
+  ops: Ops = FAST
 
   def __init__(
     self,
@@ -184,17 +131,20 @@ class Attention(nnx.Module):
     Returns:
       The shape of `x`.
     """
-    c = x.shape[-1]
-    q, k, v = _split(self.qkv(x).reshape(*x.shape[:-1], 3, self.heads, c // self.heads))
+    *leading, n, c = x.shape
+    q, k, v = (
+      part.reshape(*leading, n, self.heads, c // self.heads).swapaxes(-3, -2)  # (..., heads, N, D)
+      for part in jnp.split(self.qkv(x), 3, axis=-1)
+    )
     bias = None
     if self.grid is not None:
       grid = grid or self.grid
       table = resize.bias_table(self.relative_position_bias_table[...], self.grid, grid)
-      bias = positions.relative_position_bias(table, grid, ids)
+      bias = positions.relative_position_bias(table, grid, ids, ops=self.ops)
       if mask is not None:
         bias = bias + mask[:, None]
     q *= (c // self.heads) ** -0.5
-    out = attention.attend(q, k, v, bias, implementation=self.implementation)
+    out = self.ops.attend(q, k, v, bias)
     return self.proj(out.swapaxes(-3, -2).reshape(x.shape))
 
 
@@ -272,9 +222,6 @@ def apply_blocks(
 
   Returns:
     The last block's output.
-
-  Between blocks there is a barrier for XLA's CPU backend. Without it the gradient's residual sums
-  are fused over all layers, and every layer computes those of the layers after it again.
   """
   if not blocks:
     return x
@@ -291,5 +238,5 @@ def apply_blocks(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     return jax.lax.scan(body, x, (stacked, jnp.asarray(rates, jnp.float32), noise))[0]
   for i, layer_params in enumerate(params):
-    x, _ = body(cpu_barrier(x), (layer_params, rates[i], None if noise is None else noise[i]))
+    x, _ = body(x, (layer_params, rates[i], None if noise is None else noise[i]))
   return x

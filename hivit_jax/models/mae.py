@@ -21,9 +21,7 @@ from hivit_jax.models.masking import (
 )
 from hivit_jax.models.units import UNIT, to_rows_and_columns
 from hivit_jax.ops import initializers
-from hivit_jax.ops.gather import gather_units
-from hivit_jax.ops.linear import linear
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.modules import layer_norm, linear
 from hivit_jax.ops.precision import widen
 
 
@@ -152,7 +150,7 @@ class MaskedAutoencoder(Encoder):
     n = ids_restore.shape[1]
     # Repeated before it is rounded, so that its gradient is summed in float32.
     token = jnp.broadcast_to(self.mask_token[...], (b, n - k, c)).astype(x.dtype)
-    x = gather_units(jnp.concatenate([x, token], axis=1), ids_restore)  # (B, N, c)
+    x = self.ops.gather_units(jnp.concatenate([x, token], axis=1), ids_restore)  # (B, N, c)
     if self.class_tokens:
       x = jnp.concatenate([others, x], axis=1)
     x = x + jax.lax.stop_gradient(self.decoder_pos_embed[...]).astype(x.dtype)

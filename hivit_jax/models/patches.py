@@ -7,8 +7,7 @@ from flax import nnx
 
 from hivit_jax.models import layers
 from hivit_jax.ops import initializers
-from hivit_jax.ops.linear import linear
-from hivit_jax.ops.norm import LAYER_NORM_EPS, layer_norm
+from hivit_jax.ops.modules import LAYER_NORM_EPS, PatchConv, layer_norm, linear
 
 
 def convolution(
@@ -19,8 +18,8 @@ def convolution(
   rngs: nnx.Rngs,
   dtype: Any,
   kernel_bound: float | None = None,
-) -> nnx.Conv:
-  """The parameters of a convolution of (side, side) pixels and that stride.
+) -> PatchConv:
+  """A convolution of (side, side) pixels whose stride is its size.
 
   Args:
     side: pixels.
@@ -30,7 +29,7 @@ def convolution(
     kernel_bound: the kernel is uniform within it; None: PyTorch's default, as the bias.
   """
   init = layers.torch_conv_init(side * side * channels)
-  return nnx.Conv(
+  return PatchConv(
     channels,
     features,
     (side, side),
@@ -61,11 +60,10 @@ class PatchEmbed(nnx.Module):
     options = {'rngs': rngs, 'dtype': dtype}
     self.proj = convolution(side, channels, features, kernel_bound=kernel_bound, **options)
     self.norm = layer_norm(features, epsilon=epsilon, **options) if norm else None
-    self.dtype = dtype
 
   def __call__(self, patches: jax.Array) -> jax.Array:
     """(..., side * side * channels), in (row, column, channel) order -> (..., features)."""
-    x = layers.convolve_patches(self.proj, patches, self.dtype)
+    x = self.proj(patches)
     return x if self.norm is None else self.norm(x)
 
 

@@ -1,13 +1,10 @@
-"""Position information: fixed sin-cos embeddings and relative position bias indices."""
-
-import functools
+"""Position information: fixed sin-cos embeddings and relative position bias."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hivit_jax.models import resize
-from hivit_jax.ops.gather import gather_pairs
+from hivit_jax.ops.choice import FAST, Ops
 
 
 def sincos_2d(dim: int, grid: tuple[int, int], class_tokens: int = 0) -> jax.Array:
@@ -39,67 +36,19 @@ def sincos_2d(dim: int, grid: tuple[int, int], class_tokens: int = 0) -> jax.Arr
   return jnp.pad(units.reshape(1, rows * columns, dim), ((0, 0), (class_tokens, 0), (0, 0)))
 
 
-def relative_position_index(ids: jax.Array | np.ndarray, grid: tuple[int, int]):
-  """Rows of the relative position bias table for every pair of units.
-
-  The table holds `(2 * rows - 1) * (2 * columns - 1)` entries, one per offset (dy, dx), at
-  `(dy + rows - 1) * (2 * columns - 1) + (dx + columns - 1)` (Swin, arXiv 2103.14030).
-
-  Args:
-    ids: (..., K) integer positions of the units in the row-major grid.
-    grid: (rows, columns) of the whole grid.
-
-  Returns:
-    (..., K, K) integers: entry (i, j) belongs to query i and key j.
-  """
-  rows, columns = grid
-  y, x = ids // columns, ids % columns
-  dy = y[..., :, None] - y[..., None, :] + rows - 1
-  dx = x[..., :, None] - x[..., None, :] + columns - 1
-  return dy * (2 * columns - 1) + dx
-
-
-def relative_position_bias(table: jax.Array, grid: tuple[int, int], ids: jax.Array | None = None):
+def relative_position_bias(
+  table: jax.Array, grid: tuple[int, int], ids: jax.Array | None = None, *, ops: Ops = FAST
+) -> jax.Array:
   """Bias to add to the attention logits.
 
   Args:
-    table: (entries, heads), see `relative_position_index`.
+    table: (entries, heads), see `ops.relative_position.index`.
     grid: (rows, columns) of the whole grid.
     ids: (B, K) positions of the units present; None when all are.
+    ops: that compute it.
 
   Returns:
     (heads, N, N) without ids, (B, heads, K, K) with.
   """
-  bias = _bias(grid, jnp.asarray(table))
-  return bias if ids is None else gather_pairs(bias, ids)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _bias(grid: tuple[int, int], table: jax.Array) -> jax.Array:
-  # The index is a constant of the program, not of the model.
-  index = relative_position_index(np.arange(grid[0] * grid[1]), grid)
-  return jnp.moveaxis(table[index], -1, 0)
-
-
-def _bias_backward(grid, table, g):
-  # The derivative of the gather would add up all pairs of one offset by a scatter. Products with
-  # matrices of zeros and ones add the same numbers in a fixed order.
-  return jax.linear_transpose(functools.partial(_bias_by_products, grid), table)(g)
-
-
-_bias.defvjp(lambda grid, table: (_bias(grid, table), table), _bias_backward)
-
-
-def _bias_by_products(grid: tuple[int, int], table: jax.Array) -> jax.Array:
-  """`_bias`, computed by two products with small constant matrices."""
-  rows, columns = grid
-  bias = resize.apply_separable(_pairs_of_offset(rows), _pairs_of_offset(columns), table[None])
-  bias = bias.reshape(rows, rows, columns, columns, -1).transpose(4, 0, 2, 1, 3)
-  return bias.reshape(-1, rows * columns, rows * columns)
-
-
-@functools.cache
-def _pairs_of_offset(count: int) -> np.ndarray:
-  """(count * count, 2 * count - 1): 1 where query i and key j of a row are i - j cells apart."""
-  offset = np.arange(count)[:, None] - np.arange(count) + count - 1
-  return np.eye(2 * count - 1)[offset.reshape(-1)]
+  bias = ops.relative_position_bias(jnp.asarray(table), grid)
+  return bias if ids is None else ops.gather_pairs(bias, ids)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.models import layers
 from hivit_jax.models.encoder import FeatureInfo
 from hivit_jax.models.masking import MAEOutput, random_masking
 from hivit_jax.models.patches import convolution
@@ -126,7 +125,7 @@ class SimMIM(nnx.Module):
     """
     x = self.encoder.stages(images, drop_path_noise, mask=mask)[-1]  # (B, h, w, C)
     b, h, w, c = x.shape
-    x = layers.convolve_patches(self.decoder[0], x.reshape(b, h * w, c), x.dtype)
+    x = self.decoder[0](x.reshape(b, h * w, c))
     side, channels = self.settings.stride, self.channels
     # The channels of a pixel shuffle are (channel, row, column).
     pred = jnp.moveaxis(widen(x).reshape(b, h * w, channels, side, side), 2, -1)

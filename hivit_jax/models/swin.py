@@ -21,7 +21,7 @@ from hivit_jax.models.patches import PatchEmbed, PatchMerge
 from hivit_jax.models.units import PATCH
 from hivit_jax.models.windows import join_windows, split_windows
 from hivit_jax.ops import initializers
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.modules import layer_norm
 from hivit_jax.ops.precision import widen
 
 LAYER_NORM_EPS = 1e-5

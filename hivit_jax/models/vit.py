@@ -18,9 +18,7 @@ from hivit_jax.models.mae import MAESettings, MaskedAutoencoder
 from hivit_jax.models.patches import PatchEmbed
 from hivit_jax.models.units import UNIT, split_units
 from hivit_jax.ops import initializers
-from hivit_jax.ops.gather import gather_shared, gather_units
-from hivit_jax.ops.linear import Linear
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.modules import Linear, layer_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,8 +87,8 @@ class ViTEncoder(Encoder):
       position = jax.lax.stop_gradient(position)
     of_class, of_patches = position[:, :1], position[:, 1:]
     if ids is not None:
-      units = gather_units(units, ids)  # (B, K, 16, 16, channels)
-      of_patches = gather_shared(of_patches[0], ids)  # (B, K, C)
+      units = self.ops.gather_units(units, ids)  # (B, K, 16, 16, channels)
+      of_patches = self.ops.gather_shared(of_patches[0], ids)  # (B, K, C)
     x = self.patch_embed(units.reshape(*units.shape[:2], -1))
     x = layers.add_parameter(x, of_patches)
     first = jnp.broadcast_to(self.cls_token[...] + of_class, (len(x), 1, x.shape[-1]))

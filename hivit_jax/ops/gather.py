@@ -3,6 +3,8 @@
 The derivative of a gather is a scatter-add. GPUs add in any order, so two runs differ in their last
 bits. Where every unit is picked at most once, each place of the gradient has at most one source:
 looking it up is a gather, the same on every run.
+
+In all functions `ids` are integer positions; within an example no two are equal.
 """
 
 import functools
@@ -12,43 +14,53 @@ import jax
 import jax.numpy as jnp
 
 
+def units_plain(units: jax.Array, ids: jax.Array) -> jax.Array:
+  """Picks units of each example: (B, N, ...) and (B, K) -> (B, K, ...)."""
+  return jnp.asarray(units)[jnp.arange(len(ids))[:, None], ids]
+
+
+def shared_plain(values: jax.Array, ids: jax.Array) -> jax.Array:
+  """Picks from what all examples share: (N, ...) and (B, K) -> (B, K, ...)."""
+  return jnp.asarray(values)[ids]
+
+
+def pairs_plain(values: jax.Array, ids: jax.Array) -> jax.Array:
+  """Picks pairs of units: (heads, N, N) and (B, K) -> (B, heads, K, K)."""
+  return jnp.asarray(values)[:, ids[:, :, None], ids[:, None, :]].swapaxes(0, 1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _take(count: int, units: jax.Array, ids: jax.Array) -> jax.Array:
   """`units[ids]` of `count` units: (count, ...) and (K,) -> (K, ...)."""
   return jnp.take(units, ids, axis=0, mode='fill')  # a wrong id gives NaN
 
 
-def _take_forward(count, units, ids):
+def _forward(count, units, ids):
   return _take(count, units, ids), ids
 
 
-def _take_backward(count, ids, g):
+def _backward(count, ids, g):
   picked = ids == jnp.arange(count)[:, None]  # (count, K)
   found = picked.any(axis=1).reshape(-1, *(1,) * (g.ndim - 1))
   own = jnp.take(g, picked.argmax(axis=1), axis=0, mode='clip')
   return jnp.where(found, own, jnp.zeros_like(own)), None
 
 
-_take.defvjp(_take_forward, _take_backward)
+_take.defvjp(_forward, _backward)
 
 
-def gather_units(units: jax.Array, ids: jax.Array) -> jax.Array:
-  """Picks units of each example: (B, N, ...) and (B, K) -> (B, K, ...).
-
-  Args:
-    units: anything with one entry for each unit.
-    ids: integer positions; within an example no two are equal.
-  """
+def units_fast(units: jax.Array, ids: jax.Array) -> jax.Array:
+  """`units_plain`; a position that there is not gives NaN."""
   return _each(functools.partial(_take, units.shape[1]), 0, units, ids)
 
 
-def gather_shared(values: jax.Array, ids: jax.Array) -> jax.Array:
-  """Picks from what all examples share: (N, ...) and (B, K) -> (B, K, ...), `ids` as above."""
+def shared_fast(values: jax.Array, ids: jax.Array) -> jax.Array:
+  """`shared_plain`, as `units_fast`."""
   return _each(functools.partial(_take, len(values)), None, values, ids)
 
 
-def gather_pairs(values: jax.Array, ids: jax.Array) -> jax.Array:
-  """Picks pairs of units: (heads, N, N) and (B, K) -> (B, heads, K, K), `ids` as above."""
+def pairs_fast(values: jax.Array, ids: jax.Array) -> jax.Array:
+  """`pairs_plain`, as `units_fast`."""
   take = functools.partial(_take, values.shape[1])
 
   def pick(values, ids):

@@ -1,24 +1,24 @@
-"""LayerNorm, differentiated by hand, and BatchNorm."""
-
-from typing import Any
+"""Layer normalisation."""
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from hivit_jax.ops.barriers import cuda_barrier
 from hivit_jax.ops.precision import widen
 
-LAYER_NORM_EPS = 1e-6
-BATCH_NORM_EPS = 1e-6
+
+def plain(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+  """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, in the type of `x`.
+
+  Args:
+    x: (rows, features); statistics are at least float32.
+    scale, bias: (features,).
+    epsilon: added to the variance.
+  """
+  return _forward(x, scale, bias, epsilon)[0]
 
 
-@jax.custom_vjp
-def _normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-  return _normalise_forward(x, scale, bias, epsilon)[0]
-
-
-def _normalise_forward(x, scale, bias, epsilon):
+def _forward(x, scale, bias, epsilon):
   x32 = widen(x)
   mean = x32.mean(axis=-1, keepdims=True)
   # Not the fast variance E[x^2] - E[x]^2, which cancels badly for features with a large mean.
@@ -27,7 +27,12 @@ def _normalise_forward(x, scale, bias, epsilon):
   return out.astype(x.dtype), (x, mean, rsqrt, scale)
 
 
-def _normalise_backward(residuals, g):
+@jax.custom_vjp
+def _layer_norm(x, scale, bias, epsilon):
+  return plain(x, scale, bias, epsilon)
+
+
+def _backward(residuals, g):
   x, mean, rsqrt, scale = residuals
   product, normal, g32 = _product_with_normal(x, mean, rsqrt, g)
   along = (product * scale).mean(axis=-1, keepdims=True)
@@ -43,41 +48,13 @@ def _product_with_normal(x, mean, rsqrt, g):
   return g * normal, normal, g
 
 
-_normalise.defvjp(_normalise_forward, _normalise_backward)
+_layer_norm.defvjp(_forward, _backward)
 
 
-class LayerNorm(nnx.LayerNorm):
-  """LayerNorm over the last axis; statistics in at least float32.
+def fast(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+  """`plain`, differentiated by hand.
 
-  Differentiated by hand: for the backward pass it keeps its input and two numbers a row, and takes
-  four sums instead of the seven that follow from its parts.
+  For the backward pass it keeps its input and two numbers a row, and takes four sums instead of the
+  seven that follow from its parts.
   """
-
-  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-    """(..., features) -> the same shape."""
-    if mask is not None:
-      raise NotImplementedError('nnx.LayerNorm takes a mask, this one does not')
-    rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-    params: Any = self
-    out = _normalise(rows, params.scale[...], params.bias[...], self.epsilon)
-    return out.reshape(x.shape)
-
-
-def layer_norm(
-  features: int, *, rngs: nnx.Rngs, dtype: Any, epsilon: float = LAYER_NORM_EPS
-) -> LayerNorm:
-  """LayerNorm with the epsilon of the reference."""
-  return LayerNorm(features, epsilon=epsilon, dtype=dtype, rngs=rngs)
-
-
-def batch_norm(features: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
-  """BatchNorm without scale and bias, in float32; running statistics move by a tenth a step."""
-  return nnx.BatchNorm(
-    features,
-    momentum=0.9,
-    epsilon=BATCH_NORM_EPS,
-    use_bias=False,
-    use_scale=False,
-    use_fast_variance=False,
-    rngs=rngs,
-  )
+  return _layer_norm(x, scale, bias, epsilon)

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-# Products in the primitives that JAX has for cuDNN's attention. The backward pass of
-# `ops.attention`, which computes the logits again, has as many.
+# Products in the primitives that JAX has for cuDNN's attention, which computes the logits again.
 _ATTENTION = {'dot_product_attention_fwd_wrapper': 2, 'dot_product_attention_bwd_wrapper': 5}
 
 

@@ -15,10 +15,11 @@ from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.simmim import SimMIM
 from hivit_jax.models.units import UNIT
-from hivit_jax.ops.attention import IMPLEMENTATIONS
+from hivit_jax.ops import barriers
+from hivit_jax.ops.choice import ATTENTION
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
-from hivit_jax.train import optim, schedules, sharding, step
+from hivit_jax.train import optim, schedules, step
 
 _DTYPES = ('auto', 'float32', 'bfloat16')
 _LARGE_WIDTH = 256  # channels of the main stage
@@ -86,8 +87,8 @@ def attention(config: ml_collections.ConfigDict, device: Any = None) -> str:
     device: that it is for; None: the first of JAX's own.
   """
   chosen = config.model.get('attention', 'xla')  # older runs have none
-  if chosen not in IMPLEMENTATIONS:
-    raise UserError(f'config.model.attention="{chosen}" is not one of {", ".join(IMPLEMENTATIONS)}')
+  if chosen not in ATTENTION:
+    raise UserError(f'config.model.attention="{chosen}" is not one of {", ".join(ATTENTION)}')
   device = device or jax.local_devices()[0]
   if chosen == 'xla' or device.platform != 'gpu':
     return 'xla'
@@ -255,7 +256,7 @@ def training(
     abstract=abstract,
     accumulate_steps=config.accumulate_steps,
     ema_decay=config.ema_decay,
-    compiler_options=sharding.compiler_options(mesh),
+    compiler_options=barriers.compiler_options(mesh.devices.flat[0].platform),
   )
   return Training(chosen, graphdef, tx, abstract, train_step)
 

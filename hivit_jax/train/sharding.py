@@ -1,7 +1,7 @@
 """Devices as a mesh, and what lies where on it."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -123,47 +123,31 @@ def _gatherer(mesh: Mesh) -> Any:
 
 
 def use_whole(params: Any, shardings: Any) -> Any:
-  """Inside a jitted function: the parameters on every device, their gradients split again.
+  """Inside a jitted function: parameters that are split over devices, whole on each of them.
 
   Args:
     params: tree of arrays.
     shardings: tree of `NamedSharding`s of the same structure; None: nothing is split.
   """
-  if shardings is None:
-    return params
-
-  def gather(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    return x if sharding.is_fully_replicated else _gather(x, sharding)
-
-  return jax.tree.map(gather, params, shardings)
+  return _constrain(params, shardings, lambda sharding: replicated(sharding.mesh))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-  return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, PartitionSpec()))
+def keep_parts(gradients: Any, shardings: Any) -> Any:
+  """Inside a jitted function: of each gradient the part that a device has of the parameter.
 
-
-def _gather_forward(x, sharding):
-  return _gather(x, sharding), None
-
-
-def _gather_backward(sharding, _, g):
-  # Each device asks for its part of the sum only: a reduce-scatter, where the compiler has one.
-  return (jax.lax.with_sharding_constraint(g, sharding),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-  """Options for the compilation of training steps, by the mesh's platform.
-
-  XLA's CPU backend drops optimization barriers before it fuses, which makes those of
-  `layers.apply_blocks` useless and lets it undo `jax.checkpoint`; here it must keep them.
+  Each device asks for its part of the sum only: a reduce-scatter, where the compiler has one.
+  Arguments are as for `use_whole`.
   """
-  if mesh.devices.flat[0].platform == 'cpu':
-    return {'xla_disable_hlo_passes': 'cse_barrier_expander'}
-  return {}
+  return _constrain(gradients, shardings, lambda sharding: sharding)
+
+
+def _constrain(tree: Any, shardings: Any, place: Callable) -> Any:
+  def constrain(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_replicated:
+      return x
+    return jax.lax.with_sharding_constraint(x, place(sharding))
+
+  return tree if shardings is None else jax.tree.map(constrain, tree, shardings)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1, key='batch_size'):

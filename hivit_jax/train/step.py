@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hivit_jax.ops.barriers import cpu_barrier
 from hivit_jax.train import optim, sharding
 
 # `step`: () int32; `params`; `opt_state`; with an average of the parameters, `ema`.
@@ -98,7 +97,7 @@ def make_train_step(
     accumulate_steps: parts that a batch is computed in, one after the other. The result is that of
       the whole batch up to rounding: random numbers are drawn for the whole batch before.
     ema_decay: share of the old average in the new one, for a state with `ema`; None: no average.
-    compiler_options: see `sharding.compiler_options`.
+    compiler_options: see `ops.barriers.compiler_options`.
 
   Returns:
     The step; its metrics are `loss`, `learning_rate` (of layers whose factor is 1), `grad_norm`,
@@ -108,13 +107,15 @@ def make_train_step(
   places = None if abstract is None else _shardings(abstract['params'])
 
   def loss(trained, others, batch):
-    params = sharding.use_whole(optim.join(trained, others), places)
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graphdef, optim.join(trained, others))
     value, metrics = task.loss(model, batch)
     statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))  # as the batch has changed them
     return value, ({'loss': value, **metrics}, statistics)
 
-  gradients = jax.grad(loss, has_aux=True)
+  def gradients(trained, others, batch):
+    params = sharding.use_whole(optim.join(trained, others), places)
+    grads, aux = jax.grad(loss, has_aux=True)(*optim.split(params, optimizer.trained), batch)
+    return sharding.keep_parts(grads, places and optim.split(places, optimizer.trained)[0]), aux
 
   def mean_gradients(trained, others, batch):
     if accumulate_steps == 1:
@@ -177,10 +178,8 @@ def _shardings(abstract: Any) -> Any:
 
 
 def _norm(tree: Any) -> jax.Array:
-  # CPUs: rows first, because XLA sums to one number in a single thread. The barrier, because it
-  # would write the squares to memory where others want them, too, as Adam does of a gradient.
-  leaves = cpu_barrier([jnp.atleast_1d(x) for x in jax.tree.leaves(tree)])
-  rows = [jnp.square(x).sum(axis=-1) for x in leaves]
+  # Rows first, because XLA sums to one number in a single thread of a CPU.
+  rows = [jnp.square(jnp.atleast_1d(x)).sum(axis=-1) for x in jax.tree.leaves(tree)]
   return jnp.sqrt(sum(row.sum() for row in rows))
 
 

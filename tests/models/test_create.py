@@ -9,9 +9,9 @@ from flax import nnx
 import hivit_jax
 from hivit_jax import models
 from hivit_jax.errors import UserError
-from hivit_jax.models import layers
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.ops.choice import choose
 from tests.helpers import abstract_model
 
 
@@ -66,14 +66,12 @@ def test_the_variant_is_what_the_sizes_differ_in():
 
 
 @pytest.mark.parametrize('name', ['mae_hivit_tiny', 'mae_vit_base', 'swin_tiny'])
-def test_all_of_a_model_has_the_attention_asked_for(name):
-  for attention in ('xla', 'cudnn'):
-    model = nnx.merge(*abstract_model(name, attention=attention))
-    found = [
-      m.implementation for _, m in nnx.iter_modules(model) if isinstance(m, layers.Attention)
-    ]
+def test_all_of_a_model_has_the_operations_asked_for(name):
+  for options in ({}, {'attention': 'cudnn'}, {'ops': 'plain'}):
+    model = nnx.merge(*abstract_model(name, **options))
+    found = [module.ops for _, module in nnx.iter_modules(model) if hasattr(module, 'ops')]
     assert len(found) >= 10
-    assert set(found) == {attention}
+    assert set(found) == {choose(**options)}
 
 
 @pytest.mark.parametrize(
@@ -85,6 +83,8 @@ def test_all_of_a_model_has_the_attention_asked_for(name):
     ('hivit_tiny', {'mask_ratio': 0.5}, 'hivit_tiny has no argument "mask_ratio"'),
     ('hivit_tiny', {'rngs': 1}, 'no argument "rngs"'),
     ('hivit_tiny', {'attention': 'flash'}, 'attention="flash" is not one of xla, cudnn'),
+    ('hivit_tiny', {'ops': 'slow'}, 'ops="slow" is not one of fast, plain'),
+    ('hivit_tiny', {'ops': 'plain', 'attention': 'cudnn'}, 'attention=cudnn is a fast form'),
     ('hivit_tiny', {'image_size': 100}, 'multiples of 16 pixels, got 100x100'),
     ('hivit_tiny', {'image_size': (32, 40)}, 'multiples of 16 pixels, got 32x40'),
     ('hivit_tiny', {'image_size': 0}, 'multiples of 16 pixels, got 0x0'),

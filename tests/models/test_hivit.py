@@ -16,7 +16,7 @@ from hivit_jax.interop import torch_names
 from hivit_jax.models import layers, positions
 from hivit_jax.models.units import join_units, split_units, to_rows_and_columns, unit_patches
 from hivit_jax.ops.gelu import gelu
-from hivit_jax.ops.norm import layer_norm
+from hivit_jax.ops.modules import layer_norm
 from hivit_jax.planning.flops import matmul_flops
 from tests.helpers import (
   GOLDEN,
@@ -298,16 +298,6 @@ def test_masking_saves_the_work_of_the_masked_units():
 
 
 # --- relative position bias
-
-
-def test_relative_position_index_follows_the_formula():
-  rows, columns = 2, 3
-  index = positions.relative_position_index(np.arange(6), (rows, columns))
-  for i in range(6):
-    for j in range(6):
-      (y, x), (v, u) = divmod(i, columns), divmod(j, columns)
-      assert index[i, j] == (y - v + rows - 1) * (2 * columns - 1) + (x - u + columns - 1)
-  assert set(index.ravel()) == set(range(3 * 5))
 
 
 def test_bias_of_kept_units_is_a_part_of_the_whole_bias():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from hivit_jax.errors import UserError
+from hivit_jax.ops import barriers
 from hivit_jax.planning.collectives import collectives
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
@@ -209,7 +210,7 @@ def _start(mesh, accumulate_steps: int, *, classify: bool, group: int | None = _
     abstract=state,
     accumulate_steps=accumulate_steps,
     ema_decay=0.9,
-    compiler_options=sharding.compiler_options(mesh) | {'xla_backend_optimization_level': '0'},
+    compiler_options=barriers.compiler_options('cpu') | {'xla_backend_optimization_level': '0'},
   )
   return state, shardings, train_step
 

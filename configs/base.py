@@ -37,10 +37,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.norm_pix_loss = config_dict.placeholder(bool)  # predict pixels normalised per unit
   config.model.hifeat = config_dict.placeholder(bool)  # decode from all three stages
   config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
-  config.model.attention = 'xla'  # cudnn: NVIDIA GPUs compute it without its logits in memory
+  config.model.attention = 'auto'  # xla; on NVIDIA GPUs auto: cudnn where it is faster; triton
   config.model.ops = 'fast'  # plain: by the definitions, to tell a kernel's fault from a model's
   config.model.remat = False  # recompute activations: less memory, about a third more time
-  config.model.scan = config_dict.placeholder(bool)  # not Swin: compile one block; slow on CPUs
+  # HiViT and ViT: compile the main block once, not once a layer; slower on CPUs.
+  config.model.scan = config_dict.placeholder(bool)
 
   config.init = config_dict.placeholder(str)  # weights: .pth, .safetensors, checkpoint, workdir
   config.init_ema = False  # take its averaged weights

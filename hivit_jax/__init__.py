@@ -44,12 +44,13 @@ def create_model(
       model, it has the arguments that it was trained with. Arguments that a file of other code does
       not show are guessed, and one warning names them.
     seed: of the initialisation.
-    attention: 'xla', or 'cudnn' for NVIDIA GPUs, see `ops.attention.cudnn`.
+    attention: 'xla', or for NVIDIA GPUs 'auto', 'cudnn' or 'triton', see `ops.choice`.
     weights: path of a file, workdir or checkpoint, see `load_weights`.
     partial: see `load_weights`.
     ema: see `load_weights`.
     **overrides: settings instead of the named model's or the weights', see below. `dtype`,
-      `attention`, `ops`, `remat` and `scan` never come with weights.
+      `attention`, `ops`, `remat` and `scan` never come with weights. `ops='plain'`, which
+      is no setting of a family, computes every operation by its definition, see `ops.choice`.
 
   Settings of every model:
     image_size: one side or (height, width) in pixels.
@@ -57,7 +58,6 @@ def create_model(
     drop_path_rate: largest probability of dropping a residual branch in training.
     dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
     remat: recompute activations in the backward pass: less memory, more time.
-    ops: 'fast', or 'plain' to compute every operation by its definition, see `ops.choice`.
 
   Settings of a family; the classes of `hivit_jax.models` explain them:
     hivit_*: embed_dim, depths, num_heads, stem_blocks, stem_mlp_ratio, mlp_ratio, rpe, scan,

@@ -131,11 +131,6 @@ class Attention(nnx.Module):
     Returns:
       The shape of `x`.
     """
-    *leading, n, c = x.shape
-    q, k, v = (
-      part.reshape(*leading, n, self.heads, c // self.heads).swapaxes(-3, -2)  # (..., heads, N, D)
-      for part in jnp.split(self.qkv(x), 3, axis=-1)
-    )
     bias = None
     if self.grid is not None:
       grid = grid or self.grid
@@ -143,9 +138,7 @@ class Attention(nnx.Module):
       bias = positions.relative_position_bias(table, grid, ids, ops=self.ops)
       if mask is not None:
         bias = bias + mask[:, None]
-    q *= (c // self.heads) ** -0.5
-    out = self.ops.attend(q, k, v, bias)
-    return self.proj(out.swapaxes(-3, -2).reshape(x.shape))
+    return self.proj(self.ops.attend(self.qkv(x), self.heads, bias))
 
 
 class MlpBlock(nnx.Module):

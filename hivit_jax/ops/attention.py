@@ -1,16 +1,42 @@
 """Softmax attention.
 
-In all functions q, k and v are (..., heads, N, D), q scaled already; bias is added to the logits:
-(heads, N, N), with any of the leading axes of q before it. The result is (..., heads, N, D) in the
-type of v.
+In functions of q, k and v these are (..., heads, N, D), q scaled already; bias is added to the
+logits: (heads, N, N), with any of the leading axes of q before it. The result is (..., heads, N, D)
+in the type of v.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from hivit_jax.ops.precision import at_least_float32
+
+_LONG = 128  # tokens from which on cuDNN's kernel is faster than XLA's (H100)
+
+
+def of_projection(
+  attend: Callable[..., jax.Array], qkv: jax.Array, heads: int, bias: jax.Array | None = None
+) -> jax.Array:
+  """Attention from what one Linear gives.
+
+  Args:
+    attend: a function of q, k, v and bias.
+    qkv: (..., N, 3 * C): queries, keys and values, the channels of each head together.
+    heads: their number.
+    bias: see above.
+
+  Returns:
+    (..., N, C): softmax(q k^T / sqrt(D) + bias) v.
+  """
+  *leading, n, c = qkv.shape
+  d = c // 3 // heads
+  q, k, v = (
+    part.reshape(*leading, n, heads, d).swapaxes(-3, -2)  # (..., heads, N, D)
+    for part in jnp.split(qkv, 3, axis=-1)
+  )
+  return attend(q * d**-0.5, k, v, bias).swapaxes(-3, -2).reshape(*leading, n, c // 3)
 
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -35,6 +61,12 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = Non
   if q.dtype == jnp.bfloat16 and d % 8 == 0 and d <= 128 and shared:
     return _attend_by_cudnn(q, k, v, bias)
   return plain(q, k, v, bias)
+
+
+def auto(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  """`cudnn` where it is faster on an NVIDIA GPU; it is not for few tokens or an odd number."""
+  n = q.shape[-2]
+  return (cudnn if n >= _LONG and n % 2 == 0 else plain)(q, k, v, bias)
 
 
 def _attend_by_cudnn(q, k, v, bias):

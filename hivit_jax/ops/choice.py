@@ -1,12 +1,13 @@
 """Which form of each operation a model computes with: the only place where that is decided."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 
 from hivit_jax.errors import UserError
-from hivit_jax.ops import attention, gather, linear, norm, relative_position
+from hivit_jax.ops import attention, gather, linear, norm, relative_position, triton_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Ops:
   gather_pairs: Callable[..., jax.Array]
 
 
+_ATTEND_PLAIN = functools.partial(attention.of_projection, attention.plain)
+
 PLAIN = Ops(
   linear=linear.plain,
   layer_norm=norm.plain,
-  attend=attention.plain,
+  attend=_ATTEND_PLAIN,
   relative_position_bias=relative_position.plain,
   gather_units=gather.units_plain,
   gather_shared=gather.shared_plain,
@@ -39,7 +42,7 @@ PLAIN = Ops(
 FAST = Ops(
   linear=linear.fast,
   layer_norm=norm.fast,
-  attend=attention.plain,
+  attend=_ATTEND_PLAIN,
   relative_position_bias=relative_position.fast,
   gather_units=gather.units_fast,
   gather_shared=gather.shared_fast,
@@ -47,7 +50,12 @@ FAST = Ops(
 )
 
 FORMS = {'fast': FAST, 'plain': PLAIN}
-ATTENTION = {'xla': attention.plain, 'cudnn': attention.cudnn}
+ATTENTION = {
+  'auto': functools.partial(attention.of_projection, attention.auto),
+  'xla': _ATTEND_PLAIN,
+  'cudnn': functools.partial(attention.of_projection, attention.cudnn),
+  'triton': triton_attention.attend,
+}
 
 
 def choose(ops: str = 'fast', attention: str = 'xla') -> Ops:
@@ -56,10 +64,11 @@ def choose(ops: str = 'fast', attention: str = 'xla') -> Ops:
   Args:
     ops: 'fast', or 'plain' for the definitions, differentiated by JAX: where results differ, the
       fault is that of a fast form.
-    attention: 'xla', which is the definition, or 'cudnn' for NVIDIA GPUs, see `attention.cudnn`.
+    attention: 'xla', which is the definition, or for NVIDIA GPUs 'auto', 'cudnn' or 'triton', see
+      `attention` and `triton_attention`.
 
   Raises:
-    UserError: an unknown name, or cuDNN's attention together with plain operations.
+    UserError: an unknown name, or a kernel for attention together with plain operations.
   """
   for key, value, known in (('ops', ops, FORMS), ('attention', attention, ATTENTION)):
     if value not in known:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from hivit_jax.ops import initializers
 from hivit_jax.ops.choice import FAST, Ops
 
 LAYER_NORM_EPS = 1e-6
@@ -40,7 +41,7 @@ def linear(
   The reference draws from a normal of standard deviation `std` cut at +-2 (absolute, 100 standard
   deviations), which is a plain normal; biases start at zero.
   """
-  init = nnx.initializers.normal(std)
+  init = initializers.normal(std)
   return Linear(
     in_features, out_features, use_bias=use_bias, kernel_init=init, dtype=dtype, rngs=rngs
   )

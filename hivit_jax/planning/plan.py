@@ -140,7 +140,7 @@ def plan(
     'task': config.task,
     'image_size': list(assemble.image_size(config)),
     'dtype': config.model.dtype,
-    'attention': assemble.attention(config, devices[0]),
+    'attention': assemble.attention(config, devices),
     'batch_size': config.batch_size,
     'devices': mesh.size,
     'device_kind': devices[0].device_kind,

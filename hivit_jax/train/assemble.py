@@ -1,7 +1,7 @@
 """From a config to the objects it describes. Below here nobody knows about configs."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,41 +79,44 @@ def compute_dtype(config: ml_collections.ConfigDict, platform: str | None = None
   return dtype
 
 
-def attention(config: ml_collections.ConfigDict, device: Any = None) -> str:
-  """The implementation of attention, see `ops.attention`; 'xla' where there is no NVIDIA GPU.
+def attention(config: ml_collections.ConfigDict, devices: Sequence[Any] = ()) -> str:
+  """The implementation of attention, see `ops.choice`; 'xla' where there is no NVIDIA GPU.
 
   Args:
     config: see configs/base.py.
-    device: that it is for; None: the first of JAX's own.
+    devices: that it is for; none: JAX's own.
   """
   chosen = config.model.get('attention', 'xla')  # older runs have none
   if chosen not in ATTENTION:
     raise UserError(f'config.model.attention="{chosen}" is not one of {", ".join(ATTENTION)}')
-  device = device or jax.local_devices()[0]
+  device = devices[0] if devices else jax.local_devices()[0]
   if chosen == 'xla' or device.platform != 'gpu':
     return 'xla'
-  if compute_dtype(config, device.platform) == 'float32':
-    raise UserError(
-      'config.model.attention=cudnn computes in bfloat16 only: --config.model.dtype=bfloat16, or '
-      '--config.model.attention=xla'
-    )
+  reason = None
   capability = str(getattr(device, 'compute_capability', '8.0'))
-  if not capability[:1].isdecimal() or float(capability) < 8:  # AMD's are names, such as gfx942
-    raise UserError(
-      f'config.model.attention=cudnn takes an NVIDIA GPU of compute capability 8.0 or more, not '
-      f'{capability} ({device.device_kind}); --config.model.attention=xla works everywhere'
-    )
-  return chosen
+  if compute_dtype(config, device.platform) == 'float32':
+    reason = 'computes in bfloat16 only: --config.model.dtype=bfloat16'
+  elif not capability[:1].isdecimal() or float(capability) < 8:  # AMD's are names, such as gfx942
+    reason = f'takes an NVIDIA GPU of compute capability 8.0 or more, not {capability}'
+  elif chosen == 'triton' and len(devices) > 1:
+    reason = f'takes one device, not {len(devices)}'
+  if chosen == 'auto':
+    return 'auto' if reason is None and config.model.get('ops') != 'plain' else 'xla'
+  if reason is None:
+    return chosen
+  raise UserError(f'config.model.attention={chosen} {reason}, or --config.model.attention=auto')
 
 
-def model_creator(config: ml_collections.ConfigDict, device: Any = None) -> Callable[[], Any]:
-  """Returns a function that builds the config's model, for a device or JAX's own."""
+def model_creator(
+  config: ml_collections.ConfigDict, devices: Sequence[Any] = ()
+) -> Callable[[], Any]:
+  """Returns a function that builds the config's model, for devices or JAX's own."""
   arguments = {k: v for k, v in config.model.items() if v is not None and k != 'name'}
   arguments |= {
     'image_size': image_size(config),
     'channels': config.channels,
-    'dtype': compute_dtype(config, device and device.platform),
-    'attention': attention(config, device),
+    'dtype': compute_dtype(config, devices[0].platform if devices else None),
+    'attention': attention(config, devices),
   }
 
   def create():
@@ -241,7 +244,7 @@ def training(
   """
   chosen = task(config)  # first: it checks the model's name
   graphdef, tx, abstract = step.abstract_state(
-    model_creator(config, mesh.devices.flat[0]),
+    model_creator(config, mesh.devices.flatten()),
     optimizer(config),
     mesh,
     ema=config.ema_decay is not None,

@@ -120,3 +120,21 @@ def test_cudnn_is_used_where_it_fits(kernel_calls, shape, dtype, bias, used):
   assert (out.shape, out.dtype, len(kernel_calls)) == (shape, dtype, used)
   plain(x, x, x, bias)
   assert len(kernel_calls) == used
+
+
+@pytest.mark.parametrize(('n', 'used'), [(127, False), (128, True), (129, False)])
+def test_auto_takes_cudnn_for_many_tokens(kernel_calls, n, used):
+  q, k, v = (jnp.ones((1, 1, n, 8), jnp.bfloat16) for _ in range(3))
+  attention.auto(q, k, v)
+  assert bool(kernel_calls) == used
+
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_attention_of_a_projection(bias):
+  rng = np.random.default_rng(0)
+  qkv = rng.standard_normal((2, 5, 3, 2, 4), np.float32)  # heads of 4 channels
+  added = rng.standard_normal((2, 5, 5), np.float32) if bias else None
+  q, k, v = np.moveaxis(qkv, (2, 3), (0, 2))
+  out = attention.of_projection(plain, qkv.reshape(2, 5, 24), 2, added)
+  expected = np.moveaxis(plain(q / 2, k, v, added), 1, 2).reshape(2, 5, 8)
+  assert_close(out, expected)

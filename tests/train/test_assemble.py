@@ -50,22 +50,42 @@ def test_an_image_size_may_be_one_side():
   assert image_size(config) == (96, 64)
 
 
-def test_cudnn_is_for_nvidia_gpus_only():
+def _gpu(capability: str = '9.0'):
+  return types.SimpleNamespace(platform='gpu', compute_capability=capability, device_kind='a GPU')
+
+
+def test_attention_is_chosen_by_device():
   config = base.get_config()
-  gpu = types.SimpleNamespace(platform='gpu', compute_capability='9.0', device_kind='NVIDIA H200')
-  assert attention(config, gpu) == 'xla'
-  config.model.attention = 'cudnn'
-  assert attention(config, gpu) == 'cudnn'
+  assert attention(config, [_gpu()] * 2) == 'auto'
+  assert attention(config, [_gpu('7.5')]) == attention(config, [_gpu('gfx942')]) == 'xla'
+  assert attention(config) == 'xla'  # here
+  config.model.ops = 'plain'
+  assert attention(config, [_gpu()]) == 'xla'
+  config.model.update(ops='fast', dtype='float32')
+  assert attention(config, [_gpu()]) == 'xla'
+
+
+@pytest.mark.parametrize('kernel', ['cudnn', 'triton'])
+def test_kernels_for_attention_are_for_nvidia_gpus_only(kernel):
+  config = base.get_config()
+  config.model.attention = kernel
+  assert attention(config, [_gpu()]) == kernel
   assert attention(config) == 'xla'  # here
   for capability in ('7.5', 'gfx942'):
-    other = types.SimpleNamespace(**vars(gpu) | {'compute_capability': capability})
-    with pytest.raises(UserError, match=rf'compute capability 8\.0 or more, not {capability} '):
-      attention(config, other)
+    with pytest.raises(UserError, match=rf'compute capability 8\.0 or more, not {capability}'):
+      attention(config, [_gpu(capability)])
   config.model.dtype = 'float32'
-  with pytest.raises(UserError, match='attention=cudnn computes in bfloat16 only'):
-    attention(config, gpu)
+  with pytest.raises(UserError, match=f'attention={kernel} computes in bfloat16 only'):
+    attention(config, [_gpu()])
+
+
+def test_unknown_attention_and_triton_on_several_devices():
+  config = base.get_config()
+  config.model.attention = 'triton'
+  with pytest.raises(UserError, match='attention=triton takes one device, not 2'):
+    attention(config, [_gpu()] * 2)
   config.model.attention = 'flash'
-  with pytest.raises(UserError, match='attention="flash" is not one of xla, cudnn'):
+  with pytest.raises(UserError, match='attention="flash" is not one of auto, xla, cudnn, triton'):
     attention(config)
 
 

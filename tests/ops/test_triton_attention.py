@@ -1,0 +1,64 @@
+"""The Triton kernels for attention over few tokens, run by JAX's own operations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hivit_jax.ops import attention, triton_attention
+
+PLAIN = functools.partial(attention.of_projection, attention.plain)
+
+
+def draw(*shape: int) -> jax.Array:
+  return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), jnp.bfloat16)
+
+
+def error(actual: jax.Array, exact: jax.Array) -> float:
+  actual, exact = np.asarray(actual, np.float64), np.asarray(exact, np.float64)
+  return float(np.linalg.norm(actual - exact) / np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize(
+  ('shape', 'heads', 'd'),
+  [((2, 49), 2, 64), ((3, 16), 3, 16), ((2, 2, 7), 2, 32), ((1, 64), 1, 128)],
+)
+def test_errors_are_those_of_bfloat16(shape, heads, d):
+  qkv, g = draw(*shape, 3 * heads * d), draw(*shape, heads * d)
+  exact, exact_pullback = jax.vjp(lambda x: PLAIN(x, heads), qkv.astype(jnp.float32))
+  (exact_gradient,) = exact_pullback(g.astype(jnp.float32))
+  errors = {}
+  for name, attend in (
+    ('kernel', functools.partial(triton_attention.attend, interpret=True)),
+    ('plain', PLAIN),
+  ):
+    value, pullback = jax.vjp(lambda x, attend=attend: attend(x, heads), qkv)
+    (gradient,) = pullback(g)
+    assert (value.dtype, gradient.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    errors[name] = error(value, exact), error(gradient, exact_gradient)
+  assert errors['kernel'][0] < 1.2 * errors['plain'][0] < 5e-3
+  assert errors['kernel'][1] < 1.2 * errors['plain'][1] < 5e-3
+
+
+def test_under_vmap():
+  qkv = draw(3, 2, 9, 96)
+
+  def gradient(x):
+    return jax.grad(lambda x: triton_attention.attend(x, 2, interpret=True)[..., 0].sum())(x)
+
+  each = jax.vmap(gradient)(qkv)
+  np.testing.assert_array_equal(each, jnp.stack([gradient(x) for x in qkv]))
+
+
+@pytest.mark.parametrize(
+  ('tokens', 'heads', 'dtype', 'biased'),
+  [(65, 2, 'bfloat16', False), (5, 4, 'bfloat16', False), (5, 2, 'float32', False),
+   (5, 2, 'bfloat16', True)],
+)  # fmt: skip
+def test_what_does_not_fit_is_computed_otherwise(tokens, heads, dtype, biased):
+  qkv = draw(2, tokens, 96).astype(dtype)
+  bias = draw(heads, tokens, tokens).astype('float32') if biased else None
+  out = triton_attention.attend(qkv, heads, bias)  # a kernel would find no GPU
+  np.testing.assert_array_equal(out, PLAIN(qkv, heads, bias))

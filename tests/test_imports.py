@@ -54,7 +54,7 @@ CONFINED = {
     'hivit_jax/tools/compare.py',
     'hivit_jax/tools/curves.py',
     'hivit_jax/tools/contact_sheet.py',
-    'hivit_jax/tools/report.py',
+    'hivit_jax/tools/report_page.py',
   ),
   'optax': ('hivit_jax/train/',),
   # The config stops at the builders.

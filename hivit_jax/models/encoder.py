@@ -12,6 +12,7 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers
 from hivit_jax.models.units import unit_grid
+from hivit_jax.settings import image_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Settings:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if field.name.endswith('image_size') and value is not None:
-        value = _size(field.name, value)
+        value = image_size(value, field.name)
       if field.name == 'dtype':
         value = _float_type(value)
       object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
@@ -73,14 +74,6 @@ class TokenSettings(Settings):
   def grid(self) -> tuple[int, int]:
     """(rows, columns) of units."""
     return unit_grid(self.image_size)
-
-
-def _size(key: str, value: Any) -> tuple[int, int]:
-  """(height, width) from one side or two."""
-  sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
-  if len(sides) != 2 or not all(isinstance(side, int | np.integer) for side in sides):
-    raise UserError(f'{key}={value!r}: expected one side or (height, width), in pixels, as numbers')
-  return int(sides[0]), int(sides[1])
 
 
 def _float_type(dtype: Any) -> np.dtype:

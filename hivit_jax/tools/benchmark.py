@@ -118,7 +118,7 @@ def _compare(name: str) -> None:
 
 
 def _report(folder: pathlib.Path) -> None:
-  from hivit_jax.tools import report
+  from hivit_jax.tools import report, report_page
 
   _make_writable('report', folder)
   host_memory.keep_freed_memory(one_arena=True)
@@ -127,8 +127,8 @@ def _report(folder: pathlib.Path) -> None:
     batch_size=_BATCH_SIZE.value, rounds=_STEPS.value, minutes=_MINUTES.value, say=_say
   )
   command = ' '.join(['python -m hivit_jax.tools.benchmark', *sys.argv[1:]])
-  report.write(found, folder, command)
-  print(json.dumps(found) if _JSON.value else report.markdown(found, command))
+  report_page.write(found, folder, command)
+  print(json.dumps(found) if _JSON.value else report_page.markdown(found, command))
 
 
 def _make_writable(flag: str, folder: pathlib.Path) -> None:

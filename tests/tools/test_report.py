@@ -6,7 +6,7 @@ import jax
 import pytest
 from PIL import Image
 
-from hivit_jax.tools import report
+from hivit_jax.tools import report, report_page
 from hivit_jax.tools.report import Entry
 from hivit_jax.tools.timing import TrainingStep
 
@@ -35,7 +35,7 @@ def test_steps_are_measured_and_what_cannot_be_is_named(tmp_path):
   assert kernels[0]['milliseconds'] >= kernels[-1]['milliseconds'] > 0
   assert kernels[0]['calls'] >= 1
 
-  report.write(found, tmp_path, 'the command')
+  report_page.write(found, tmp_path, 'the command')
   assert json.loads((tmp_path / 'report.json').read_text()) == json.loads(json.dumps(found))
   page = (tmp_path / 'report.md').read_text()
   for text in ('the command', '| tiny |', kernels[0]['name'][:40], '- for a GPU: for NVIDIA'):

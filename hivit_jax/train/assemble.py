@@ -244,7 +244,7 @@ def training(
   """
   chosen = task(config)  # first: it checks the model's name
   graphdef, tx, abstract = step.abstract_state(
-    model_creator(config, mesh.devices.flatten()),
+    model_creator(config, list(mesh.devices.flat)),
     optimizer(config),
     mesh,
     ema=config.ema_decay is not None,

@@ -157,7 +157,7 @@ def _evaluate(
 def _evaluated(setup: Setup, state: files.StateDict) -> tuple[Any, nnx.GraphDef, Any]:
   """Task, static half and parameters, on the devices, of the model that weights are for."""
   headless = infer.family(state.arrays) == 'backbone'
-  create = assemble.model_creator(setup.config, setup.list(mesh.devices.flat))
+  create = assemble.model_creator(setup.config, list(setup.mesh.devices.flat))
   model = create() if headless else nnx.eval_shape(create)
   importer.load_into(model, state, partial=headless)
   graphdef, params = nnx.split(model)

@@ -20,7 +20,8 @@ from ml_collections import config_dict
 
 from configs import base
 from hivit_jax.errors import UserError
-from hivit_jax.train import assemble, hints, sharding, validate
+from hivit_jax.ops import barriers
+from hivit_jax.train import assemble, hints, validate
 from hivit_jax.train.run import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -151,9 +152,9 @@ def debug_run(tmp_path_factory):
     return Run(workdir, config, reads)
 
   data_dir = str(tmp_path_factory.mktemp('data'))
-  options = sharding.compiler_options
+  options = barriers.compiler_options
   quick = {'xla_backend_optimization_level': '0'}  # to compile; two steps may be slow
-  monkeypatch.setattr(sharding, 'compiler_options', lambda mesh: options(mesh) | quick)
+  monkeypatch.setattr(barriers, 'compiler_options', lambda platform: options(platform) | quick)
   yield run
   monkeypatch.undo()
   for key, value in before.items():

@@ -132,7 +132,7 @@ def _cause(
     return f'This is {described.name}, which is another kind of model'
   differ = {}
   for key in ('embed_dim', 'depth', 'depths', 'stem_blocks'):
-    ours = getattr(model, key, getattr(model.settings, key, None))
+    ours = getattr(model, key, getattr(getattr(model, 'settings', None), key, None))
     theirs = described.arguments.get(key, ours if key == 'stem_blocks' else None)
     if ours is not None and theirs != ours:
       differ[key] = theirs, ours

@@ -28,7 +28,7 @@ class HeadSettings(Settings):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.num_classes < 0:
+    if not isinstance(self.num_classes, int) or self.num_classes < 0:
       raise UserError(f'num_classes must be positive, or 0 for features, got {self.num_classes}')
 
 

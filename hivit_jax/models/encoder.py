@@ -125,7 +125,7 @@ class Encoder(layers.StochasticDepth, nnx.Module):
     self.drop_path_rates = layers.rising_rates(settings.drop_path_rate, blocks)
 
   def _check(self, images: jax.Array, *, any_size: bool = False) -> None:
-    """UserError for images that are not those of this model."""
+    """UserError for images that do not fit this model."""
     if images.ndim != 4 or images.shape[3] != self.channels:
       raise UserError(f'images must be (B, H, W, {self.channels}), got {images.shape}')
     if not jnp.issubdtype(images.dtype, jnp.floating):

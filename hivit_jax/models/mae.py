@@ -27,7 +27,7 @@ from hivit_jax.ops.precision import widen
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MAESettings(TokenSettings):
-  """Settings of a masked autoencoder beside its encoder's.
+  """Settings of a masked autoencoder in addition to its encoder's.
 
   Attributes:
     decoder_embed_dim: channels of the decoder, a multiple of 4 and of `decoder_num_heads`.

@@ -95,9 +95,14 @@ class ViTEncoder(Encoder):
     x = jnp.concatenate([first.astype(x.dtype), x], axis=1)  # (B, 1 + K, C)
     return self._run(self.blocks, 0, x, drop_path_noise, scan=self.settings.scan)
 
-  def stages(self, images: jax.Array) -> tuple[jax.Array, ...]:
-    """(B, H, W, channels) -> ((B, N, C),): the patches' last tokens."""
-    return (self.forward_features(images)[:, 1:],)
+  def stages(
+    self,
+    images: jax.Array,
+    ids: jax.Array | None = None,
+    drop_path_noise: jax.Array | None = None,
+  ) -> tuple[jax.Array, ...]:
+    """(B, H, W, channels) -> ((B, K, C),): the patches' last tokens; see `forward_features`."""
+    return (self.forward_features(images, ids, drop_path_noise)[:, 1:],)
 
   def pooled(self, images: jax.Array, drop_path_noise: jax.Array | None = None) -> jax.Array:
     """(B, H, W, channels) normalised images -> (B, C) mean of the patches' tokens."""

@@ -64,9 +64,12 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = Non
 
 
 def auto(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-  """`cudnn` where it is faster on an NVIDIA GPU; it is not for few tokens or an odd number."""
+  """`cudnn` where it is faster on an NVIDIA GPU and sums nothing in bfloat16.
+
+  It is slower for few tokens or an odd number. A bias and its gradient it rounds.
+  """
   n = q.shape[-2]
-  return (cudnn if n >= _LONG and n % 2 == 0 else plain)(q, k, v, bias)
+  return (cudnn if bias is None and n >= _LONG and n % 2 == 0 else plain)(q, k, v, bias)
 
 
 def _attend_by_cudnn(q, k, v, bias):
@@ -87,3 +90,18 @@ def _attend_by_cudnn(q, k, v, bias):
     implementation='cudnn',
   )
   return out[:, :n].swapaxes(1, 2).reshape(q.shape)
+
+
+def projected(qkv: jax.Array, heads: int, bias: jax.Array | None = None) -> jax.Array:
+  """`plain`, of a projection."""
+  return of_projection(plain, qkv, heads, bias)
+
+
+def projected_auto(qkv: jax.Array, heads: int, bias: jax.Array | None = None) -> jax.Array:
+  """`auto`, of a projection."""
+  return of_projection(auto, qkv, heads, bias)
+
+
+def projected_cudnn(qkv: jax.Array, heads: int, bias: jax.Array | None = None) -> jax.Array:
+  """`cudnn`, of a projection."""
+  return of_projection(cudnn, qkv, heads, bias)

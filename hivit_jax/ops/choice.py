@@ -1,7 +1,6 @@
 """Which form of each operation a model computes with: the only place where that is decided."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -10,9 +9,9 @@ from hivit_jax.errors import UserError
 from hivit_jax.ops import attention, gather, linear, norm, relative_position, triton_attention
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Ops:
-  """The operations of a model; what each does is said at `plain` in the file of its name.
+  """The operations of a model; `plain` in the file of the same name defines each.
 
   Layers that use them have an attribute `ops`, which `create_model` sets. It is part of a model's
   static half, so that `jax.jit` compiles one program for each choice.
@@ -26,13 +25,14 @@ class Ops:
   gather_shared: Callable[..., jax.Array]
   gather_pairs: Callable[..., jax.Array]
 
+  def __repr__(self) -> str:
+    return f'Ops({self.linear.__name__}, attend={self.attend.__name__})'
 
-_ATTEND_PLAIN = functools.partial(attention.of_projection, attention.plain)
 
 PLAIN = Ops(
   linear=linear.plain,
   layer_norm=norm.plain,
-  attend=_ATTEND_PLAIN,
+  attend=attention.projected,
   relative_position_bias=relative_position.plain,
   gather_units=gather.units_plain,
   gather_shared=gather.shared_plain,
@@ -42,7 +42,7 @@ PLAIN = Ops(
 FAST = Ops(
   linear=linear.fast,
   layer_norm=norm.fast,
-  attend=_ATTEND_PLAIN,
+  attend=attention.projected,
   relative_position_bias=relative_position.fast,
   gather_units=gather.units_fast,
   gather_shared=gather.shared_fast,
@@ -51,9 +51,9 @@ FAST = Ops(
 
 FORMS = {'fast': FAST, 'plain': PLAIN}
 ATTENTION = {
-  'auto': functools.partial(attention.of_projection, attention.auto),
-  'xla': _ATTEND_PLAIN,
-  'cudnn': functools.partial(attention.of_projection, attention.cudnn),
+  'auto': attention.projected_auto,
+  'xla': attention.projected,
+  'cudnn': attention.projected_cudnn,
   'triton': triton_attention.attend,
 }
 
@@ -64,7 +64,7 @@ def choose(ops: str = 'fast', attention: str = 'xla') -> Ops:
   Args:
     ops: 'fast', or 'plain' for the definitions, differentiated by JAX: where results differ, the
       fault is that of a fast form.
-    attention: 'xla', which is the definition, or for NVIDIA GPUs 'auto', 'cudnn' or 'triton', see
+    attention: 'xla', which is the definition, or on NVIDIA GPUs 'auto', 'cudnn' or 'triton', see
       `attention` and `triton_attention`.
 
   Raises:

@@ -35,6 +35,7 @@ _linear.defvjp(_forward, _backward)
 def fast(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
   """`plain`, whose gradients of kernel and bias are float32 sums also where `x` is bfloat16.
 
-  So is what devices add up: with eight significant bits the sum would get worse with every device.
+  Sums over devices are float32, too: bfloat16's eight significant bits would lose precision with
+  every device.
   """
   return _linear(x, kernel, bias)

@@ -35,7 +35,7 @@ def attend(
   *leading, n, c = qkv.shape
   d = c // 3 // heads
   if bias is not None or qkv.dtype != jnp.bfloat16 or n > MOST or d not in (16, 32, 64, 128):
-    return attention.of_projection(attention.auto, qkv, heads, bias)
+    return attention.projected_auto(qkv, heads, bias)
   out = _attend(qkv.reshape(-1, n, 3, heads, d), interpret)
   return out.reshape(*leading, n, c // 3)
 

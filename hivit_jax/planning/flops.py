@@ -77,8 +77,15 @@ def _count(jaxpr: core.Jaxpr, measure: Callable[[Any], int]) -> int:
       elif name == 'while' and any(inner):
         raise ValueError('matrix products in a while loop of unknown length cannot be counted')
       else:
-        total += sum(inner) * (eqn.params['length'] if name == 'scan' else 1)
+        total += sum(inner) * _times(name, eqn.params)
   return total
+
+
+def _times(name: str, params: dict) -> int:
+  """How often the body of an operation runs."""
+  if name == 'pallas_call':
+    return math.prod(params['grid_mapping'].grid)
+  return params['length'] if name == 'scan' else 1
 
 
 def _subjaxprs(params: dict) -> list[Any]:

@@ -49,7 +49,11 @@ def read_metrics(workdir: str | os.PathLike[str]) -> Rows:
     raise UserError(f'cannot read {path}: {error.strerror}; give the --workdir of a run') from error
   rows: Rows = {}
   for row in rows_in(content):
-    values = {k: math.nan if v is None else float(v) for k, v in row.items() if k != 'step'}
+    values = {
+      k: math.nan if v is None else float(v)
+      for k, v in row.items()
+      if k != 'step' and isinstance(v, int | float | None)
+    }
     rows.setdefault(row['step'], {}).update(values)
   if not any(rows.values()):
     raise UserError(f'{path} has no metrics yet')

@@ -54,8 +54,7 @@ def format_report(report: dict[str, Any]) -> str:
   lines = [
     f'{r["model"]} {r["image_size"][0]}x{r["image_size"][1]}, {r["task"]}, batch {r["batch_size"]} '
     f'({r["batch_size"] // r["devices"]} a device), {r["dtype"]}'
-    + ', cuDNN attention'
-    * (r['attention'] == 'cudnn'),
+    + (f', attention {r["attention"]}' if r['attention'] != 'xla' else ''),
     f'{r["topology"]}: {r["devices"]} x {r["device_kind"]}, {mesh}, jax {r["jax"]}',
     'Compiled, not run; times are estimates. All numbers are of one step on one device.',
     '',

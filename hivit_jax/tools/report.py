@@ -109,11 +109,14 @@ def measure(
         continue
       if step.dtype not in matmuls:
         matmuls[step.dtype] = Matmul(step.dtype, step.mesh)
-      row = _row(step, matmuls[step.dtype], rounds, machine)
-      rows.append({'name': entry.name, **row})
-      say(f'{entry.name}: {row["step_ms"]:.1f} ms, {row["images_per_second"]:.0f} images/s')
-      if entry.profiled:
-        tables[entry.name] = [kernel._asdict() for kernel in kernels.profile(step)]
+      try:
+        row = _row(step, matmuls[step.dtype], rounds, machine)
+        rows.append({'name': entry.name, **row})
+        say(f'{entry.name}: {row["step_ms"]:.1f} ms, {row["images_per_second"]:.0f} images/s')
+        if entry.profiled:
+          tables[entry.name] = [kernel._asdict() for kernel in kernels.profile(step)]
+      except Exception as error:  # such as too little memory; the others are measured without it
+        missing[entry.name] = _reason(error)
       step.release()
     gc.collect()
     slowest = max(slowest, time.monotonic() - begun)
@@ -153,7 +156,7 @@ def _compile(
       else:
         step = _largest(config, limit)
     except Exception as error:  # the others are measured without it
-      return f'{type(error).__name__}: {error}'.splitlines()[0][:200]
+      return _reason(error)
     say(
       f'compiled {entry.name}, {step.config.batch_size} images, in {step.compile_seconds:.0f} s, '
       f'{step.memory / 1e9:.1f} GB'
@@ -162,6 +165,10 @@ def _compile(
 
   with concurrent.futures.ThreadPoolExecutor(len(entries)) as pool:
     return list(pool.map(build, entries))
+
+
+def _reason(error: Exception) -> str:
+  return f'{type(error).__name__}: {error}'.splitlines()[0][:200]
 
 
 def _path(config: str) -> str:
@@ -181,7 +188,7 @@ def _largest(config: Any, limit: float) -> TrainingStep:
       continue
     found = step
     # Temporaries grow with the batch: an estimate of how many images fit, checked by compiling.
-    fitting = min(LARGEST_BATCH, 2 ** int(np.log2(batch * limit / step.memory)))
+    fitting = 2 ** int(np.log2(min(LARGEST_BATCH, batch * limit / step.memory)))
     if fitting <= batch:
       return found
     batch = fitting

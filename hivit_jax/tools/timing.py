@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from hivit_jax.planning.flops import matmul_flops
 from hivit_jax.train import assemble, memory, sharding, step
 
-_STEP_SECONDS = 0.1  # a measurement of a step takes at least so long
+_STEP_SECONDS = 0.1  # minimum duration of one measurement
 _MATMUL_SECONDS = 0.1  # and one of the reference
 _TRACING = threading.Lock()  # Flax keeps what it traces in globals
 _MATMUL_SIDE = {'cpu': 4096}  # elsewhere 8192: beyond these the rate does not change any more

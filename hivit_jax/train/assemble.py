@@ -89,7 +89,7 @@ def attention(config: ml_collections.ConfigDict, devices: Sequence[Any] = ()) ->
   chosen = config.model.get('attention', 'xla')  # older runs have none
   if chosen not in ATTENTION:
     raise UserError(f'config.model.attention="{chosen}" is not one of {", ".join(ATTENTION)}')
-  device = devices[0] if devices else jax.local_devices()[0]
+  device = devices[0] if len(devices) else jax.local_devices()[0]
   if chosen == 'xla' or device.platform != 'gpu':
     return 'xla'
   reason = None
@@ -112,10 +112,12 @@ def model_creator(
 ) -> Callable[[], Any]:
   """Returns a function that builds the config's model, for devices or JAX's own."""
   arguments = {k: v for k, v in config.model.items() if v is not None and k != 'name'}
+  if arguments.get('scan') is False:  # the default; older runs of Swin and SimMIM name it, too
+    del arguments['scan']
   arguments |= {
     'image_size': image_size(config),
     'channels': config.channels,
-    'dtype': compute_dtype(config, devices[0].platform if devices else None),
+    'dtype': compute_dtype(config, devices[0].platform if len(devices) else None),
     'attention': attention(config, devices),
   }
 

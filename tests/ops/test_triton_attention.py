@@ -9,7 +9,7 @@ import pytest
 
 from hivit_jax.ops import attention, triton_attention
 
-PLAIN = functools.partial(attention.of_projection, attention.plain)
+PLAIN = attention.projected
 
 
 def draw(*shape: int) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from hivit_jax.ops import triton_attention
 from hivit_jax.ops.attention import plain as attend
 from hivit_jax.planning.flops import matmul_bytes, matmul_flops
 from tests.helpers import abstract_model
@@ -126,3 +127,16 @@ def test_forward_operations_are_the_published_ones(size, gmacs):
   images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
   flops = matmul_flops(lambda params, x: nnx.merge(graphdef, params)(x), params, images)
   assert flops / 2e9 == pytest.approx(gmacs, rel=0.01)
+
+
+def test_kernels_of_our_own_count_for_every_block():
+  b, n, heads, d = 3, 32, 2, 16  # all rows of a block are tokens
+  qkv = jax.ShapeDtypeStruct((b, n, 3 * heads * d), jnp.bfloat16)
+  kernels = functools.partial(triton_attention.attend, heads=heads, interpret=True)
+
+  def value_and_gradient(qkv):
+    value, pullback = jax.vjp(kernels, qkv)
+    return pullback(value)
+
+  # Two products forward; backward the logits again and four more.
+  assert matmul_flops(value_and_gradient, qkv) == 7 * 2 * b * heads * n * n * d

@@ -44,6 +44,15 @@ def test_steps_are_measured_and_what_cannot_be_is_named(tmp_path):
     assert picture.width > picture.height > 100
 
 
+def test_a_step_that_does_not_run_is_named(monkeypatch):
+  def row(step, *_):
+    raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')
+
+  monkeypatch.setattr(report, '_row', row)
+  found = report.measure((TINY,), batch_size=1, rounds=1)
+  assert found['missing'] == {'tiny': 'RuntimeError: RESOURCE_EXHAUSTED: out of memory'}
+
+
 def test_without_time_nothing_is_measured():
   found = report.measure((TINY,), batch_size=2, rounds=1, minutes=0)
   assert not found['rows']

@@ -10,7 +10,7 @@ from flax import nnx
 from configs import base
 from hivit_jax.errors import UserError
 from hivit_jax.interop import exporter, files
-from hivit_jax.train.assemble import Steps, attention, image_size
+from hivit_jax.train.assemble import Steps, attention, image_size, model_creator
 from hivit_jax.train.initialise import initial_model
 from tests.helpers import TINY, random_model
 
@@ -136,3 +136,13 @@ def test_a_head_is_kept_for_the_same_classes_only(tmp_path, caplog, in_file, hea
     assert 0 < np.abs(built['head.weight']).max() < 1e-4
   np.testing.assert_array_equal(built['fc_norm.weight'], arrays['fc_norm.weight'])
   assert (re.search(said, caplog.text) is not None) if said else 'anew' not in caplog.text
+
+
+def test_older_runs_of_models_without_scan_name_it():
+  config = base.get_config()
+  config.image_size = (192, 192)
+  config.model.update(name='simmim_swin_tiny', scan=False)
+  nnx.eval_shape(model_creator(config))
+  config.model.scan = True
+  with pytest.raises(UserError, match='simmim_swin_tiny has no argument "scan"'):
+    nnx.eval_shape(model_creator(config))

@@ -33,8 +33,6 @@ from hivit_jax.reporting.console import Progress
 
 _log = logging.getLogger(__name__)
 
-_log = logging.getLogger(__name__)
-
 _PLAN_FILE = 'preparation.json'
 
 

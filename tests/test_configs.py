@@ -19,6 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import config_dict
 
 from configs import base
+from hivit_jax import settings
 from hivit_jax.errors import UserError
 from hivit_jax.ops import barriers
 from hivit_jax.train import assemble, hints, validate
@@ -222,7 +223,7 @@ def test_every_setting_has_a_comment():
 
 
 def test_what_may_be_none_is_none_by_default():
-  defaults = validate.dotted(base.get_config())
+  defaults = settings.dotted(base.get_config())
   assert {key for key, value in defaults.items() if value is None} == validate.OPTIONAL
 
 

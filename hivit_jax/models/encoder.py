@@ -12,6 +12,7 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers
 from hivit_jax.models.units import unit_grid
+from hivit_jax.ops.choice import FAST, Ops
 from hivit_jax.settings import image_size
 
 
@@ -100,7 +101,7 @@ class FeatureInfo(NamedTuple):
   stride: int
 
 
-class Encoder(layers.StochasticDepth, nnx.Module):
+class Encoder(nnx.Module):
   """The contract of every encoder, whether it is alone or part of a classifier or autoencoder.
 
     forward_features(images, ids=None, drop_path_noise=None): what the last stage gives.
@@ -118,11 +119,17 @@ class Encoder(layers.StochasticDepth, nnx.Module):
   stages: Callable[..., tuple[jax.Array, ...]]
   settings: Any
 
+  ops: Ops = FAST
+
   def __init__(self, settings: Settings, blocks: int):
     self.settings = settings
     self.image_size = settings.image_size
     self.channels = settings.channels
     self.drop_path_rates = layers.rising_rates(settings.drop_path_rate, blocks)
+
+  def drop_path_noise(self, rng: jax.Array, batch: int) -> jax.Array:
+    """Uniform numbers that decide about one batch's residual branches: (batch, blocks, 2)."""
+    return jax.random.uniform(rng, (batch, len(self.drop_path_rates), 2))
 
   def _check(self, images: jax.Array, *, any_size: bool = False) -> None:
     """UserError for images that do not fit this model."""

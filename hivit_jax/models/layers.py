@@ -46,21 +46,6 @@ def drop_path(x: jax.Array, rate: jax.Array | float, noise: jax.Array | None) ->
   return x * scale.reshape(-1, *(1,) * (x.ndim - 1))
 
 
-class StochasticDepth:
-  """What a model with `drop_path` in its residual blocks has.
-
-  Attributes:
-    drop_path_rates: of all residual blocks.
-  """
-
-  drop_path_rates: tuple[float, ...]
-  ops: Ops = FAST
-
-  def drop_path_noise(self, rng: jax.Array, batch: int) -> jax.Array:
-    """Uniform numbers that decide about one batch's residual branches: (batch, blocks, 2)."""
-    return jax.random.uniform(rng, (batch, len(self.drop_path_rates), 2))
-
-
 def rising_rates(largest: float, count: int) -> tuple[float, ...]:
   """Drop path rates that rise linearly from 0 over all blocks."""
   if not 0 <= largest < 1:

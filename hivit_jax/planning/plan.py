@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from hivit_jax.errors import UserError
 from hivit_jax.planning import roofline
@@ -134,7 +132,7 @@ def plan(
   config.model.dtype = assemble.compute_dtype(config, devices[0].platform)
   training = assemble.training(config, mesh)
   abstract, train_step = training.abstract, training.train_step
-  batch = _abstract_batch(config, mesh)
+  batch = assemble.abstract_batch(config, mesh)
   report = {
     'model': config.model.name,
     'task': config.task,
@@ -178,15 +176,6 @@ def plan(
       sent=sum(row['sent'] for row in report['collectives']),
     )
   return report
-
-
-def _abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
-  place = sharding.batch_sharding(mesh)
-  images = (config.batch_size, *assemble.image_size(config), config.channels)
-  return {
-    'image': jax.ShapeDtypeStruct(images, jnp.uint8, sharding=place),
-    'label': jax.ShapeDtypeStruct(images[:1], jnp.int32, sharding=place),
-  }
 
 
 def _local_bytes(tree: Any) -> int:

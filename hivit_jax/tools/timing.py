@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hivit_jax.planning.flops import matmul_flops
-from hivit_jax.train import assemble, memory, sharding, step
+from hivit_jax.runtime import memory
+from hivit_jax.train import assemble, sharding, step
 
 _STEP_SECONDS = 0.1  # minimum duration of one measurement
 _MATMUL_SECONDS = 0.1  # and one of the reference
@@ -50,11 +51,11 @@ class TrainingStep:
       self.config, self.mesh, self.dtype = config, mesh, assemble.compute_dtype(config)
       size = assemble.image_size(config)
       memory.check_images(mesh, size, config.channels, config.batch_size)
-      training = assemble.training(config, mesh)
+      training, batch = assemble.training(config, mesh), assemble.abstract_batch(config, mesh)
       memory.check_state(mesh, training.abstract)
       self._training, self._step = training, training.train_step
       start = time.perf_counter()
-      traced = self._step.trace(training.abstract, _abstract_batch(config, mesh))
+      traced = self._step.trace(training.abstract, batch)
       lowered = traced.lower()
       self.trace_seconds = time.perf_counter() - start
       self.flops = matmul_flops(traced)
@@ -134,25 +135,11 @@ def _traffic(compiled: Any) -> float | None:
   return costs.get('bytes accessed')
 
 
-def _image_shape(config: ml_collections.ConfigDict, count: int) -> tuple[int, ...]:
-  return count, *assemble.image_size(config), config.channels
-
-
-def _abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
-  def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
-
-  count = config.batch_size
-  return {
-    'image': array(_image_shape(config, count), np.uint8),
-    'label': array((count,), np.int32),
-  }
-
-
 def _synthetic_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, jax.Array]:
-  shape = _image_shape(config, config.batch_size // jax.process_count())
+  count = config.batch_size // jax.process_count()
+  shape = (count, *assemble.image_size(config), config.channels)
   images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-  labels = np.zeros(shape[0], np.int32)
+  labels = np.zeros(count, np.int32)
   return sharding.put_batch({'image': images, 'label': labels}, mesh)
 
 

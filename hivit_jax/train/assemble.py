@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -19,7 +20,7 @@ from hivit_jax.ops import barriers
 from hivit_jax.ops.choice import ATTENTION
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
-from hivit_jax.train import optim, schedules, step
+from hivit_jax.train import optim, schedules, sharding, step
 
 _DTYPES = ('auto', 'float32', 'bfloat16')
 _LARGE_WIDTH = 256  # channels of the main stage
@@ -264,6 +265,16 @@ def training(
     compiler_options=barriers.compiler_options(mesh.devices.flat[0].platform),
   )
   return Training(chosen, graphdef, tx, abstract, train_step)
+
+
+def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
+  """Shapes, types and places of what a training step of the config takes."""
+  place = sharding.batch_sharding(mesh)
+  images = (config.batch_size, *image_size(config), config.channels)
+  return {
+    'image': jax.ShapeDtypeStruct(images, np.uint8, sharding=place),
+    'label': jax.ShapeDtypeStruct(images[:1], np.int32, sharding=place),
+  }
 
 
 @dataclasses.dataclass(frozen=True)

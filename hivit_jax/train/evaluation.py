@@ -13,8 +13,8 @@ from hivit_jax.errors import UserError
 from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.runtime import distributed
 from hivit_jax.tasks import knn, reconstruction
+from hivit_jax.tasks.evaluators import Evaluator
 from hivit_jax.train import assemble, inputs, sharding
-from hivit_jax.train.loop import Evaluator
 from hivit_jax.train.setup import Setup
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import ml_collections
 
+from hivit_jax import settings
 from hivit_jax.errors import flag
 from hivit_jax.reporting.run_info import ABSENT
-from hivit_jax.train import assemble, validate
+from hivit_jax.train import assemble
 
 _Config = ml_collections.ConfigDict
 
@@ -81,12 +82,12 @@ def without_effect(config: _Config, given: Collection[str] = ()) -> list[str]:
     for defaults, reason in _READERS
     if (why := reason(config)) is not None
     for key, default in defaults.items()
-    if validate.get(config, key) != default
+    if settings.get(config, key) != default
   }
   for key in ('lr', 'end_lr', 'warmup_start_lr'):
     if f'optim.base_{key}' in given and config.optim[key] is not None:
       unread[f'optim.base_{key}'] = f'optim.{key}={config.optim[key]}'
-  return [f'{key}={validate.get(config, key)} ({why})' for key, why in unread.items()]
+  return [f'{key}={settings.get(config, key)} ({why})' for key, why in unread.items()]
 
 
 def for_memory(config: _Config) -> str:
@@ -95,8 +96,8 @@ def for_memory(config: _Config) -> str:
   if not config.model.remat:
     ways.append(flag('model.remat', True))
   for key in ('batch_size', 'evaluation.batch_size'):
-    if validate.get(config, key) > 1:
-      ways.append(flag(key, validate.get(config, key) // 2))
+    if settings.get(config, key) > 1:
+      ways.append(flag(key, settings.get(config, key) // 2))
   return ', '.join([*ways, 'more devices'])
 
 
@@ -105,7 +106,7 @@ def for_finite_numbers(config: _Config) -> str:
   o = config.optim
   ways = [flag('optim.clip_norm', 1.0 if o.clip_norm is None else o.clip_norm / 2)]
   key = 'optim.base_lr' if o.lr is None else 'optim.lr'
-  ways.append(flag(key, f'{validate.get(config, key) / 2:g}'))
+  ways.append(flag(key, f'{settings.get(config, key) / 2:g}'))
   warmup = 2 * o.warmup_epochs or config.epochs / 20
   if warmup < config.epochs:
     ways.append(flag('optim.warmup_epochs', f'{warmup:g}'))

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from hivit_jax import models
+from hivit_jax import models, settings
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, importer, infer
 from hivit_jax.train import assemble, validate, weights
@@ -98,9 +98,9 @@ def _as_trained(
   """Sets a config to that of a run, but for what is given or `_OWN`."""
   knn_alone = config.knn.every_epochs and not config.evaluation.every_epochs
   every = config.knn.every_epochs
-  own = dict(validate.dotted(config))
-  settings = infer.tuples(dict(validate.dotted(ml_collections.ConfigDict(trained))))
-  theirs = {key: value for key, value in settings.items() if key in own and key not in _OWN}
+  own = settings.dotted(config)
+  theirs = infer.tuples(settings.dotted(ml_collections.ConfigDict(trained)))
+  theirs = {key: value for key, value in theirs.items() if key in own and key not in _OWN}
   with config.ignore_type():
     config.update_from_flattened_dict({k: v for k, v in theirs.items() if k not in given})
   if knn_alone:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from hivit_jax.errors import Stopped, UserError
 from hivit_jax.runtime import distributed, host_memory
 from hivit_jax.runtime.signals import Interrupted, StopSignals
+from hivit_jax.tasks.evaluators import Evaluator
 from hivit_jax.train import sharding
 
 _log = logging.getLogger(__name__)
@@ -25,20 +26,6 @@ _FINITE = ('loss', 'grad_norm', 'param_norm')  # metrics that tell whether a sta
 
 class NonFiniteLoss(UserError):
   """Loss, gradient or parameters are NaN or infinite; nothing of it was saved."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluator:
-  """Something done between steps: an accuracy, pictures.
-
-  Attributes:
-    every: steps from one time to the next; also done at the start and the end of the run.
-    run: `(step, state) -> metrics`, which are logged. A signal to stop may interrupt it anywhere;
-      the continued run then does it again.
-  """
-
-  every: int
-  run: Callable[[int, Any], dict[str, float]]
 
 
 class _Interval:

@@ -19,7 +19,7 @@ from hivit_jax.interop import files, importer, infer, torch_names
 from hivit_jax.reporting.console import Progress, setup_logging
 from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.reporting.run_info import config_changes, write_run_info
-from hivit_jax.runtime import distributed, host_memory, lock, watchdog
+from hivit_jax.runtime import distributed, host_memory, lock, memory, watchdog
 from hivit_jax.runtime.signals import Interrupted, StopSignals
 from hivit_jax.train import (
   assemble,
@@ -28,7 +28,6 @@ from hivit_jax.train import (
   initialise,
   inputs,
   loop,
-  memory,
   sharding,
   step,
   validate,

@@ -8,11 +8,12 @@ import ml_collections
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
+from hivit_jax import settings
 from hivit_jax.data.loader import PREFETCH
 from hivit_jax.errors import UserError
 from hivit_jax.interop import files, infer
-from hivit_jax.runtime import distributed
-from hivit_jax.train import assemble, inputs, memory, sharding, validate
+from hivit_jax.runtime import distributed, memory
+from hivit_jax.train import assemble, inputs, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ def set_up(config: ml_collections.ConfigDict, evaluated: files.StateDict | None 
 
 
 def _check_images(config: ml_collections.ConfigDict, mesh: Mesh, key: str) -> None:
-  size = validate.get(config, key)
+  size = settings.get(config, key)
   memory.check_images(mesh, config.image_size, config.channels, size, key, prefetched=PREFETCH)
 
 

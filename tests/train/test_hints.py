@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from configs import base, demo, finetune_hivit_b, linear_hivit_b, mae_hivit_b, simmim_swin_b
-from hivit_jax.train import hints, validate
+from hivit_jax import settings
+from hivit_jax.train import hints
 from tests.runs import warnings_of
 from tests.test_configs import NAMES, load, variants
 
@@ -14,7 +15,7 @@ from tests.test_configs import NAMES, load, variants
 def test_defaults_are_those_of_the_configs():
   config = base.get_config()
   for defaults, _ in hints._READERS:
-    assert {key: validate.get(config, key) for key in defaults} == defaults
+    assert {key: settings.get(config, key) for key in defaults} == defaults
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -78,8 +79,8 @@ def test_the_ways_to_finite_numbers_start_from_what_there_is():
 
 
 def test_a_run_warns_once_of_all_settings_without_effect(runs, tmp_path):
-  settings = {'augment__mixup': 0.5, 'optim__momentum': 0.5, 'max_steps': 1, 'knn__every_epochs': 0}
-  done = runs.train(tmp_path / 'run', **settings)
+  changed = {'augment__mixup': 0.5, 'optim__momentum': 0.5, 'max_steps': 1, 'knn__every_epochs': 0}
+  done = runs.train(tmp_path / 'run', **changed)
   assert done.returncode == 0, done.stderr
   assert warnings_of(done.stderr) == [
     'settings without effect in this run: augment.mixup=0.5 (task=mae), optim.momentum=0.5 '

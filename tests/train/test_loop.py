@@ -11,6 +11,7 @@ import pytest
 
 from hivit_jax.errors import Stopped
 from hivit_jax.runtime.signals import StopSignals
+from hivit_jax.tasks.evaluators import Evaluator
 from hivit_jax.train import loop, sharding
 
 BATCH = 4
@@ -178,7 +179,7 @@ def test_images_per_second_leave_out_compiling_evaluating_and_saving(clock):
   compiling = before_step(lambda: clock.sleep(0.5), at=lambda step: step == 1)
   run = Run(
     lambda state, batch: before_step(lambda: clock.sleep(0.02))(compiling(state, batch)[0], batch),
-    evaluators=[loop.Evaluator(4, lambda step, params: clock.sleep(0.5))],
+    evaluators=[Evaluator(4, lambda step, params: clock.sleep(0.5))],
     on_save=lambda: clock.sleep(0.5),
     total_steps=12,
     save_every=6,
@@ -224,7 +225,7 @@ def test_evaluators_run_at_the_start_at_their_steps_and_at_the_end():
     seen.append((step, float(state['params'])))
     return {'eval/x': step}
 
-  run = Run(evaluators=[loop.Evaluator(4, evaluate)])
+  run = Run(evaluators=[Evaluator(4, evaluate)])
   run()
   assert seen == [(0, 0), (4, 10), (8, 36), (10, 55)]
   assert run.writer.column('eval/x') == {0: 0, 4: 4, 8: 8, 10: 10}
@@ -235,7 +236,7 @@ def test_a_continued_run_repeats_the_evaluators_of_its_start_only_if_they_were_n
   evaluated, steps
 ):
   seen = []
-  evaluator = loop.Evaluator(4, lambda step, params: seen.append(step))
+  evaluator = Evaluator(4, lambda step, params: seen.append(step))
   Run(evaluators=[evaluator], start_step=4, evaluated=evaluated)()
   assert seen == steps
 
@@ -265,7 +266,7 @@ def test_nothing_is_saved_or_evaluated_that_is_not_finite(metric, value, bad):
     return state, metrics | spoilt
 
   seen = []
-  evaluators = [loop.Evaluator(2, lambda step, params: seen.append(step))]
+  evaluators = [Evaluator(2, lambda step, params: seen.append(step))]
   run = Run(step, evaluators=evaluators, save_every=2)
   with pytest.raises(loop.NonFiniteLoss, match=f'at step {bad}: .*{metric} {value}') as error:
     run()
@@ -326,28 +327,28 @@ def test_a_signal_interrupts_an_evaluation_which_the_continued_run_repeats(at):
       block()
     return {'eval/x': step}
 
-  first = loop.Evaluator(4, lambda step, params: {'eval/first': step})
-  run = Run(evaluators=[first, loop.Evaluator(4, evaluate)])
+  first = Evaluator(4, lambda step, params: {'eval/first': step})
+  run = Run(evaluators=[first, Evaluator(4, evaluate)])
   with pytest.raises(Stopped, match=f'stopped at step {at},'):
     run()
   total, metadata = run.checkpoints.saved[at]
   assert total == at * (at + 1) / 2
   assert not metadata['evaluated']
   assert at not in run.writer.column('eval/x')
-  again = Run(evaluators=[loop.Evaluator(4, lambda step, params: {'eval/x': step})], start_step=at)
+  again = Run(evaluators=[Evaluator(4, lambda step, params: {'eval/x': step})], start_step=at)
   again()
   assert at in again.writer.column('eval/x')
 
 
 def test_an_evaluation_that_was_interrupted_is_made_up_for_when_no_step_is_left():
-  evaluator = loop.Evaluator(4, lambda step, params: {'eval/x': step})
+  evaluator = Evaluator(4, lambda step, params: {'eval/x': step})
   run = Run(evaluators=[evaluator], start_step=10, evaluated=False)
   assert run()['params'] == 55
   assert run.writer.rows == {10: {'eval/x': 10}}
 
 
 def test_a_signal_during_a_step_that_is_to_be_evaluated_leaves_that_to_the_continued_run():
-  evaluator = loop.Evaluator(4, lambda step, params: {})
+  evaluator = Evaluator(4, lambda step, params: {})
   run = Run(before_step(stop, at=lambda step: step == 4), evaluators=[evaluator])
   with pytest.raises(Stopped, match='stopped at step 4,'):
     run()
@@ -360,7 +361,7 @@ def test_a_signal_at_the_very_end_lets_the_run_finish():
       stop()
     return {'eval/x': step}
 
-  run = Run(evaluators=[loop.Evaluator(100, evaluate)])
+  run = Run(evaluators=[Evaluator(100, evaluate)])
   assert run()['params'] == 55
   assert run.writer.column('eval/x') == {0: 0, 10: 10}
   assert run.checkpoints.saved[10][1]['evaluated']

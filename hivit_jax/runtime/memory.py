@@ -56,7 +56,7 @@ def check_state(mesh: Mesh, state: Mapping[str, Any]) -> None:
 
   Args:
     mesh: the devices.
-    state: `jax.ShapeDtypeStruct`s with shardings, see `step.abstract_state`.
+    state: `jax.ShapeDtypeStruct`s with shardings, see `train.step.abstract_state`.
   """
   room = host_memory.available(mesh.local_devices)
   sizes = {key: _shard_bytes(part) for key, part in state.items()}

@@ -6,8 +6,8 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from hivit_jax.errors import UserError
-from hivit_jax.runtime import host_memory
-from hivit_jax.train import memory, sharding
+from hivit_jax.runtime import host_memory, memory
+from hivit_jax.train import sharding
 
 
 def small_device(monkeypatch, room: int) -> None:

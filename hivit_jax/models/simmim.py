@@ -54,8 +54,8 @@ class SimMIMSettings(SwinSettings):
 class SimMIM(nnx.Module):
   """Predicts the pixels of masked units from the last map by one Linear; L1 loss.
 
-  Units are as large as the encoder's stride, 32x32 pixels with four stages. It has the contract of
-  an `encoder.Encoder`, with nothing masked.
+  Units are as large as the encoder's stride, 32x32 pixels with four stages. It offers the
+  methods of `encoder.Encoder`; these mask nothing.
   """
 
   norm_pix_loss = False

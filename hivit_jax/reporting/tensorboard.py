@@ -14,7 +14,7 @@ from hivit_jax.reporting.files import WholeFile
 
 
 class EventFile:
-  """A new event file in which everything is as soon as it is written.
+  """A new event file without a buffer: an event is in the file when the call returns.
 
   TensorBoard's own EventFileWriter writes from a thread, so a kill could lose events; its record
   writer, on a file without a buffer, does not. Neither needs TensorFlow.

@@ -1,4 +1,4 @@
-"""What a directory of checkpoints has, and what each of them holds by its own account.
+"""Which checkpoints a directory has, and what the record of each says it holds.
 
 Of Orbax's files only its custom metadata are read, which are JSON; see `checkpoint` for the layout.
 """

@@ -33,9 +33,8 @@ class Setup:
   train_source: Any
   eval_source: Any
   labelled_source: Any
-  _told: set[str] = dataclasses.field(
-    default_factory=set, init=False
-  )  # broken images: each is named once
+  # Broken images: each is named once.
+  _told: set[str] = dataclasses.field(default_factory=set, init=False)
 
   @property
   def steps(self) -> assemble.Steps:
@@ -50,7 +49,7 @@ class Setup:
 
 
 def set_up(config: ml_collections.ConfigDict, evaluated: files.StateDict | None = None) -> Setup:
-  """Looks for the devices of a config and opens its data sets, and checks each against the others.
+  """Finds the devices, opens the data sets, and checks that they fit together.
 
   Args:
     config: from `validate.checked`; it stays as it is.

@@ -44,6 +44,19 @@ def test_steps_are_measured_and_what_cannot_be_is_named(tmp_path):
     assert picture.width > picture.height > 100
 
 
+def test_steps_are_compiled_side_by_side():
+  entries = (TINY, Entry('Swin', 'simmim_swin_b:debug'), Entry('none', 'no_such_config'))
+  lines = []
+  first, second, third = report._compile(entries, 2, lines.append)
+  assert (first.config.model.name, second.config.model.name) == (
+    'mae_hivit_tiny',
+    'simmim_swin_base',
+  )
+  assert first.seconds() > 0 < second.seconds()
+  assert third.startswith('UserError: ')
+  assert len(lines) == 2
+
+
 def test_a_step_that_does_not_run_is_named(monkeypatch):
   def row(step, *_):
     raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')

@@ -79,9 +79,13 @@ def create_model(
   Raises:
     UserError: an unknown name or argument, values that do not fit, or weights that do not.
   """
+  import jax
+
   from hivit_jax import models
   from hivit_jax.errors import UserError
 
+  if attention == 'auto' and jax.default_backend() != 'gpu':
+    attention = 'xla'
   if weights is None:
     if name is None:
       raise UserError('give the name of a model, or weights=')

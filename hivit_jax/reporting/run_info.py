@@ -50,7 +50,7 @@ def config_changes(
 
 
 def write_run_info(
-  workdir: str | os.PathLike[str], config: Mapping[str, Any], *, primary: bool = True
+  workdir: str | os.PathLike[str], config: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
   """Records in `config.json` how the run was started; a resumed run is added to the list there.
 
@@ -61,7 +61,6 @@ def write_run_info(
   Args:
     workdir: where the file goes; created if needed.
     config: nested dicts; what JSON does not know is written as a string.
-    primary: whether this is process 0; the others only compare.
 
   Returns:
     What `config_changes` finds between the run before and this one.
@@ -71,8 +70,6 @@ def write_run_info(
   """
   path = pathlib.Path(workdir) / 'config.json'
   changes = config_changes(workdir, config)
-  if not primary:
-    return changes
   info = _read_run_info(path) or {'runs': []}
   run = _describe_run() | {'changed': {key: list(pair) for key, pair in changes.items()}}
   content = {'config': _plain(config), 'runs': [*info['runs'], run]}

@@ -113,7 +113,7 @@ def measure(
         row = _row(step, matmuls[step.dtype], rounds, machine)
         rows.append({'name': entry.name, **row})
         say(f'{entry.name}: {row["step_ms"]:.1f} ms, {row["images_per_second"]:.0f} images/s')
-        if entry.profiled:
+        if entry.profiled:  # a failure leaves the row, and is named
           tables[entry.name] = [kernel._asdict() for kernel in kernels.profile(step)]
       except Exception as error:  # such as too little memory; the others are measured without it
         missing[entry.name] = _reason(error)

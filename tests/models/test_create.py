@@ -117,3 +117,8 @@ def test_mistakes_are_told_in_one_line(name, overrides, message):
   with pytest.raises(UserError, match=message) as caught:
     abstract_model(name, **overrides)
   assert '\n' not in str(caught.value)
+
+
+def test_auto_attention_is_that_of_xla_without_a_gpu():
+  model = hivit_jax.create_model('hivit_tiny', image_size=192, depths=(1, 1, 1), attention='auto')
+  assert model.ops == choose()

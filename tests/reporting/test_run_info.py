@@ -45,11 +45,6 @@ def test_a_resumed_run_is_added_and_changes_are_told(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ['config.json']
 
 
-def test_other_processes_only_compare(tmp_path):
-  assert write_run_info(tmp_path / 'new', CONFIG, primary=False) == {}
-  assert not (tmp_path / 'new').exists()
-
-
 def test_an_unwritable_workdir_is_named(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match=r'cannot write .*file.*another --workdir'):

@@ -9,7 +9,9 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
 
   config.seed = 0  # of parameters, data order, augmentation, masks
-  config.task = 'mae'  # masked autoencoding; simmim; classify; linear: train the last layer alone
+  # mae: masked autoencoding; simmim; classify; linear: train the last layer alone; or one of your
+  # own, package.module:Name. model.name, data.name and evaluators take such names, too.
+  config.task = 'mae'
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
   config.channels = 3  # of the images: 3 (RGB) or 1 (greyscale)
   config.epochs = 300.0  # length of the run and of the learning rate's schedule
@@ -119,6 +121,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.evaluation = ml_collections.ConfigDict()  # of classifiers on the evaluation set
   config.evaluation.every_epochs = 1.0  # 0: never
   config.evaluation.batch_size = 256  # over all devices; of the k-NN accuracy, too
+  # Further sets, as NAME=SPLIT or NAME=SPLIT@DATA (else data.name): metrics eval_NAME/top1 ...
+  config.evaluation.more = ()
+  config.evaluators = ()  # of your own, package.module:Name; see CONTRIBUTING.md
 
   config.knn = ml_collections.ConfigDict()  # k-NN accuracy of the pooled features
   config.knn.every_epochs = 20.0  # 0: never

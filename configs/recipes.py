@@ -211,16 +211,19 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.image_size = (32, 32)
   config.max_steps = 2
   config.batch_size = 16
-  if 'swin' in config.model.name:
+  from hivit_jax import models  # here: it is slow to import
+
+  own = models.settings_of(config.model.name)
+  if 'window_size' in own:
     # 64 pixels have room for windows that shift.
     config.image_size = (64, 64)
-    stages = 3 if config.model.name.startswith('swin_base_') else 4  # those between Swin and HiViT
-    config.model.update(embed_dim=24, depths=(2, 1, 1, 1)[:stages], window_size=2)
-  elif 'hivit' in config.model.name:
+    depths = (2, 1, 1, 1)[: len(own['depths'])]
+    config.model.update(embed_dim=24, depths=depths, window_size=2)
+  elif 'depths' in own:
     config.model.update(embed_dim=32, depths=(1, 1, 2), num_heads=2)
   else:
     config.model.update(embed_dim=32, depth=2, num_heads=2)
-  if config.task == 'mae':
+  if 'decoder_depth' in own:
     config.model.update(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     config.optim.base_lr = 1e-4
   else:

@@ -37,7 +37,7 @@ ALLOWED = {
     *('errors', 'settings', 'environment', 'cli', 'models', 'interop', 'tasks', 'data'),
     *('runtime', 'reporting', 'train', 'planning'),
   },
-  'configs': {'errors'},
+  'configs': {'errors', 'models'},
   'main': {'errors', 'environment', 'cli', 'runtime', 'reporting', 'train'},
   '__init__': {'errors', 'models', 'interop', 'train'},  # the public API, lazily
 }

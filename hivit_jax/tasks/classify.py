@@ -1,24 +1,23 @@
 """Classification as a task for the training loop: supervised, finetuning, linear probe."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hivit_jax.models.hivit import HiViT
-from hivit_jax.tasks import mixing
+from hivit_jax.models.classifier import Classifier
+from hivit_jax.tasks import knn, mixing
+from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics, Summed
 from hivit_jax.tasks.images import normalize
-
-Batch = Mapping[str, jax.Array]
+from hivit_jax.tasks.task import Batch, ImageTask
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifyTask:
+class ClassifyTask(ImageTask):
   """Tell the class of an image.
 
   Attributes:
-    mean, std: per channel, of pixels in [0, 1].
     num_classes: of the model.
     label_smoothing: share of the target that is spread over all classes.
     erase: probability of random erasing.
@@ -27,8 +26,18 @@ class ClassifyTask:
     mix_group: consecutive examples that share one draw of mixup or cutmix, see `mixing.mix`.
   """
 
-  mean: Sequence[float]
-  std: Sequence[float]
+  model_class = Classifier
+  model_kind = 'classifier'
+  # As the official finetuning and supervised training: position parameters do not decay.
+  rules = (
+    (r'(.*/)?(bias|scale)', 'no_decay'),
+    (r'(.*/)?kernel', 'decay'),
+    (r'absolute_pos_embed|pos_embed|cls_token|.*/relative_position_bias_table', 'no_decay'),
+  )
+  needs_classes = True
+  measures = frozenset(('evaluation', 'knn'))
+  example = 'predict {workdir} PICTURE.jpg'
+
   num_classes: int
   label_smoothing: float = 0.0
   erase: float = 0.0
@@ -37,17 +46,19 @@ class ClassifyTask:
   switch_probability: float = 0.5
   mix_group: int | None = None
 
-  def prepare(self, model: HiViT, batch: Batch, rng: jax.Array) -> Batch:
+  def prepare(self, model: Classifier, batch: Batch, rng: jax.Array) -> Batch:
     """Augments a whole batch, which is then computed whole or in parts.
 
     Args:
       model: the model to be trained.
-      batch: `image` (B, H, W, C) uint8, `label` (B,) int32.
+      batch: `image` (B, H, W, C) uint8, `label` (B,) int32; -1: unknown, the example is ignored.
       rng: PRNG key of this step.
 
     Returns:
       `image` (B, H, W, C): float32 normalised, or uint8 still if nothing is done to it here;
-      `target` (B, classes) probabilities and, with drop path, `drop_path_noise` (B, blocks, 2).
+      `target` (B, classes) probabilities, of which an example has as much as is known of it;
+      `weight` (B,) how much that is, and `count` () their sum; with drop path, `drop_path_noise`
+      (B, blocks, 2).
     """
     erasing, mixing_key, drop_path = jax.random.split(rng, 3)
     images = batch['image']
@@ -55,8 +66,11 @@ class ClassifyTask:
       images = normalize(images, self.mean, self.std)
     if self.erase:
       images = mixing.random_erase(images, erasing, self.erase)
+    known = (batch['label'] >= 0).astype(jnp.float32)
     targets = jax.nn.one_hot(batch['label'], self.num_classes)
     targets = targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
+    # What is unknown of an image that is mixed from two is as well; the weight is mixed like them.
+    targets = jnp.concatenate([targets * known[:, None], known[:, None]], axis=1)
     if self.mixup or self.cutmix:
       images, targets = mixing.mix(
         images,
@@ -67,13 +81,19 @@ class ClassifyTask:
         switch_probability=self.switch_probability,
         group=self.mix_group,
       )
-    prepared = {'image': images, 'target': targets}
+    weight = targets[:, -1]
+    prepared = {
+      'image': images,
+      'target': targets[:, :-1],
+      'weight': weight,
+      'count': jnp.maximum(weight.sum(), 1),  # if nothing is known, the loss is 0
+    }
     if any(model.drop_path_rates):
       prepared['drop_path_noise'] = model.drop_path_noise(drop_path, len(images))
     return prepared
 
-  def loss(self, model: HiViT, batch: Batch) -> tuple[jax.Array, dict]:
-    """Loss and metrics of a batch, or a part of one, from `prepare`; means over its examples.
+  def loss(self, model: Classifier, batch: Batch) -> tuple[jax.Array, dict]:
+    """Cross entropy, the mean over what is labelled in the batch.
 
     `accuracy` counts an example as right where the likeliest class is that of the target; with
     mixup or cutmix there are two, and the larger share counts.
@@ -82,10 +102,20 @@ class ClassifyTask:
     if images.dtype == jnp.uint8:  # a quarter of the memory until here, for a batch in parts
       images = normalize(images, self.mean, self.std)
     logits = model(images, drop_path_noise=batch.get('drop_path_noise'), train=True)
-    right = logits.argmax(axis=-1) == batch['target'].argmax(axis=-1)
-    return _cross_entropy(logits, batch['target']).mean(), {'accuracy': right.mean()}
+    right = (logits.argmax(axis=-1) == batch['target'].argmax(axis=-1)) * batch['weight']
+    loss = _cross_entropy(logits, batch['target']).sum() / batch['count']
+    return loss, {'accuracy': right.sum() / batch['count']}
 
-  def evaluate(self, model: HiViT, batch: Batch) -> dict[str, jax.Array]:
+  def evaluators(self, context: Context) -> list[Evaluator]:
+    """Accuracy on each set whose classes are the model's, and that of k nearest neighbours."""
+    every = context.every('evaluation')
+    accuracies = [
+      Evaluator(every, Summed(context, source, self.evaluate, _shares_of(source), name=name))
+      for name, source in (context.class_sets.items() if every else ())
+    ]
+    return [*accuracies, *knn.evaluators(context, self.features)]
+
+  def evaluate(self, model: Classifier, batch: Batch) -> dict[str, jax.Array]:
     """Sums over the examples of an evaluation batch.
 
     Args:
@@ -112,9 +142,20 @@ class ClassifyTask:
       key: jnp.where(counts, value, 0).sum().astype(jnp.float32) for key, value in results.items()
     }
 
-  def features(self, model: HiViT, images: jax.Array) -> jax.Array:
+  def features(self, model: Classifier, images: jax.Array) -> jax.Array:
     """(B, H, W, C) uint8 -> (B, C) float32 mean tokens, for k-NN classification."""
     return model.pooled(normalize(images, self.mean, self.std)).astype(jnp.float32)
+
+
+def _shares_of(source: Any):
+  """Sums over the labelled examples of a source -> means."""
+
+  def shares(sums: dict[str, Any]) -> Metrics:
+    if not sums['count']:
+      raise knn.no_labels(source)
+    return {key: value / sums['count'] for key, value in sums.items() if key != 'count'}
+
+  return shares
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -6,13 +6,105 @@ weight exp(similarity / temperature). k = 20 and temperature 0.07 are DINO's.
 """
 
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hivit_jax.errors import UserError
+from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics, of_model, rows
+
 _CHUNK = 1024  # queries at a time
 _PART = 4096  # of the bank at a time: the two bound the matrix of similarities
+
+
+def evaluators(
+  context: Context, features: Callable[[Any, jax.Array], jax.Array]
+) -> list[Evaluator]:
+  """`NAME/knn_top1`: accuracy of the evaluation sets among neighbours of the training set.
+
+  Args:
+    context: what to measure with.
+    features: `(model, images) -> (B, D)`.
+  """
+  every = context.every('knn')
+  return [] if every is None else [Evaluator(every, _Accuracy(context, features))]
+
+
+def no_labels(source: Any) -> UserError:
+  """The error for an evaluation set without a label."""
+  return UserError(
+    f'none of the {len(source)} examples of {source.name} ({source.split}) has a label; '
+    'choose another --config.data.eval_split, or evaluate nothing: '
+    '--config.evaluation.every_epochs=0 --config.knn.every_epochs=0'
+  )
+
+
+class _Accuracy:
+  """The queries of all sets are collected; the bank passes by: that of ImageNet would be 5 GB."""
+
+  def __init__(self, context: Context, features: Callable[[Any, jax.Array], jax.Array]):
+    train_source = context.train_source
+    if not train_source.num_classes:
+      raise UserError(
+        f'{train_source.name} ({train_source.split}) has no class folders, which the k-NN accuracy '
+        'compares with; switch it off: --config.knn.every_epochs=0'
+      )
+    self._context = context
+    self._bank = context.some(train_source, context.setting('knn.bank_size'))
+
+    def described(model, batch):
+      return features(model, batch['image']), batch['label']
+
+    self._features = jax.jit(of_model(context.graphdef, described))
+
+  def __call__(self, step: int, state: Any) -> Metrics:
+    del step
+    context = self._context
+    params = context.whole(state['params'])
+    found = {
+      name: _rows(self._parts(params, source), len(source)) for name, source in context.sets.items()
+    }
+    for name, (_, labels) in found.items():
+      if not (labels >= 0).any():
+        raise no_labels(context.sets[name])
+    queries = [queries for queries, _ in found.values()]
+    neighbours = Neighbours(
+      queries[0] if len(queries) == 1 else np.concatenate(queries),
+      k=context.setting('knn.k'),
+      bank_size=len(self._bank),
+    )
+    for part, labels in self._parts(params, self._bank):
+      neighbours.add(part, labels)
+    predicted = neighbours.predict(
+      num_classes=context.train_source.num_classes, temperature=context.setting('knn.temperature')
+    )
+    ends = np.cumsum([len(labels) for _, labels in found.values()])
+    shares = {}
+    for (name, (_, labels)), own in zip(found.items(), np.split(predicted, ends[:-1]), strict=True):
+      known = labels >= 0
+      shares[f'{name}/knn_top1'] = float(np.mean((own == labels)[known]))
+    return shares
+
+  def _parts(self, params: Any, source: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Features (B, D) and labels (B,) of a source, batch by batch, on every process."""
+    return (found for found, _ in rows(self._context, self._features, params, source))
+
+
+def _rows(
+  parts: Iterator[tuple[np.ndarray, np.ndarray]], most: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Parts one after the other, `most` rows at most, each copied once."""
+  values, labels, count = np.zeros((most, 0)), np.zeros(most, np.int32), 0
+  for part, part_labels in parts:
+    if not count:
+      values = np.empty((most, part.shape[1]), part.dtype)
+    place = slice(count, count + len(part))
+    values[place], labels[place] = part, part_labels
+    count += len(part)
+  return values[:count], labels[:count]
 
 
 class Neighbours:

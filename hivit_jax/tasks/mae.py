@@ -1,29 +1,36 @@
 """Masked autoencoding as a task for the training loop."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.simmim import SimMIM
+from hivit_jax.tasks import knn, reconstruction
+from hivit_jax.tasks.evaluators import Context, Evaluator
 from hivit_jax.tasks.images import normalize
+from hivit_jax.tasks.task import Batch, ImageTask
 
-Batch = Mapping[str, jax.Array]
 Model = MaskedAutoencoder | SimMIM
 
 
 @dataclasses.dataclass(frozen=True)
-class MAETask:
-  """Reconstruct the removed units of an image.
+class MAETask(ImageTask):
+  """Reconstruct the removed units of an image."""
 
-  Attributes:
-    mean, std: per channel, of pixels in [0, 1].
-  """
-
-  mean: Sequence[float]
-  std: Sequence[float]
+  model_class = MaskedAutoencoder
+  model_kind = 'masked autoencoder'
+  # As the official pretraining: everything with more than one dimension decays, the learned
+  # position embedding and the mask token included.
+  rules = (
+    ('(decoder_)?pos_embed', 'frozen'),
+    (r'(.*/)?(bias|scale)', 'no_decay'),
+    (r'(.*/)?kernel', 'decay'),
+    (r'absolute_pos_embed|cls_token|mask_token|.*/relative_position_bias_table', 'decay'),
+  )
+  measures = frozenset(('knn', 'pictures'))
+  example = 'reconstruct {workdir} --images=PICTURE.jpg --mask_ratio=0.6'
 
   def prepare(self, model: Model, batch: Batch, rng: jax.Array) -> Batch:
     """Adds the random numbers of a whole batch, which parts of it then share out.
@@ -34,23 +41,35 @@ class MAETask:
       rng: PRNG key of this step.
 
     Returns:
-      `image`, `noise` (B, N) and, with drop path, `drop_path_noise` (B, blocks, 2).
+      `image`, `noise` (B, N), `count` () of examples and, with drop path, `drop_path_noise`
+      (B, blocks, 2).
     """
     images = batch['image']
     masking, drop_path = jax.random.split(rng)
-    prepared = {'image': images, 'noise': model.masking_noise(masking, len(images))}
+    prepared = {
+      'image': images,
+      'noise': model.masking_noise(masking, len(images)),
+      'count': jnp.float32(len(images)),
+    }
     if any(model.drop_path_rates):
       prepared['drop_path_noise'] = model.drop_path_noise(drop_path, len(images))
     return prepared
 
   def loss(self, model: Model, batch: Batch) -> tuple[jax.Array, dict]:
-    """Loss and metrics of a batch, or a part of one, from `prepare`; means over its examples."""
+    """The mean over the batch: as many pixels are removed from every image."""
     out = model(
       normalize(batch['image'], self.mean, self.std),
       noise=batch['noise'],
       drop_path_noise=batch.get('drop_path_noise'),
     )
-    return out.loss, {}
+    return out.loss * (len(batch['image']) / batch['count']), {}
+
+  def evaluators(self, context: Context) -> list[Evaluator]:
+    """k-NN accuracy of the features, and pictures of reconstructions."""
+    return [
+      *knn.evaluators(context, self.features),
+      *reconstruction.evaluators(context, mean=self.mean, std=self.std),
+    ]
 
   def features(self, model: Model, images: jax.Array) -> jax.Array:
     """Pooled features of whole images, for k-NN classification.

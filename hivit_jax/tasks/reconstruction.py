@@ -15,6 +15,7 @@ from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.masking import NORM_PIX_EPS, unit_moments
 from hivit_jax.models.simmim import SimMIM
 from hivit_jax.models.units import join_units, split_units
+from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics
 from hivit_jax.tasks.images import denormalize, normalize
 
 _HIDDEN = 128  # grey level of units that a panel leaves out
@@ -173,3 +174,30 @@ class Reconstructor:
     noise = np.random.default_rng(seed).random(shape, np.float32)
     pixels, mask = jax.device_get(self._predict(params, images, noise))
     return assemble(images, pixels, mask, norm_pix=model.norm_pix_loss, **self._statistics)
+
+
+NAME = 'reconstructions'  # of the pictures' directory
+
+
+def evaluators(context: Context, *, mean: Sequence[float], std: Sequence[float]) -> list[Evaluator]:
+  """Reconstructions of the same evaluation images each time; none where they have no place to go.
+
+  Args:
+    context: what to draw with.
+    mean, std: per channel, of pixels in [0, 1].
+  """
+  every = context.every('pictures')
+  if every is None or not context.draws:
+    return []
+  source = context.some(next(iter(context.sets.values())), context.setting('pictures.count'))
+  images = context.examples(source)['image']
+  reconstruct = Reconstructor(context.graphdef, mean=mean, std=std)
+
+  def run(step: int, state: Any) -> Metrics:
+    params = context.here(state['params'])
+    if params is not None:
+      result = reconstruct(params, images, seed=context.seed)
+      context.draw(step, NAME, draw(result, title=f'{context.model_name}, step {step}'))
+    return {}
+
+  return [Evaluator(every, run)]

@@ -27,7 +27,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from hivit_jax import cli
+from hivit_jax import cli, models
 from hivit_jax.errors import UserError
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import host_memory
@@ -198,13 +198,14 @@ def _host_seconds(config: ml_collections.ConfigDict) -> list[float]:
   the host is: what is left is flattening the state's tree, checking it, and starting the program.
   """
   config = config.copy_and_resolve_references()
-  if 'swin' in config.model.name:  # windows of 4 cover 64 pixels
+  own = models.settings_of(config.model.name)
+  if 'window_size' in own:  # windows of 4 cover 64 pixels
     config.image_size = (64, 64)
     config.model.update(embed_dim=24, window_size=4)
   else:
     config.image_size = (32, 32)
     config.model.update(embed_dim=16, num_heads=1)
-  if config.task == 'mae':
+  if 'decoder_num_heads' in own:
     config.model.update(decoder_embed_dim=16, decoder_num_heads=1)
   step = TrainingStep(config, batch_size=config.accumulate_steps)
   return [step.host_seconds() for _ in range(2 + _STARTS)][2:]

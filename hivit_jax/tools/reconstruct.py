@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
   files = _IMAGES.value + argv[1:]
   config = ml_collections.ConfigDict(load_metadata(workdir).get('config', {'task': None}))
-  if not assemble.is_pretraining(config):
+  if not config.task or 'pictures' not in assemble.task_class(config).measures:
     found = f'trained with config.task="{config.task}"' if config.task else 'converted, not trained'
     raise UserError(f'--workdir={workdir} was {found}; give the --workdir of a pretraining run')
   task = assemble.task(config)

@@ -35,7 +35,8 @@ def main(argv: list[str]) -> None:
 def _options(name: str, size: tuple[int, int] | None) -> dict[str, Any]:
   if size is None:
     return {}
-  windows = {'window_size': max(1, math.gcd(*size) // 32)} if 'swin' in name else {}
+  known = models.settings_of(name) if name in models.MODELS else {}
+  windows = {'window_size': max(1, math.gcd(*size) // 32)} if 'window_size' in known else {}
   return {'image_size': size, **windows}
 
 

@@ -1,8 +1,9 @@
 """From a config to the objects it describes. Below here nobody knows about configs."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import ml_collections
@@ -12,31 +13,25 @@ from jax.sharding import Mesh
 
 from hivit_jax import models, settings
 from hivit_jax.errors import UserError, flag
-from hivit_jax.models.classifier import Classifier
-from hivit_jax.models.mae import MaskedAutoencoder
-from hivit_jax.models.simmim import SimMIM
 from hivit_jax.models.units import UNIT
 from hivit_jax.ops import barriers
 from hivit_jax.ops.choice import ATTENTION
-from hivit_jax.tasks.classify import ClassifyTask
-from hivit_jax.tasks.mae import MAETask
+from hivit_jax.tasks import TASKS, Task
 from hivit_jax.train import optim, schedules, sharding, step
 
 _DTYPES = ('auto', 'float32', 'bfloat16')
 _LARGE_WIDTH = 256  # channels of the main stage
-_PUBLISHED_CLASSES = 1000  # of a config that names no number, before there is a data set
-# task -> class of its models, how they are called, rules of the optimizer
-_TASKS = {
-  'mae': (MaskedAutoencoder, 'masked autoencoder', optim.PRETRAIN_RULES),
-  'simmim': (SimMIM, 'SimMIM', optim.SIMMIM_RULES),
-  'classify': (Classifier, 'classifier', optim.CLASSIFY_RULES),
-  'linear': (Classifier, 'classifier', optim.LINEAR_RULES),
+# Arguments of models that always have a value; one of your own need not know them.
+_ALWAYS_SET = frozenset(
+  ('image_size', 'channels', 'dtype', 'attention', 'ops', 'remat', 'drop_path_rate', 'scan')
+)
+# Fields of tasks and the settings that they are; all others are of config.augment.
+_FIELDS = {
+  **{key: f'data.{key}' for key in ('mean', 'std', 'eval_crop')},
+  **{key: key for key in ('channels', 'seed')},
+  'num_classes': 'model.num_classes',
 }
-
-
-def is_pretraining(config: ml_collections.ConfigDict) -> bool:
-  """Whether the task needs no labels."""
-  return config.task in ('mae', 'simmim')
+_PUBLISHED_CLASSES = 1000  # of a config that names no number, before there is a data set
 
 
 def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -58,9 +53,9 @@ def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
 def is_large(config: ml_collections.ConfigDict) -> bool:
   """Whether a step takes long enough for `host_memory.keep_freed_memory(one_arena=True)`."""
   known = config.model.name in models.MODELS
-  own = models.settings_of(config.model.name)['embed_dim'] if known else 0
-  width = config.model.embed_dim or own
-  if 'swin' in (config.model.name or ''):  # it tells the first stage's
+  own = models.settings_of(config.model.name) if known else {}
+  width = config.model.embed_dim or own.get('embed_dim', 0)
+  if 'window_size' in own:  # Swin's is that of the first stage
     width *= 4
   return width >= _LARGE_WIDTH
 
@@ -121,10 +116,13 @@ def model_creator(
     'dtype': compute_dtype(config, devices[0].platform if len(devices) else None),
     'attention': attention(config, devices),
   }
+  name = config.model.name
+  if settings.is_object(name):
+    return _own_model(name, config.seed, arguments)
 
   def create():
     try:
-      return models.create_model(config.model.name, seed=config.seed, **arguments)
+      return models.create_model(name, seed=config.seed, **arguments)
     except UserError as error:  # models know their arguments, not where these come from
       culprit = str(error).split('=')[0].split(' ')[0]
       section = (
@@ -135,66 +133,107 @@ def model_creator(
   return create
 
 
+def _own_model(name: str, seed: int, arguments: Mapping[str, Any]) -> Callable[[], Any]:
+  """A function that builds a model from outside the package, with the arguments that it names."""
+  cls = settings.find_object(name, 'config.model.name')
+  accepted = inspect.signature(cls).parameters
+  for key, value in arguments.items():
+    if key not in accepted and key not in _ALWAYS_SET:
+      raise UserError(
+        f'config.model.{key}={value}: {name} has no argument "{key}"; it takes: '
+        + ', '.join(sorted(accepted.keys() - {'rngs'}))
+      )
+  own = {key: value for key, value in arguments.items() if key in accepted}
+  return lambda: cls(**own, rngs=nnx.Rngs(seed))
+
+
 def task_of(model_class: type) -> str:
   """Name of the first task that trains models of a class."""
-  return next(name for name, (wanted, *_) in _TASKS.items() if issubclass(model_class, wanted))
+  return next(name for name, task in TASKS.items() if issubclass(model_class, task.model_class))
+
+
+def task_class(config: ml_collections.ConfigDict) -> type[Task]:
+  """The class that `config.task` names: one of the table, or package.module:Name."""
+  if settings.is_object(config.task):
+    return settings.find_object(config.task, 'config.task')
+  if config.task not in TASKS:
+    raise UserError(
+      f'config.task="{config.task}" is unknown; there are: {", ".join(TASKS)}, or one of your own, '
+      'package.module:Name'
+    )
+  return TASKS[config.task]
 
 
 def check_model(config: ml_collections.ConfigDict) -> None:
   """UserError unless `config.task` is a task and `config.model.name` a model for it."""
-  if config.task not in _TASKS:
-    raise UserError(f'config.task="{config.task}" is unknown; there are: {", ".join(_TASKS)}')
-  wanted, kind, _ = _TASKS[config.task]
-  fitting = [name for name, (cls, _) in models.MODELS.items() if issubclass(cls, wanted)]
-  name = config.model.name
+  chosen, name = task_class(config), config.model.name
+  fitting = [n for n, (cls, _) in models.MODELS.items() if issubclass(cls, chosen.model_class)]
+  example = flag('model.name', fitting[0] if fitting else 'package.module:Name')
   if name is None:
     raise UserError(
-      'config.model.name is not set; hivit_jax.list_models() has the names, such as '
-      f'{flag("model.name", fitting[0])}. To evaluate weights: '
-      '--config=configs/evaluate.py --mode=evaluate'
+      f'config.model.name is not set; hivit_jax.list_models() has the names, such as {example}. '
+      'To evaluate weights: --config=configs/evaluate.py --mode=evaluate'
     )
-  if not issubclass(models.MODELS.get(name, (wanted,))[0], wanted):
+  if settings.is_object(name):
+    found = settings.find_object(name, 'config.model.name')
+  else:
+    found = models.MODELS.get(name, (chosen.model_class,))[0]
+  if not (isinstance(found, type) and issubclass(found, chosen.model_class)):
     size = name.rsplit('_', 1)[-1]
-    guess = next((other for other in fitting if other.endswith(f'_{size}')), fitting[0])
+    guess = next((other for other in fitting if other.endswith(f'_{size}')), None)
     raise UserError(
-      f'config.model.name="{name}" is no {kind}, which config.task="{config.task}" needs; '
-      f'try {flag("model.name", guess)}'
+      f'config.model.name="{name}" is no {chosen.model_kind}, which config.task="{config.task}" '
+      f'needs; try {flag("model.name", guess) if guess else example}'
     )
 
 
-def task(config: ml_collections.ConfigDict) -> MAETask | ClassifyTask:
-  """The task named by `config.task`."""
+def task(
+  config: ml_collections.ConfigDict, transforms: Callable[[bool], Any] | None = None
+) -> Task:
+  """The task named by `config.task`; its fields are filled with the settings of their names.
+
+  These are the settings of `config.augment`, `mean`, `std` and `eval_crop` of the data, the
+  model's `num_classes`, `image_size`, `channels`, and `transforms`.
+
+  Args:
+    config: see configs/base.py.
+    transforms: whether it is for training -> the transform that the config describes; None: no
+      data are read.
+  """
   check_model(config)
-  statistics = {'mean': tuple(config.data.mean), 'std': tuple(config.data.std)}
-  if is_pretraining(config):
-    return MAETask(**statistics)
-  a = config.augment
-  return ClassifyTask(
-    **statistics,
-    num_classes=config.model.num_classes or _PUBLISHED_CLASSES,
-    label_smoothing=a.label_smoothing,
-    erase=a.erase,
-    mixup=a.mixup,
-    cutmix=a.cutmix,
-    switch_probability=a.switch_probability,
-    mix_group=a.mix_group,
-  )
+  chosen, filled = task_class(config), {}
+  for field in dataclasses.fields(cast(Any, chosen)):
+    key = _FIELDS.get(field.name, f'augment.{field.name}')
+    if field.name == 'transforms':
+      filled[field.name] = transforms
+    elif field.name == 'image_size':
+      filled[field.name] = image_size(config)
+    elif key in _FIELDS.values() or field.name in config.augment:
+      value = settings.get(config, key)
+      filled[field.name] = tuple(value) if isinstance(value, list) else value
+    elif field.default is dataclasses.MISSING:
+      raise UserError(f'config.task={config.task}: no setting is called {field.name}')
+  if filled.get('num_classes', 0) is None:
+    filled['num_classes'] = _PUBLISHED_CLASSES
+  return chosen(**filled)
 
 
-def optimizer(config: ml_collections.ConfigDict) -> Callable[[Any], optim.Optimizer]:
-  """Returns a function from parameters to their optimizer."""
-  o = config.optim
+def optimizer(config: ml_collections.ConfigDict) -> Callable[..., optim.Optimizer]:
+  """Returns a function from parameters, and rules before those of the task, to their optimizer."""
+  o, own = config.optim, tuple(task_class(config).rules)
   shared = {
-    'rules': _TASKS[config.task][2],
     'weight_decay': o.weight_decay,
     'clip_norm': o.clip_norm,
     'layer_decay': o.layer_decay,
   }
   if o.name == 'adamw':
-    own = {'b1': o.b1, 'b2': o.b2, 'eps': o.eps}
-    return lambda params: optim.adamw(params, **shared, **own)
+    numbers = {'b1': o.b1, 'b2': o.b2, 'eps': o.eps}
+    return lambda params, first=(): optim.adamw(params, rules=(*first, *own), **shared, **numbers)
   if o.name == 'lars':
-    return lambda params: optim.lars(params, **shared, momentum=o.momentum)
+    momentum = o.momentum
+    return lambda params, first=(): optim.lars(
+      params, rules=(*first, *own), **shared, momentum=momentum
+    )
   raise UserError(f'config.optim.name="{o.name}" is unknown; there are: adamw, lars')
 
 
@@ -228,7 +267,7 @@ class Training(NamedTuple):
     train_step: see `step.make_train_step`.
   """
 
-  task: MAETask | ClassifyTask
+  task: Task
   graphdef: nnx.GraphDef
   optimizer: optim.Optimizer
   abstract: step.State
@@ -236,16 +275,21 @@ class Training(NamedTuple):
 
 
 def training(
-  config: ml_collections.ConfigDict, mesh: Mesh, *, epochs_per_step: float = 1e-3
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  *,
+  chosen: Task | None = None,
+  epochs_per_step: float = 1e-3,
 ) -> Training:
   """The training step and its state; nothing is compiled or computed yet.
 
   Args:
     config: see configs/base.py.
     mesh: the devices.
+    chosen: the config's task; None: without data.
     epochs_per_step: batch size / examples in an epoch, for the learning rate.
   """
-  chosen = task(config)  # first: it checks the model's name
+  chosen = chosen or task(config)  # first: it checks the model's name
   graphdef, tx, abstract = step.abstract_state(
     model_creator(config, list(mesh.devices.flat)),
     optimizer(config),

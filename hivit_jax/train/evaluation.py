@@ -1,171 +1,131 @@
-"""What is measured and drawn between steps, and of weights without training."""
+"""What connects the evaluators of tasks with devices, data and the workdir."""
 
+import contextlib
+import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from hivit_jax import settings
 from hivit_jax.data.sources.subset import Subset
 from hivit_jax.errors import UserError
 from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.runtime import distributed
-from hivit_jax.tasks import knn, reconstruction
+from hivit_jax.tasks import Task
 from hivit_jax.tasks.evaluators import Evaluator
-from hivit_jax.train import assemble, inputs, sharding
+from hivit_jax.train import sharding
 from hivit_jax.train.setup import Setup
 
 
-def evaluators(setup: Setup, task: Any, graphdef: nnx.GraphDef) -> list[Evaluator]:
-  """What measures a model: the same for training and for `--mode=evaluate`.
+@dataclasses.dataclass(frozen=True)
+class Measuring:
+  """The `Context` of evaluators.
 
-  Args:
-    setup: whose config says what and how often.
-    task: of the model.
-    graphdef: of the model, for `nnx.merge` with the parameters of a state.
-  """
-  config, found = setup.config, []
-  if config.evaluation.every_epochs and setup.labelled_source is not None:
-    every = setup.steps.of(config.evaluation.every_epochs)
-    found.append(Evaluator(every, _Accuracy(setup, task, graphdef)))
-  if config.knn.every_epochs:
-    every = setup.steps.of(config.knn.every_epochs)
-    found.append(Evaluator(every, _NearestNeighbours(setup, task, graphdef)))
-  return found
-
-
-class _Accuracy:
-  """`eval/top1`, `eval/top5`, `eval/loss` of the evaluation set; `eval/ema_*` of the average.
-
-  Shares of the examples that could be read, each counted once, however many devices and hosts.
+  Attributes:
+    setup: config, devices and data.
+    graphdef: of the model.
+    directory, writer: of the run; None: pictures have no place to go.
   """
 
-  def __init__(self, setup: Setup, task: Any, graphdef: nnx.GraphDef):
-    self._setup = setup
-    self._sums = jax.jit(lambda params, batch: task.evaluate(nnx.merge(graphdef, params), batch))
+  setup: Setup
+  graphdef: nnx.GraphDef
+  directory: pathlib.Path | None = None
+  writer: MetricWriter | None = None
 
-  def __call__(self, step: int, state: Any) -> dict[str, float]:
-    setup, source = self._setup, self._setup.labelled_source
-    models = {'': sharding.whole(state['params'], setup.mesh)}
-    if 'ema' in state:
-      models['ema_'] = sharding.whole(state['ema'], setup.mesh)
-    results = []
-    with setup.eval_batches(source) as batches:
-      for batch in batches:
-        arrays = sharding.put_batch(batch, setup.mesh)
-        results.append({prefix: self._sums(params, arrays) for prefix, params in models.items()})
-        # One batch late: the device never waits, nor has it more than two batches.
-        results[-2:-1] = jax.device_get(results[-2:-1])
-    results = jax.device_get(results)
-    metrics = {}
-    for prefix in models:
-      parts = [result[prefix] for result in results]
-      totals = {key: np.sum([part[key] for part in parts], dtype=np.float64) for key in parts[0]}
-      count = totals.pop('count')
-      if not count:
-        raise _no_labels(source)
-      metrics |= {f'eval/{prefix}{key}': float(total / count) for key, total in totals.items()}
-    return metrics
+  @property
+  def task(self) -> Task:
+    return self.setup.task
 
+  @property
+  def model_name(self) -> str:
+    return self.setup.config.model.name
 
-class _NearestNeighbours:
-  """`eval/knn_top1`: accuracy of the evaluation set among neighbours of the training set."""
+  @property
+  def seed(self) -> int:
+    return self.setup.config.seed
 
-  def __init__(self, setup: Setup, task: Any, graphdef: nnx.GraphDef):
-    train_source = setup.train_source
-    if not train_source.num_classes:
-      raise UserError(
-        f'{train_source.name} ({train_source.split}) has no class folders, which the k-NN accuracy '
-        'compares with; switch it off: --config.knn.every_epochs=0'
-      )
-    self._setup = setup
-    self._bank = Subset(train_source, setup.config.knn.bank_size)
-    self._features = jax.jit(
-      lambda params, images: task.features(nnx.merge(graphdef, params), images)
-    )
+  @property
+  def sets(self) -> Mapping[str, Any]:
+    return self.setup.sets
 
-  def __call__(self, step: int, state: Any) -> dict[str, float]:
-    setup, options = self._setup, self._setup.config.knn
-    params = sharding.whole(state['params'], setup.mesh)
-    parts = self._parts(params, setup.eval_source)
-    queries, labels = _rows(parts, len(setup.eval_source))
-    known = labels >= 0
-    if not known.any():
-      raise _no_labels(setup.eval_source)
-    neighbours = knn.Neighbours(queries, k=options.k, bank_size=len(self._bank))
-    for part, part_labels in self._parts(params, self._bank):  # that of ImageNet would be 5 GB
-      neighbours.add(part, part_labels)
-    predicted = neighbours.predict(
-      num_classes=setup.train_source.num_classes, temperature=options.temperature
-    )
-    return {'eval/knn_top1': float(np.mean((predicted == labels)[known]))}
+  @property
+  def class_sets(self) -> Mapping[str, Any]:
+    return self.setup.class_sets
 
-  def _parts(self, params: Any, source: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Features (B, D) and labels (B,) of a source, batch by batch, on every process."""
-    with self._setup.eval_batches(source) as batches:
-      for batch in batches:
-        arrays = sharding.put_batch(batch, self._setup.mesh)
-        keep = sharding.fetch(arrays['mask'])
-        values = sharding.fetch(self._features(params, arrays['image']))[keep]
-        yield values, sharding.fetch(arrays['label'])[keep]
+  @property
+  def train_source(self) -> Any:
+    return self.setup.train_source
 
+  @property
+  def draws(self) -> bool:
+    return self.directory is not None
 
-def _rows(
-  parts: Iterator[tuple[np.ndarray, np.ndarray]], most: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Parts one after the other, `most` rows at most, each copied once."""
-  values, labels, count = np.zeros((most, 0)), np.zeros(most, np.int32), 0
-  for part, part_labels in parts:
-    if not count:
-      values = np.empty((most, part.shape[1]), part.dtype)
-    place = slice(count, count + len(part))
-    values[place], labels[place] = part, part_labels
-    count += len(part)
-  return values[:count], labels[:count]
+  def every(self, section: str) -> int | None:
+    epochs = self.setting(f'{section}.every_epochs')
+    return self.setup.steps.of(epochs) if epochs else None
 
+  def setting(self, key: str) -> Any:
+    return settings.get(self.setup.config, key)
 
-def _no_labels(source: Any) -> UserError:
-  return UserError(
-    f'none of the {len(source)} examples of {source.name} ({source.split}) has a label; '
-    'choose another --config.data.eval_split, or evaluate nothing: '
-    '--config.evaluation.every_epochs=0 --config.knn.every_epochs=0'
-  )
+  @contextlib.contextmanager
+  def batches(self, source: Any) -> Iterator[Iterator[dict[str, jax.Array]]]:
+    with self.setup.eval_batches(source) as batches:
+      yield (sharding.put_batch(batch, self.setup.mesh) for batch in batches)
 
+  def some(self, source: Any, size: int) -> Any:
+    return Subset(source, size)
 
-def pictures(
-  setup: Setup, graphdef: nnx.GraphDef, directory: pathlib.Path, writer: MetricWriter
-) -> list[Evaluator]:
-  """Reconstructions of the same evaluation images each time, as PNG files and in TensorBoard."""
-  config, options = setup.config, setup.config.pictures
-  if not assemble.is_pretraining(config) or not options.every_epochs:
-    return []
-  source = Subset(setup.eval_source, options.count)
-  # Pictures are one process's business: its whole batch, no part of a global one.
-  with inputs.eval_batches(config, source, len(source), alone=True) as batches:
-    images = next(batches)['image']
-  reconstruct = reconstruction.Reconstructor(
-    graphdef, mean=tuple(config.data.mean), std=tuple(config.data.std)
-  )
+  def examples(self, source: Any) -> dict[str, np.ndarray]:
+    with self.setup.eval_batches(source, alone=True) as batches:
+      return next(batches)
 
-  def draw(at: int, state: Any) -> dict[str, float]:
-    params = sharding.whole(state['params'], setup.mesh)  # all processes take part
-    if not distributed.primary():
-      return {}
-    result = reconstruct(sharding.local(params), images, seed=config.seed)
-    picture = reconstruction.draw(result, title=f'{config.model.name}, step {at}')
-    path = directory / 'reconstructions' / f'step_{at:08d}.png'
+  def whole(self, params: Any) -> Any:
+    return sharding.whole(params, self.setup.mesh)
+
+  def here(self, params: Any) -> Any:
+    params = self.whole(params)
+    return sharding.local(params) if distributed.primary() else None
+
+  def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(function, out_shardings=sharding.replicated(self.setup.mesh))
+
+  def fetch(self, array: jax.Array) -> np.ndarray:
+    return sharding.fetch(array)
+
+  def draw(self, step: int, name: str, picture: Any) -> None:
+    assert self.directory is not None
+    path = self.directory / name / f'step_{step:08d}.png'
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix('.tmp')  # a kill leaves no half picture under the final name
     picture.save(unfinished, 'PNG')
     unfinished.replace(path)
-    writer.write_image(at, 'reconstructions', np.asarray(picture))
-    return {}
+    if self.writer is not None:
+      self.writer.write_image(step, name, np.asarray(picture))
 
-  return [Evaluator(setup.steps.of(options.every_epochs), draw)]
+
+def evaluators(measuring: Measuring) -> list[Evaluator]:
+  """Those of the task and those that `config.evaluators` names, for training and evaluation.
+
+  Raises:
+    UserError: there is no such evaluator, or the data do not fit one.
+  """
+  found = list(measuring.task.evaluators(measuring))
+  for name in measuring.setup.config.evaluators:
+    factory = settings.find_object(name, 'config.evaluators')
+    made = factory(measuring)
+    if not isinstance(made, Evaluator):
+      raise UserError(
+        f'config.evaluators={name}: called with the context it must give an Evaluator, not '
+        f'{type(made).__name__}; see hivit_jax/tasks/evaluators.py'
+      )
+    found.append(made)
+  return found
 
 
 def newest_picture(directory: pathlib.Path) -> pathlib.Path | None:
   """The last picture that a run in `directory` has made."""
-  return max((directory / 'reconstructions').glob('step_*.png'), default=None)
+  return max(directory.glob('*/step_*.png'), key=lambda path: path.name, default=None)

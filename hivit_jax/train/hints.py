@@ -1,7 +1,8 @@
 """What a person may want to change in a config, as flags that can be copied."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 import ml_collections
 
@@ -13,12 +14,19 @@ from hivit_jax.train import assemble
 _Config = ml_collections.ConfigDict
 
 
-def _no_labels(config: _Config) -> str | None:
-  return f'task={config.task}' if assemble.is_pretraining(config) else None
+def _not_read(field: str) -> Callable[[_Config], str | None]:
+  """Why the task does not read a setting of `augment`."""
+
+  def reason(config: _Config) -> str | None:
+    fields = {own.name for own in dataclasses.fields(cast(Any, assemble.task_class(config)))}
+    return None if field in fields else f'task={config.task}'
+
+  return reason
 
 
-def _no_pictures(config: _Config) -> str | None:
-  return None if assemble.is_pretraining(config) else f'task={config.task}'
+def _not_measured(section: str) -> Callable[[_Config], str | None]:
+  """Why the task does not evaluate by a section."""
+  return lambda c: None if section in assemble.task_class(c).measures else f'task={c.task}'
 
 
 def _no_choice(config: _Config) -> str | None:
@@ -28,14 +36,14 @@ def _no_choice(config: _Config) -> str | None:
 
 # Settings with their defaults, and why nothing reads them in a config; None: something does.
 _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] = (
-  (
-    {
-      **{f'augment.{key}': 0.0 for key in ('erase', 'mixup', 'cutmix', 'label_smoothing')},
-      'evaluation.every_epochs': 1.0,
-    },
-    _no_labels,
+  *(
+    ({f'augment.{key}': 0.0}, _not_read(key))
+    for key in ('erase', 'mixup', 'cutmix', 'label_smoothing')
   ),
-  ({'pictures.every_epochs': 20.0}, _no_pictures),
+  *(
+    ({f'{section}.every_epochs': epochs}, _not_measured(section))
+    for section, epochs in (('evaluation', 1.0), ('pictures', 20.0))
+  ),
   ({'augment.switch_probability': 0.5}, _no_choice),
   (
     {'augment.mix_group': None},

@@ -53,7 +53,7 @@ def _redrawn(
 ) -> dict[str, str]:
   """Parameters of the head that are not taken from the weights though they may fit, with why."""
   head = state.arrays.get('head.weight')
-  if assemble.is_pretraining(config) or head is None or len(head) != config.model.num_classes:
+  if head is None or len(head) != config.model.num_classes:
     return {}
   result = {}
   if config.model.head_std is not None:

@@ -21,9 +21,9 @@ _SYNSET = re.compile(r'n\d{8}')  # a class of ImageNet, as folders and TFDS name
 _SHOWN = 6  # names in a message
 
 
-def open_source(config: ml_collections.ConfigDict, split: str) -> Any:
-  """Examples of a split of the config's data set."""
-  return base.open_source(config.data.name, split, config.data.data_dir)
+def open_source(config: ml_collections.ConfigDict, split: str, name: str | None = None) -> Any:
+  """Examples of a split of the config's data set, or of another one."""
+  return base.open_source(name or config.data.name, split, config.data.data_dir)
 
 
 def num_classes(config: ml_collections.ConfigDict, source: Any) -> int:

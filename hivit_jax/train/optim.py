@@ -11,31 +11,6 @@ from hivit_jax.train.rules import Rules, apply_rules, path_name
 
 TRUST_COEFFICIENT = 1e-3  # of LARS
 
-# 'decay': weight decay applies; 'no_decay': it does not; 'frozen': the optimizer never changes it.
-
-# As the official pretraining: everything with more than one dimension decays, the learned position
-# embedding and the mask token included.
-PRETRAIN_RULES: Rules = (
-  ('(decoder_)?pos_embed', 'frozen'),
-  (r'(.*/)?(bias|scale)', 'no_decay'),
-  (r'(.*/)?kernel', 'decay'),
-  (r'absolute_pos_embed|cls_token|mask_token|.*/relative_position_bias_table', 'decay'),
-)
-# As the official SimMIM runs: they mean to spare the bias tables, but by a name that matches none.
-SIMMIM_RULES: Rules = (
-  (r'(.*/)?(bias|scale)|.*/mask_token', 'no_decay'),
-  (r'(.*/)?kernel|.*/relative_position_bias_table', 'decay'),
-)
-# As the official finetuning and supervised training: position parameters do not decay.
-CLASSIFY_RULES: Rules = (
-  (r'head_norm/(mean|var)', 'frozen'),  # running statistics
-  (r'(.*/)?(bias|scale)', 'no_decay'),
-  (r'(.*/)?kernel', 'decay'),
-  (r'absolute_pos_embed|pos_embed|cls_token|.*/relative_position_bias_table', 'no_decay'),
-)
-# A linear probe trains nothing but the last layer.
-LINEAR_RULES: Rules = ((r'head/kernel', 'decay'), (r'head/bias', 'no_decay'), (r'.*', 'frozen'))
-
 
 class Optimizer(NamedTuple):
   """What makes updates, and of which parameters.

@@ -15,7 +15,7 @@ import ml_collections
 from flax import nnx
 
 from hivit_jax.errors import Stopped, UserError
-from hivit_jax.interop import files, importer, infer, torch_names
+from hivit_jax.interop import files, importer, torch_names
 from hivit_jax.reporting.console import Progress, setup_logging
 from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.reporting.run_info import config_changes, write_run_info
@@ -35,7 +35,7 @@ from hivit_jax.train import (
 )
 from hivit_jax.train.checkpoint import Checkpoints, Restored
 from hivit_jax.train.manifest import Misfit
-from hivit_jax.train.setup import Setup, check_local, set_up
+from hivit_jax.train.setup import Setup, check_local, has_head, set_up
 
 _log = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -134,8 +134,8 @@ def _evaluate(
   check_local(path)
   state = weights.read(path, ema=config.init_ema)
   setup = set_up(initialise.config_for(config, state, given), evaluated=state)
-  task, graphdef, params = _evaluated(setup, state)
-  evaluators = evaluation.evaluators(setup, task, graphdef)
+  graphdef, params = _evaluated(setup, state)
+  evaluators = evaluation.evaluators(evaluation.Measuring(setup, graphdef))
   if not evaluators:
     raise UserError(
       f'{state.source} is {setup.config.model.name}, which has no classifier; evaluate its '
@@ -153,16 +153,15 @@ def _evaluate(
   return metrics
 
 
-def _evaluated(setup: Setup, state: files.StateDict) -> tuple[Any, nnx.GraphDef, Any]:
-  """Task, static half and parameters, on the devices, of the model that weights are for."""
-  headless = infer.family(state.arrays) == 'backbone'
+def _evaluated(setup: Setup, state: files.StateDict) -> tuple[nnx.GraphDef, Any]:
+  """Static half and parameters, on the devices, of the model that weights are for."""
+  partial = setup.task.needs_classes and not has_head(state)  # for their features
   create = assemble.model_creator(setup.config, list(setup.mesh.devices.flat))
-  model = create() if headless else nnx.eval_shape(create)
-  importer.load_into(model, state, partial=headless)
+  model = create() if partial else nnx.eval_shape(create)
+  importer.load_into(model, state, partial=partial)
   graphdef, params = nnx.split(model)
   params = nnx.to_pure_dict(params)
-  on_devices = sharding.put(params, sharding.state_shardings(params, setup.mesh))
-  return assemble.task(setup.config), graphdef, on_devices
+  return graphdef, sharding.put(params, sharding.state_shardings(params, setup.mesh))
 
 
 @contextlib.contextmanager
@@ -197,7 +196,9 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
   """The run at its first step or where it was left; None if it is finished; `stack` closes it."""
   config, mesh, steps = setup.config, setup.mesh, setup.steps
   primary = distributed.primary()
-  training = assemble.training(config, mesh, epochs_per_step=steps.epochs_per_step)
+  training = assemble.training(
+    config, mesh, chosen=setup.task, epochs_per_step=steps.epochs_per_step
+  )
   memory.check_state(mesh, training.abstract)
   total = config.max_steps or steps.of(config.epochs)
 
@@ -243,10 +244,9 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
     total_steps=total,
     batch_size=config.batch_size,
     epochs_per_step=steps.epochs_per_step,
-    evaluators=[
-      *evaluation.evaluators(setup, training.task, training.graphdef),
-      *evaluation.pictures(setup, training.graphdef, directory, writer),
-    ],
+    evaluators=evaluation.evaluators(
+      evaluation.Measuring(setup, training.graphdef, directory, writer)
+    ),
     evaluated=evaluated,
     checkpoints=checkpoints,
     metadata={
@@ -263,11 +263,8 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
 
 def _initial_state(setup: Setup, training: assemble.Training) -> step.State:
   config = setup.config
-  if config.task == 'linear' and not config.init and distributed.primary():
-    _log.warning(
-      'a linear probe of a random model, because config.init is not set; to probe a pretrained '
-      'one: --config.init=WORKDIR'
-    )
+  if setup.task.without_weights and not config.init and distributed.primary():
+    _log.warning('%s', setup.task.without_weights)
   create = initialise.initial_model(config, setup.train_source.class_names)
   state = step.init_state(create, training.optimizer, training.abstract)
   _log_overview(state['params'])
@@ -328,10 +325,10 @@ def _report(
   lines = [f'finished: checkpoint {checkpoint}']
   picture = evaluation.newest_picture(directory)
   if picture:
-    lines.append(f'reconstructions: {picture}')
+    lines.append(f'{picture.parent.name}: {picture}')
   lines.append(f'curves: tensorboard --logdir={shlex.quote(str(directory))}/tensorboard')
-  pretrained = assemble.is_pretraining(config)
-  tool = 'reconstruct' if pretrained else 'predict'
-  more = '--images=PICTURE.jpg --mask_ratio=0.6' if pretrained else 'PICTURE.jpg'
-  lines.append(f'next, try your own pictures: {python} -m hivit_jax.tools.{tool} {workdir} {more}')
+  example = assemble.task_class(config).example
+  if example:
+    command = f'{python} -m hivit_jax.tools.{example.format(workdir=workdir)}'
+    lines.append(f'next, try your own pictures: {command}')
   _log.info('%s', '\n  '.join(lines))

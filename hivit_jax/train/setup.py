@@ -1,7 +1,9 @@
 """What training and evaluation begin with: a config that is final, its devices and its data."""
 
 import dataclasses
+import functools
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -11,9 +13,10 @@ from ml_collections import config_dict
 from hivit_jax import settings
 from hivit_jax.data.loader import PREFETCH
 from hivit_jax.errors import UserError
-from hivit_jax.interop import files, infer
+from hivit_jax.interop import files
 from hivit_jax.runtime import distributed, memory
-from hivit_jax.train import assemble, inputs, sharding
+from hivit_jax.tasks import Task
+from hivit_jax.train import assemble, inputs, sharding, validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,18 +26,26 @@ class Setup:
   Attributes:
     config: checked, and complete by what is known of the data; nobody can write to it.
     mesh: the devices.
+    task: what is trained or evaluated.
     train_source: examples to learn from, and the bank of the k-NN accuracy; None: of no use here.
-    eval_source: examples to evaluate on.
-    labelled_source: the same with labels of the model's classes; None for a model without classes.
+    sets: evaluation sets by the beginning of their metrics: 'eval', and 'eval_NAME' for each of
+      `config.evaluation.more`.
+    class_sets: the same with labels of the model's classes; empty for a model without classes.
   """
 
   config: config_dict.FrozenConfigDict
   mesh: Mesh
+  task: Task
   train_source: Any
-  eval_source: Any
-  labelled_source: Any
+  sets: Mapping[str, Any]
+  class_sets: Mapping[str, Any]
   # Broken images: each is named once.
   _told: set[str] = dataclasses.field(default_factory=set, init=False)
+
+  @property
+  def eval_source(self) -> Any:
+    """The first of the evaluation sets."""
+    return self.sets['eval']
 
   @property
   def steps(self) -> assemble.Steps:
@@ -42,10 +53,10 @@ class Setup:
     source = self.eval_source if self.train_source is None else self.train_source
     return assemble.Steps(len(source), self.config.batch_size)
 
-  def eval_batches(self, source: Any) -> Any:
-    """This process's batches of one pass over a source."""
-    size = self.config.evaluation.batch_size
-    return inputs.eval_batches(self.config, source, size, told=self._told)
+  def eval_batches(self, source: Any, *, alone: bool = False) -> Any:
+    """This process's batches of one pass over a source; `alone`: all of it as one batch."""
+    size = len(source) if alone else self.config.evaluation.batch_size
+    return inputs.eval_batches(self.config, source, size, alone=alone, told=self._told)
 
 
 def set_up(config: ml_collections.ConfigDict, evaluated: files.StateDict | None = None) -> Setup:
@@ -73,24 +84,69 @@ def set_up(config: ml_collections.ConfigDict, evaluated: files.StateDict | None 
   with distributed.primary_first():  # embedded data sets are prepared
     if training or config.knn.every_epochs:
       train_source = inputs.open_source(config, config.data.train_split)
-    eval_source = inputs.open_source(config, config.data.eval_split)
-  labelled_source: Any = None
-  if not assemble.is_pretraining(config):
-    if training:
-      config.model.num_classes = inputs.num_classes(config, train_source)
-      inputs.check_classes(train_source.class_names, config.data.train_split, eval_source)
-      inputs.check_labels(train_source)
-      labelled_source = eval_source
-    elif infer.family(evaluated.arrays) != 'backbone' and config.evaluation.every_epochs:
-      labelled_source = inputs.with_classes_of(
-        evaluated.metadata.get('class_names'),
-        len(evaluated.arrays['head.weight']),
-        evaluated.source,
-        eval_source,
-      )
-      config.model.num_classes = inputs.num_classes(config, labelled_source)
+    sets = {'eval': inputs.open_source(config, config.data.eval_split)} | _more_sets(config)
+  chosen, class_sets = assemble.task_class(config), {}
+  if chosen.needs_classes:
+    if evaluated is None:
+      class_sets = _trained_classes(config, train_source, sets)
+    elif has_head(evaluated) and config.evaluation.every_epochs:
+      class_sets = _classes_of_weights(config, evaluated, sets)
+  if config.knn.every_epochs and 'knn' in chosen.measures and train_source.class_names:
+    sets = {'eval': sets['eval']} | _with_classes_of(train_source, sets)
   frozen = config_dict.FrozenConfigDict(config)
-  return Setup(frozen, mesh, train_source, eval_source, labelled_source)
+  task = assemble.task(frozen, functools.partial(_transform, frozen))
+  return Setup(frozen, mesh, task, train_source, sets, class_sets)
+
+
+def has_head(weights: files.StateDict) -> bool:
+  """Whether weights have a last layer, which gives classes."""
+  return 'head.weight' in weights.arrays
+
+
+def _more_sets(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The sets of `config.evaluation.more`, opened."""
+  found = {}
+  for text in config.evaluation.more:
+    name, split, data = validate.further_set(text)
+    found[f'eval_{name}'] = inputs.open_source(config, split, data)
+  return found
+
+
+def _trained_classes(
+  config: ml_collections.ConfigDict, train_source: Any, sets: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Evaluation sets with the training examples' classes, whose number goes into the config."""
+  config.model.num_classes = inputs.num_classes(config, train_source)
+  inputs.check_classes(train_source.class_names, config.data.train_split, sets['eval'])
+  inputs.check_labels(train_source)
+  return {'eval': sets['eval']} | _with_classes_of(train_source, sets)
+
+
+def _with_classes_of(source: Any, sets: Mapping[str, Any]) -> dict[str, Any]:
+  """All sets but the first, with the classes of a source."""
+  names, where = source.class_names, f'{source.name} ({source.split})'
+  return {
+    key: inputs.with_classes_of(names, len(names), where, own)
+    for key, own in sets.items()
+    if key != 'eval'
+  }
+
+
+def _classes_of_weights(
+  config: ml_collections.ConfigDict, weights: files.StateDict, sets: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Evaluation sets with the classes of weights, whose number goes into the config."""
+  names, count = weights.metadata.get('class_names'), len(weights.arrays['head.weight'])
+  found = {
+    key: inputs.with_classes_of(names, count, weights.source, source)
+    for key, source in sets.items()
+  }
+  config.model.num_classes = inputs.num_classes(config, found['eval'])
+  return found
+
+
+def _transform(config: config_dict.FrozenConfigDict, train: bool) -> Any:
+  return inputs.train_transform(config) if train else inputs.eval_transform(config)
 
 
 def _check_images(config: ml_collections.ConfigDict, mesh: Mesh, key: str) -> None:

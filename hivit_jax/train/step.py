@@ -1,5 +1,6 @@
 """The jitted training step: the same for every task."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hivit_jax.train import optim, sharding
+from hivit_jax.train import optim, rules, sharding
 
 # `step`: () int32; `params`; `opt_state`; with an average of the parameters, `ema`.
 State = dict[str, Any]
@@ -22,7 +23,8 @@ def abstract_state(
 
   Args:
     create: builds the model.
-    make_optimizer: parameters (or their shapes) -> `optim.Optimizer`.
+    make_optimizer: parameters (or their shapes) and the rules that come before all others ->
+      `optim.Optimizer`.
     mesh: the devices.
     ema: the state has an average of the parameters, too.
 
@@ -31,9 +33,10 @@ def abstract_state(
     optimizer: from `make_optimizer`.
     abstract: the state as `jax.ShapeDtypeStruct`s with shardings.
   """
-  graphdef, params = nnx.split(nnx.eval_shape(create))
+  model = nnx.eval_shape(create)
+  graphdef, params = nnx.split(model)
   params = nnx.to_pure_dict(params)
-  optimizer = make_optimizer(params)
+  optimizer = make_optimizer(params, _frozen_statistics(model))
   state = {
     'step': jax.ShapeDtypeStruct((), jnp.int32),
     'params': params,
@@ -87,7 +90,7 @@ def make_train_step(
 
   Args:
     graphdef: from `abstract_state`.
-    task: has `prepare(model, batch, rng)` and `loss(model, batch)`, see `tasks.mae`.
+    task: see `tasks.task.Task`.
     optimizer: from `abstract_state`.
     schedule: fractional epoch -> learning rate; with `optimizer.scales`, `(epoch, scale)`, see
       `schedules.Schedule`.
@@ -95,7 +98,8 @@ def make_train_step(
     seed: all randomness is a function of it and of the step.
     abstract: from `abstract_state`: the state stays where this says; None: on one device.
     accumulate_steps: parts that a batch is computed in, one after the other. The result is that of
-      the whole batch up to rounding: random numbers are drawn for the whole batch before.
+      the whole batch up to rounding: random numbers and normalisers are those of the whole batch.
+      Batch statistics alone are of parts: each starts from the old ones, and their mean is kept.
     ema_decay: share of the old average in the new one, for a state with `ema`; None: no average.
     compiler_options: see `ops.barriers.compiler_options`.
 
@@ -117,19 +121,24 @@ def make_train_step(
     grads, aux = jax.grad(loss, has_aux=True)(*optim.split(params, optimizer.trained), batch)
     return sharding.keep_parts(grads, places and optim.split(places, optimizer.trained)[0]), aux
 
-  def mean_gradients(trained, others, batch):
+  def summed_gradients(trained, others, batch):
     if accumulate_steps == 1:
       return gradients(trained, others, batch)
+    whole = {key: x for key, x in batch.items() if jnp.ndim(x) == 0}  # normalisers
     # Part i takes examples i, i + A, ...: each device splits its own examples, none move.
-    parts = jax.tree.map(
-      lambda x: x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1), batch
-    )
+    parts = {
+      key: x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1)
+      for key, x in batch.items()
+      if key not in whole
+    }
 
     def add(total, part):
-      result = gradients(trained, others, part)
-      return jax.tree.map(lambda t, r: t + r / accumulate_steps, total, result), None
+      grads, (metrics, statistics) = gradients(trained, others, part | whole)
+      statistics = jax.tree.map(lambda s: s / accumulate_steps, statistics)
+      return jax.tree.map(jnp.add, total, (grads, (metrics, statistics))), None
 
-    shapes = jax.eval_shape(gradients, trained, others, jax.tree.map(lambda x: x[0], parts))
+    first = jax.tree.map(lambda x: x[0], parts) | whole
+    shapes = jax.eval_shape(gradients, trained, others, first)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, zeros, parts)[0]
 
@@ -137,7 +146,7 @@ def make_train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state['step'])
     batch = task.prepare(nnx.merge(graphdef, state['params']), batch, rng)
     trained, others = optim.split(state['params'], optimizer.trained)
-    grads, (metrics, statistics) = mean_gradients(trained, others, batch)
+    grads, (metrics, statistics) = summed_gradients(trained, others, batch)
     updates, opt_state = optimizer.tx.update(grads, state['opt_state'], trained)
     epoch = state['step'] * epochs_per_step
     lr = schedule(epoch)
@@ -175,6 +184,13 @@ def make_train_step(
 
 def _shardings(abstract: Any) -> Any:
   return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _frozen_statistics(model: nnx.Module) -> rules.Rules:
+  """No gradient tells how to change batch statistics, whatever they are called."""
+  statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+  paths = [rules.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(statistics)]
+  return tuple((re.escape(path), 'frozen') for path in paths)
 
 
 def _norm(tree: Any) -> jax.Array:

@@ -5,6 +5,7 @@ What depends on the model, the devices or the data is checked where it is built.
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import ml_collections
 
 from hivit_jax.data import randaugment, transforms
 from hivit_jax.errors import UserError, flag
-from hivit_jax.settings import dotted, get
+from hivit_jax.settings import dotted, get, is_object
 from hivit_jax.train import assemble, schedules
 
 _Test = Callable[[Any], bool]
@@ -89,6 +90,11 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     lambda x: len(x) in (1, 3) and all(0 < v < math.inf for v in x),
     'data.std',
   ),
+  (
+    'names of objects, package.module:Name',
+    lambda x: all(map(is_object, x)),
+    'evaluators',
+  ),
 )
 
 # What may be None; everything else always has a value.
@@ -139,6 +145,9 @@ def check(config: ml_collections.ConfigDict) -> None:
       f'epochs before the end, config.epochs={config.epochs}; for a short run: '
       f'--config.optim.milestones={config.epochs * 7 / 8:g}, or --config.optim.schedule=cosine'
     )
+  names = [further_set(text)[0] for text in config.evaluation.more]
+  if len(set(names)) < len(names):
+    raise UserError(f'config.evaluation.more={tuple(config.evaluation.more)}: names repeat')
   if config.augment.rand_augment:
     randaugment.rand_augment(config.augment.rand_augment, tuple(config.data.mean))
   for key in ('data.mean', 'data.std'):
@@ -148,6 +157,23 @@ def check(config: ml_collections.ConfigDict) -> None:
         f'config.{key}: {count} numbers for config.channels={config.channels}; if it is the same '
         f'for all: {flag(key, get(config, key)[:1] * config.channels)}'
       )
+
+
+def further_set(text: str) -> tuple[str, str, str | None]:
+  """Name, split and data set of an entry of `config.evaluation.more`.
+
+  It has the form NAME=SPLIT@DATA or, for a split of `config.data.name`, NAME=SPLIT.
+
+  Raises:
+    UserError: the entry has another form.
+  """
+  match = re.fullmatch(r'(\w+)=([^@]+)(?:@(.+))?', text) if isinstance(text, str) else None
+  if match is None:
+    raise UserError(
+      f'config.evaluation.more: expected NAME=SPLIT or NAME=SPLIT@DATA, such as '
+      f'v2=test@imagenet_v2, got {text}'
+    )
+  return match[1], match[2], match[3]
 
 
 def _holds(test: _Test, value: Any) -> bool:

@@ -40,7 +40,7 @@ def test_targets_are_smoothed_and_images_normalised_before_they_are_augmented():
   task = ClassifyTask(**STATISTICS, num_classes=CLASSES, label_smoothing=0.1)
   batch = _batch([2, 5])
   prepared = task.prepare(_Fixed([]), batch, jax.random.key(0))
-  assert set(prepared) == {'image', 'target'}
+  assert set(prepared) == {'image', 'target', 'weight', 'count'}
   expected = np.full((2, CLASSES), 0.1 / CLASSES)
   expected[0, 2] += 0.9
   expected[1, 5] += 0.9
@@ -68,12 +68,41 @@ def test_everything_random_is_drawn_for_the_whole_batch():
   graphdef, params = random_model('hivit_tiny', **TINY, num_classes=CLASSES, drop_path_rate=0.5)
   model = nnx.merge(graphdef, params)
   prepared = task.prepare(model, _batch(range(4)), jax.random.key(0))
-  assert {key: value.shape[0] for key, value in prepared.items()} == {
-    'image': 4, 'target': 4, 'drop_path_noise': 4,
+  assert {key: value.shape[:1] for key, value in prepared.items()} == {
+    'image': (4,), 'target': (4,), 'weight': (4,), 'drop_path_noise': (4,), 'count': (),
   }  # fmt: skip
   whole, _ = task.loss(model, prepared)
-  parts = [task.loss(model, {k: v[i::2] for k, v in prepared.items()})[0] for i in range(2)]
-  np.testing.assert_allclose(whole, np.mean(parts), rtol=1e-5)
+  parts = [
+    task.loss(model, {k: v[i::2] if v.ndim else v for k, v in prepared.items()})[0]
+    for i in range(2)
+  ]
+  np.testing.assert_allclose(whole, np.sum(parts), rtol=1e-5)
+
+
+def test_examples_without_a_label_are_ignored():
+  """The loss of the others is what it is without them, and nothing is left of a whole batch."""
+  logits = np.random.default_rng(1).standard_normal((4, CLASSES)).astype(np.float32)
+  task = ClassifyTask(**STATISTICS, num_classes=CLASSES, label_smoothing=0.1)
+
+  def loss_of(rows, labels):
+    prepared = task.prepare(_Fixed([]), _batch(labels), jax.random.key(0))
+    return task.loss(_Fixed(logits[rows]), prepared)
+
+  loss, metrics = loss_of([0, 1, 2, 3], [2, -1, 5, -1])
+  expected, accuracy = loss_of([0, 2], [2, 5])
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  np.testing.assert_allclose(metrics['accuracy'], accuracy['accuracy'])
+  assert float(loss_of([0, 1, 2, 3], [-1] * 4)[0]) == 0
+
+
+def test_an_image_mixed_with_one_without_a_label_counts_for_its_own_share():
+  task = ClassifyTask(**STATISTICS, num_classes=CLASSES, mixup=0.8)
+  prepared = task.prepare(_Fixed([]), _batch([2, -1]), jax.random.key(0))
+  share = float(prepared['target'][0, 2])
+  assert 0 < share < 1
+  np.testing.assert_allclose(prepared['weight'], [share, 1 - share], rtol=1e-6)
+  np.testing.assert_allclose(prepared['target'].sum(axis=1), prepared['weight'], rtol=1e-6)
+  np.testing.assert_allclose(prepared['count'], 1, rtol=1e-6)
 
 
 def test_evaluation_sums_leave_out_what_does_not_count():

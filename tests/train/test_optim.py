@@ -10,6 +10,9 @@ import pytest
 
 import hivit_jax
 from hivit_jax.interop import torch_names
+from hivit_jax.tasks.classify import ClassifyTask
+from hivit_jax.tasks.linear import LinearTask
+from hivit_jax.tasks.mae import MAETask
 from hivit_jax.train import optim, rules
 from tests.helpers import TINY, TINY_MAE, abstract_model
 
@@ -35,7 +38,7 @@ def _params():
 
 
 def _adamw(params, **options):
-  return optim.adamw(params, rules=optim.PRETRAIN_RULES, **ADAM | options)
+  return optim.adamw(params, rules=MAETask.rules, **ADAM | options)
 
 
 def _trained(params):
@@ -50,7 +53,7 @@ def _trained(params):
 def test_everything_but_vectors_decays(name, overrides):
   """As the official pretraining has it; the fixed position embeddings are out of it."""
   _, params = abstract_model(name, **overrides)
-  labels = torch_names.flatten(rules.apply_rules(optim.PRETRAIN_RULES, params))
+  labels = torch_names.flatten(rules.apply_rules(MAETask.rules, params))
   expected = {}
   for path, leaf in torch_names.flatten(params).items():
     fixed = path[-1] in ('decoder_pos_embed', 'pos_embed')
@@ -113,7 +116,7 @@ def test_moments_lie_under_the_names_of_their_parameters(optimizer):
   if optimizer == 'adamw':
     tx = _adamw(params, clip_norm=1.0).tx
   else:
-    tx = optim.lars(params, rules=optim.PRETRAIN_RULES, momentum=0.9, weight_decay=0.1).tx
+    tx = optim.lars(params, rules=MAETask.rules, momentum=0.9, weight_decay=0.1).tx
   names = [
     rules.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tx.init(params))
   ]
@@ -184,8 +187,8 @@ def test_layer_decay_of_the_baselines():
 def test_layers_of_a_hivit(optimizer):
   _, params = abstract_model('hivit_tiny', **TINY)
   own = ADAM if optimizer is optim.adamw else {'momentum': 0.9, 'weight_decay': 0.0}
-  assert optimizer(params, rules=optim.CLASSIFY_RULES, **own).scales is None
-  scales = optimizer(params, rules=optim.CLASSIFY_RULES, **own, layer_decay=0.5).scales
+  assert optimizer(params, rules=ClassifyTask.rules, **own).scales is None
+  scales = optimizer(params, rules=ClassifyTask.rules, **own, layer_decay=0.5).scales
   # patch embedding, 2 + 2 stem blocks with a merge after each two, 2 main blocks, head
   assert scales['patch_embed']['proj']['kernel'] == 0.5**7
   numbers = [scales['blocks'][i]['norm2']['scale'] for i in (0, 1, 3, 4, 6, 7)]
@@ -197,7 +200,7 @@ def test_layers_of_a_hivit(optimizer):
 
 def test_a_linear_probe_trains_the_last_layer_alone():
   _, params = abstract_model('hivit_tiny', **TINY, head_batch_norm=True)
-  optimizer = optim.lars(params, rules=optim.LINEAR_RULES, momentum=0.9, weight_decay=0.0)
+  optimizer = optim.lars(params, rules=LinearTask.rules, momentum=0.9, weight_decay=0.0)
   trained = torch_names.flatten(optimizer.trained)
   assert {path for path, value in trained.items() if value} == {
     ('head', 'kernel'), ('head', 'bias'),
@@ -209,7 +212,7 @@ def test_lars_by_hand():
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
   params = {'head': {'kernel': draw(4, 3), 'bias': draw(3)}}
-  tx = optim.lars(params, rules=optim.LINEAR_RULES, momentum=0.9, weight_decay=0.1).tx
+  tx = optim.lars(params, rules=LinearTask.rules, momentum=0.9, weight_decay=0.1).tx
   state = tx.init(params)
   momenta = {'kernel': 0.0, 'bias': 0.0}
   for _ in range(3):

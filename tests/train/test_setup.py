@@ -44,8 +44,8 @@ def test_a_config_is_completed_in_a_copy_to_which_nobody_can_write(config):
 
 def test_training_learns_and_evaluates_the_same_classes(config):
   setup = set_up(validate.checked(config))
-  assert setup.train_source.class_names == setup.labelled_source.class_names == ('ant', 'bee')
-  assert setup.labelled_source is setup.eval_source
+  assert setup.train_source.class_names == setup.eval_source.class_names == ('ant', 'bee')
+  assert setup.class_sets == setup.sets == {'eval': setup.eval_source}
   assert setup.steps.of(1) == 1
   assert [list(batch['label']) for batch in setup.eval_batches(setup.eval_source)] == [[0, 1]]
 
@@ -54,7 +54,7 @@ def test_pretraining_has_no_classes(config, tmp_path):
   pretraining = mae_hivit_t.get_config('debug')
   _use(pretraining, tmp_path)
   setup = set_up(validate.checked(pretraining))
-  assert setup.labelled_source is None
+  assert setup.class_sets == {}
   assert setup.config.model.num_classes is None
 
 
@@ -64,8 +64,9 @@ def test_an_evaluation_has_the_classes_of_the_weights_and_a_bank_for_k_nn_only(c
   names = ['cat', 'bee', 'ant']
   weights = StateDict({'head.weight': np.zeros((3, 8))}, 'FILE', {'class_names': names})
   setup = set_up(validate.checked(config), evaluated=weights)
-  assert list(setup.labelled_source.class_names) == names
-  assert [setup.labelled_source[i]['label'] for i in (0, 1)] == [
+  labelled = setup.class_sets['eval']
+  assert list(labelled.class_names) == names
+  assert [labelled[i]['label'] for i in (0, 1)] == [
     {'ant': 2, 'bee': 1}[setup.eval_source.example_name(i).split('/')[-2]] for i in (0, 1)
   ]
   assert setup.config.model.num_classes == 3
@@ -74,7 +75,7 @@ def test_an_evaluation_has_the_classes_of_the_weights_and_a_bank_for_k_nn_only(c
 
 def test_weights_without_a_head_are_not_compared_with_classes(config):
   setup = set_up(validate.checked(config), evaluated=StateDict({}, 'FILE', {}))
-  assert setup.labelled_source is None
+  assert setup.class_sets == {}
 
 
 def test_what_does_not_fit_the_devices_or_the_task_is_said_before_data_are_looked_for(config):

@@ -90,9 +90,9 @@ def test_the_optimizers_numbers_lie_where_their_parameters_do():
   _, params = abstract_model('mae_hivit_tiny')
   for optimizer in (
     optim.adamw(
-      params, rules=optim.PRETRAIN_RULES, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0
+      params, rules=MAETask.rules, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0
     ),
-    optim.lars(params, rules=optim.PRETRAIN_RULES, momentum=0.9, weight_decay=0.1),
+    optim.lars(params, rules=MAETask.rules, momentum=0.9, weight_decay=0.1),
   ):
     trained, _ = optim.split(params, optimizer.trained)
     state = {'params': trained, 'opt_state': jax.eval_shape(optimizer.tx.init, trained)}
@@ -189,7 +189,7 @@ def _start(mesh, accumulate_steps: int, *, classify: bool, group: int | None = _
     graphdef, params = random_model('mae_hivit_tiny', **size, **decoder)
     task = _Recording(*statistics)
   optimizer = optim.adamw(
-    params, rules=optim.CLASSIFY_RULES if classify else optim.PRETRAIN_RULES,
+    params, rules=ClassifyTask.rules if classify else MAETask.rules,
     b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=None,
   )  # fmt: skip
   state = {

@@ -14,6 +14,7 @@ from hivit_jax.interop import torch_names
 from hivit_jax.planning.flops import matmul_flops
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.images import normalize
+from hivit_jax.tasks.linear import LinearTask
 from hivit_jax.tasks.mae import MAETask
 from hivit_jax.train import optim, sharding, step
 from hivit_jax.train.schedules import Schedule
@@ -50,8 +51,8 @@ def _sgd(params):
   return _all(optax.identity(), params)
 
 
-def _adamw(params, **options):
-  return optim.adamw(params, rules=optim.PRETRAIN_RULES, **ADAMW | options)
+def _adamw(params, first=(), **options):
+  return optim.adamw(params, rules=(*first, *MAETask.rules), **ADAMW | options)
 
 
 def _training(make_optimizer=_adamw, *, task=TASK, seed=0, schedule=lambda _: 0.1, **options):
@@ -191,7 +192,7 @@ def test_randomness_is_a_function_of_seed_and_step():
 def test_drop_path_numbers_are_only_drawn_when_needed():
   graphdef, params = random_model('mae_hivit_tiny', **MODEL | {'drop_path_rate': 0.0})
   prepared = TASK.prepare(nnx.merge(graphdef, params), _batch(), jax.random.key(0))
-  assert set(prepared) == {'image', 'noise'}
+  assert set(prepared) == {'image', 'noise', 'count'}
 
 
 def test_the_state_is_donated_and_the_loss_falls():
@@ -248,12 +249,12 @@ def _labelled(seed: int = 0) -> dict:
   return {'image': images, 'label': rng.integers(0, 5, BATCH, np.int32)}
 
 
-def _lars(params):
-  return optim.lars(params, rules=optim.LINEAR_RULES, momentum=0.9, weight_decay=0.0)
+def _lars(params, first=()):
+  return optim.lars(params, rules=(*first, *LinearTask.rules), momentum=0.9, weight_decay=0.0)
 
 
-def _classify_adamw(params):
-  return optim.adamw(params, rules=optim.CLASSIFY_RULES, **ADAMW)
+def _classify_adamw(params, first=()):
+  return optim.adamw(params, rules=(*first, *ClassifyTask.rules), **ADAMW)
 
 
 def test_the_average_follows_the_parameters():

@@ -1,0 +1,107 @@
+"""What a task is: the contract between a model, its training and its evaluation."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import jax
+from flax import nnx
+
+from hivit_jax.tasks.evaluators import Context, Evaluator
+
+Batch = Mapping[str, jax.Array]
+
+
+class Task(Protocol):
+  """What a model is trained for.
+
+  A task is a frozen dataclass whose fields are plain settings, filled by name from the config; see
+  `train.assemble.task`. A subclass needs `prepare` and `loss`; the rest has defaults.
+
+  Attributes:
+    model_class: class of the models that it trains.
+    model_kind: what they are called in messages.
+    rules: what the optimizer does with a parameter: (pattern, label), where the first pattern that
+      matches the whole path, such as blocks/0/mlp/fc1/kernel, decides. 'decay': weight decay
+      applies; 'no_decay': it does not; 'frozen': the optimizer never changes it. Batch statistics
+      are frozen whatever the rules say.
+    needs_classes: the examples need integer labels, and the model one output for each class.
+    measures: sections of the config that its evaluators read: evaluation, knn, pictures.
+    without_weights: warning for a run that starts from random parameters, if it needs one.
+    example: arguments of `python -m hivit_jax.tools.` for a finished run, {workdir} in them.
+  """
+
+  model_class: ClassVar[type] = nnx.Module
+  model_kind: ClassVar[str] = 'model'
+  rules: ClassVar[Sequence[tuple[str, str]]] = (
+    (r'(.*/)?(bias|scale)', 'no_decay'),
+    (r'.*', 'decay'),
+  )
+  needs_classes: ClassVar[bool] = False
+  measures: ClassVar[frozenset[str]] = frozenset()
+  without_weights: ClassVar[str | None] = None
+  example: ClassVar[str | None] = None
+
+  def input(self, train: bool) -> Callable[..., dict[str, Any]]:
+    """The transform from an example to arrays of fixed shape: with `(example, rng)` in training."""
+    ...
+
+  def order(self, source: Any, seed: int) -> Any:
+    """The order of the training examples; None: all of them in each epoch, shuffled."""
+    del source, seed
+
+  def prepare(self, model: Any, batch: Batch, rng: jax.Array) -> Batch:
+    """Draws all random numbers of a whole batch and computes all normalisers that data decide.
+
+    Args:
+      model: the model to be trained.
+      batch: what `input` gives, stacked.
+      rng: PRNG key of this step.
+
+    Returns:
+      What `loss` needs. Arrays are split along their first axis when a batch is computed in parts;
+      scalars, such as the number of labelled pixels, go to every part.
+    """
+    ...
+
+  def loss(self, model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The share of a part in the loss and metrics of its batch.
+
+    Every term is already divided by what `prepare` has counted in the whole batch, so parts add up
+    exactly, whatever is ignored in them. A normaliser that depends on the model's output is the
+    part's own, which the task documents. Batch statistics are read from the model afterwards.
+
+    Args:
+      model: the model; its batch statistics are updated in place.
+      batch: from `prepare`, whole or a part of it.
+
+    Returns:
+      () float32 loss, and metrics, which are added over parts, too.
+    """
+    ...
+
+  def evaluators(self, context: Context) -> list[Evaluator]:
+    """What measures a model of this task; the same for training and for `--mode=evaluate`."""
+    del context
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTask(Task):
+  """A task on images that the config says how to crop and augment.
+
+  Attributes:
+    mean, std: per channel, of pixels in [0, 1].
+    transforms: whether it is for training -> the transform that the config describes; None where
+      no data are read.
+  """
+
+  mean: Sequence[float]
+  std: Sequence[float]
+  transforms: Callable[[bool], Callable[..., dict[str, Any]]] | None = dataclasses.field(
+    default=None, kw_only=True, compare=False
+  )
+
+  def input(self, train: bool) -> Callable[..., dict[str, Any]]:
+    assert self.transforms is not None, 'this task was made without data'
+    return self.transforms(train)

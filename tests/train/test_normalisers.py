@@ -1,0 +1,127 @@
+"""What is ignored in a batch changes no gradient, however the batch is split."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from hivit_jax.interop import torch_names
+from hivit_jax.tasks.classify import ClassifyTask
+from hivit_jax.train import optim, sharding, step
+from tests import patience
+from tests.helpers import random_model
+from tests.own.dense import IGNORED, DenseModel, DenseTask
+from tests.runs import on_devices
+
+ROOT = pathlib.Path(__file__).parents[2]
+STATISTICS = {'mean': (0.5,) * 3, 'std': (0.25,) * 3}
+BATCH, SIDE = 32, 32
+
+
+def _classification():
+  model = {'image_size': SIDE, 'embed_dim': 16, 'depths': (1, 1, 1), 'num_heads': 2}
+  graphdef, params = random_model('hivit_tiny', **model, num_classes=5, drop_path_rate=0.3)
+  labels = np.arange(BATCH, dtype=np.int32) % 5
+  labels[[1, 3, 5, 7, 8, 9, 10, 11, 12, 13, 21]] = -1  # all of one device's, none of another's
+  task = ClassifyTask(**STATISTICS, num_classes=5, label_smoothing=0.1)
+  return graphdef, params, task, {'label': labels}
+
+
+def _segmentation():
+  model = DenseModel(num_classes=3, normalised=False, rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(model)
+  labels = np.random.default_rng(1).integers(0, 3, (BATCH, SIDE, SIDE)).astype(np.uint8)
+  for i in range(BATCH):
+    labels[i, : i % SIDE] = IGNORED
+  labels[4:8] = IGNORED
+  task = DenseTask(**STATISTICS, num_classes=3)
+  return graphdef, nnx.to_pure_dict(params), task, {'segmentation': labels}
+
+
+KINDS = {'classify': _classification, 'segment': _segmentation}
+
+
+def _remembering(params) -> optim.Optimizer:
+  """An optimizer that does nothing but keep the gradients as its state."""
+  zeros = lambda params: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+  tx = optax.GradientTransformation(zeros, lambda grads, state, params: (zeros(grads), grads))
+  return optim.Optimizer(tx, jax.tree.map(lambda _: True, params))
+
+
+def gradients(kind: str, devices: int, accumulate_steps: int) -> dict:
+  """Gradients of the first step, before the optimizer, and its metrics, as lists."""
+  graphdef, params, task, batch = KINDS[kind]()
+  images = np.random.default_rng(0).integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8)
+  mesh = sharding.make_mesh(devices)
+  optimizer = _remembering(params)
+  state = {'step': jnp.zeros((), jnp.int32), 'params': params}
+  state['opt_state'] = optimizer.tx.init(params)
+  state = sharding.put(jax.tree.map(jnp.copy, state), sharding.state_shardings(state, mesh))
+  train_step = step.make_train_step(
+    graphdef, task, optimizer, lambda _: 0.1,
+    epochs_per_step=1.0, seed=0, abstract=state, accumulate_steps=accumulate_steps,
+    compiler_options={'xla_backend_optimization_level': '0'},
+  )  # fmt: skip
+  state, metrics = train_step(state, sharding.put_batch({'image': images, **batch}, mesh))
+  flat = torch_names.flatten(jax.device_get(state['opt_state']))
+  return {
+    'gradients': {'/'.join(path): value.tolist() for path, value in flat.items()},
+    'metrics': {key: float(value) for key, value in metrics.items()},
+  }
+
+
+def _on_eight_devices(kind: str) -> list[dict]:
+  code = (
+    'import json; from tests.train import test_normalisers as t; '
+    f'print(json.dumps([t.gradients({kind!r}, 8, parts) for parts in (1, 4)]))'
+  )
+  child = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=ROOT, env=os.environ | on_devices(8) | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True, text=True, timeout=patience.limit(300),
+  )  # fmt: skip
+  assert child.returncode == 0, child.stderr
+  return json.loads(child.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_what_is_ignored_is_ignored_on_any_number_of_devices_and_in_any_parts(kind):
+  whole = gradients(kind, 1, 1)
+  assert all(np.any(value) for value in whole['gradients'].values())
+  for split in (gradients(kind, 1, 4), *_on_eight_devices(kind)):
+    assert split['metrics'] == pytest.approx(whole['metrics'], rel=1e-5)
+    for name, expected in whole['gradients'].items():
+      difference = np.linalg.norm(np.subtract(split['gradients'][name], expected).ravel())
+      assert difference <= 1e-5 * np.linalg.norm(np.ravel(expected)), name
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_gradient_is_that_of_the_mean_over_what_is_labelled(kind):
+  """By the definition, without parts: gradients of single examples, weighted by what is known."""
+  graphdef, params, task, batch = KINDS[kind]()
+  images = np.random.default_rng(0).integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8)
+  rng = jax.random.fold_in(jax.random.key(0), 0)
+  batch = task.prepare(nnx.merge(graphdef, params), {'image': images, **batch}, rng)
+
+  def loss(params, example):
+    model = nnx.merge(graphdef, params)
+    one = {key: value[None] if jnp.ndim(value) else 1.0 for key, value in example.items()}
+    return task.loss(model, one)[0]
+
+  rows = {key: value for key, value in batch.items() if jnp.ndim(value)}
+  each = jax.jit(
+    lambda params: jax.lax.map(lambda row: jax.grad(loss)(params, row | {'count': 1.0}), rows)
+  )(params)
+  total = jax.tree.map(lambda g: np.asarray(g).sum(axis=0) / float(batch['count']), each)
+  found = gradients(kind, 1, 1)['gradients']
+  for path, expected in torch_names.flatten(total).items():
+    difference = np.linalg.norm(np.subtract(found['/'.join(path)], expected).ravel())
+    assert difference <= 1e-5 * np.linalg.norm(expected.ravel()), path

@@ -143,7 +143,8 @@ def pictures(
     return []
   source = Subset(setup.eval_source, options.count)
   # Pictures are one process's business: its whole batch, no part of a global one.
-  with inputs.eval_batches(config, source, len(source), alone=True) as batches:
+  transform = inputs.eval_transform(config)
+  with inputs.eval_batches(config, source, transform, len(source), alone=True) as batches:
     images = next(batches)['image']
   reconstruct = reconstruction.Reconstructor(
     graphdef, mean=tuple(config.data.mean), std=tuple(config.data.std)

@@ -237,7 +237,9 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
   return loop.Run(
     state=state,
     train_step=training.train_step,
-    batches=stack.enter_context(inputs.train_batches(config, examples, start, total)),
+    batches=stack.enter_context(
+      inputs.train_batches(config, examples, inputs.train_transform(config), None, start, total)
+    ),
     mesh=mesh,
     start_step=start,
     total_steps=total,

@@ -44,8 +44,8 @@ class Setup:
 
   def eval_batches(self, source: Any) -> Any:
     """This process's batches of one pass over a source."""
-    size = self.config.evaluation.batch_size
-    return inputs.eval_batches(self.config, source, size, told=self._told)
+    size, transform = self.config.evaluation.batch_size, inputs.eval_transform(self.config)
+    return inputs.eval_batches(self.config, source, transform, size, told=self._told)
 
 
 def set_up(config: ml_collections.ConfigDict, evaluated: files.StateDict | None = None) -> Setup:

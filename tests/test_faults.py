@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hivit_jax.data.order import epoch_order
 from hivit_jax.data.sources.folder import FolderSource
-from hivit_jax.data.stream import epoch_order
 from hivit_jax.train.checkpoint import load_metadata
 from tests import soak
 from tests.runs import (
@@ -164,7 +164,7 @@ def test_a_file_that_disappears_is_told_and_replaced_as_a_broken_one_would_be(
     assert process.wait() == 0
     told = warnings_of(process.output())
   assert told[0].startswith(
-    f'Broken image, replaced by another: {victim} (cannot be read: [Errno 2]'
+    f'Broken example, replaced by another: {victim} (cannot be read: [Errno 2]'
   )
   assert told[1:] == ['1 broken training images were replaced by others; each is named above']
   assert metrics(workdir)[-1]['train/broken_images'] == 1

@@ -26,7 +26,7 @@ ALLOWED = {
   'models': {'errors', 'settings', 'ops'},
   'data': {'errors', 'settings', 'reporting'},
   'interop': {'errors', 'settings', 'models', 'ops'},
-  'tasks': {'errors', 'models'},
+  'tasks': {'errors', 'models', 'data'},
   'runtime': {'errors'},
   'reporting': {'errors', 'settings'},
   'train': {

@@ -10,7 +10,6 @@ import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
 import hivit_jax
 from hivit_jax.data import randaugment, transforms
@@ -240,9 +239,7 @@ def test_evaluation_crops(name):
   short, side = steps['Resize']['size'], golden['image_size']
   assert steps['CenterCrop']['size'] == [side, side]
   pixels = np.random.default_rng(0).integers(0, 256, (short, short + 30, 3), np.uint8)
-  ours = transforms.eval_transform(config.image_size, config.data.eval_crop)(
-    Image.fromarray(pixels)
-  )
+  ours = inputs.eval_transform(config)({'image': pixels})['image']
   top, left = round((short - side) / 2), round((short + 30 - side) / 2)
   np.testing.assert_array_equal(ours, pixels[top : top + side, left : left + side])
 

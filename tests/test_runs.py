@@ -409,7 +409,7 @@ def test_a_broken_image_of_an_evaluation_is_named_once_a_run(runs, tmp_path):
   assert done.returncode == 0, done.stderr
   assert sum('eval/knn_top1' in row for row in metrics(workdir)) == 5
   (line,) = warnings_of(done.stderr)
-  assert line.startswith(f'Broken image, left out: {broken} (not an image')
+  assert line.startswith(f'Broken example, left out: {broken} (not an image')
 
 
 def test_images_without_classes_are_pretrained_on_and_nothing_else(runs, tmp_path):

@@ -1,4 +1,4 @@
-"""From an image file or its bytes to an upright 8-bit PIL image, or `BrokenImage`."""
+"""From an encoded file to an upright 8-bit PIL image, or to a label map, or `BrokenImage`."""
 
 import io
 import os
@@ -67,13 +67,47 @@ def decode_image(data: bytes | np.ndarray, *, channels: int = 3) -> Image.Image:
     raise BrokenImage(_reason(error, data)) from error
 
 
-def read_image(path: str | os.PathLike[str], *, channels: int = 3) -> Image.Image:
-  """Reads and decodes one file, see `decode_image`; `BrokenImage` also when it cannot be read."""
+def decode_label_map(data: bytes | np.ndarray) -> Image.Image:
+  """Decodes one map of integer labels at full resolution.
+
+  Args:
+    data: A PNG file of 1 to 16 bits, greyscale or with a palette, whose indices are then the
+      labels; or an array of integers in [0, 65535] (H, W).
+
+  Returns:
+    An image of mode 'L' (from at most 8 bits, or uint8) or 'I;16'.
+
+  Raises:
+    BrokenImage: The data is no such file, or is truncated or damaged.
+    UserError: `data` is an array of another type, shape or range.
+  """
+  if isinstance(data, np.ndarray):
+    fits = data.ndim == 2 and data.dtype.kind in 'iu'
+    if not fits or (data.size and not 0 <= data.min() <= data.max() <= 65535):
+      raise UserError(
+        f'Label map of type {data.dtype} and shape {data.shape}: expected integers from 0 to 65535 '
+        'of shape (height, width).'
+      )
+    return Image.fromarray(data if data.dtype == np.uint8 else data.astype(np.uint16))
   try:
-    data = pathlib.Path(path).read_bytes()
+    image = Image.open(io.BytesIO(data), formats=('PNG',))
+    stored = image.tile[0].args
+    labels = np.asarray(image)
+  except Exception as error:  # As above.
+    raise BrokenImage(f'label map: {_reason(error, data)}') from error
+  if labels.ndim != 2:
+    raise BrokenImage(f'label map: has mode {image.mode}; expected one integer a pixel')
+  # PIL stretches greys of 2 and 4 bits to 0..255, as is right for pictures.
+  labels = labels // {'L;2': 85, 'L;4': 17}.get(stored, 1)
+  return Image.fromarray(labels.astype(np.uint16 if labels.itemsize > 1 else np.uint8))
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+  """Returns the bytes of a file; `BrokenImage` when it cannot be read."""
+  try:
+    return pathlib.Path(path).read_bytes()
   except OSError as error:
     raise BrokenImage(error.strerror) from error
-  return decode_image(data, channels=channels)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -1,4 +1,4 @@
-"""From a source of examples to batches of uint8 images: threads, worker processes, broken files.
+"""From a source of examples to batches of arrays: threads, worker processes, broken files.
 
 Hosts, threads, worker processes and restarts change nothing in what is seen, for what stands at a
 position of the stream is a function of (seed, position); see `stream`. Any step can be loaded
@@ -15,29 +15,32 @@ import re
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
-from PIL import Image
 
+from hivit_jax.data.order import Order, Shuffled
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.stream import (
   Broken,
   Chunks,
   EvalChunks,
   Rows,
+  Stacked,
   TrainChunks,
+  check_alike,
   example_name,
+  form,
   listed,
 )
 from hivit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-Batch = dict[str, np.ndarray]
+Batch = Stacked
 
 PREFETCH = 2  # Batches that are ready before they are asked for.
 MAX_THREADS = 16  # More of them would mostly wait for the interpreter lock: use worker processes.
@@ -47,33 +50,36 @@ ENDLESS = 2**38  # Steps; positions stay below 2**62.
 
 def train_loader(
   source: Source,
-  transform: Callable[[Image.Image, np.random.Generator], np.ndarray],
+  transform: Callable[..., Mapping[str, np.ndarray]],
   *,
   batch_size: int,
   seed: int,
+  order: Order | None = None,
   start_step: int = 0,
   num_steps: int | None = None,
   process_index: int = 0,
   process_count: int = 1,
-  channels: int = 3,
   **loading: Any,
 ) -> 'Loader':
   """Returns this host's batches of the training stream, beginning with `start_step`.
 
-  A batch is {'image': uint8 (b, H, W, C), 'label': int32 (b,)}, b = batch_size / process_count. The
-  hosts' batches one after the other are the batch that a single host would get. An epoch may end
-  inside a batch. A broken example is replaced by another, drawn from the whole set.
+  A batch has the keys that the transform returns, such as {'image': uint8 (b, H, W, C), 'label':
+  int32 (b,)}, each array stacked over b = batch_size / process_count examples. The hosts' batches
+  one after the other are the batch that a single host would get. A broken example is replaced by
+  another, which the order chooses.
 
   Args:
     source: Where the examples come from.
-    transform: `transform(image, rng)` gives uint8 (H, W, C), of the same shape for every image.
+    transform: `transform(example, rng)` returns a dict of arrays, of the same shapes and types for
+      every example of a step. It is called as `transform(example, rng, shape=shape)` in steps that
+      have a shape by the order. Raises `decode.BrokenImage` for an example that is broken.
     batch_size: Examples in a step, over all hosts.
-    seed: Fixes order and augmentation; 0 <= seed < 2**63.
+    seed: Fixes augmentation and, without `order`, the order; 0 <= seed < 2**63.
+    order: Which examples, and shapes of steps; None: `order.Shuffled`.
     start_step: First step to deliver. A later one costs no more than 0.
     num_steps: Number of steps to deliver; None for no end.
     process_index: This host, from 0.
     process_count: Number of hosts.
-    channels: 3 (RGB) or 1 (greyscale).
     **loading: Threads, worker processes and so on; see `Loader`.
 
   Raises:
@@ -85,31 +91,34 @@ def train_loader(
   stop_step = ENDLESS if num_steps is None else start_step + num_steps
   _check_range('num_steps', stop_step - start_step, 0, ENDLESS)
   rows = _rows_of_host(batch_size, process_index, process_count)
-  chunks = TrainChunks(source, transform, rows, channels, seed)
+  chunks = TrainChunks(source, transform, rows, seed, order or Shuffled(len(source), seed))
   return Loader(chunks, range(start_step, stop_step), **loading)
 
 
 def eval_loader(
   source: Source,
-  transform: Callable[[Image.Image], np.ndarray],
+  transform: Callable[[dict[str, Any]], Mapping[str, np.ndarray]],
   *,
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
-  channels: int = 3,
   **loading: Any,
 ) -> 'Loader':
   """Returns this host's batches of one pass over the source, in its order, each example once.
 
-  A batch is {'image': uint8 (b, H, W, C), 'label': int32 (b,), 'mask': bool (b,), 'index': int32
-  (b,)}, b = batch_size / process_count. All hosts get ceil(len(source) / batch_size) batches of the
-  same shape: where the mask is False there is no image to count, either because the row is padding
-  (index -1) or because the example is broken (see `Loader.broken`); image and label are 0 there.
+  A batch has the keys that the transform returns, each array stacked over b = batch_size /
+  process_count examples, and 'mask': bool (b,), 'index': int32 (b,). All hosts get
+  ceil(len(source) / batch_size) batches of the same shape: where the mask is False there is no
+  example to count, either because the row is padding (index -1) or because the example is broken
+  (see `Loader.broken`); all else is 0 there, of the shape of a real row.
 
-  Args and raises: as for `train_loader`; `transform(image)` takes no random generator.
+  The transform is called as `transform(example)`. If it has an attribute `ragged` that is True,
+  shapes may differ: then every key is a list of b arrays, except where a transform returns scalars.
+
+  Other args and raises: as for `train_loader`.
   """
   rows = _rows_of_host(batch_size, process_index, process_count)
-  chunks = EvalChunks(source, transform, rows, channels)
+  chunks = EvalChunks(source, transform, rows)
   return Loader(chunks, range(math.ceil(len(source) / batch_size)), **loading)
 
 
@@ -201,8 +210,11 @@ class Loader(Iterator[Batch]):
         part = next(self._running[0])
         if 'error' in part:
           raise part['error']
-        self._account(part.pop('broken'), part.pop('seen'))
+        self._account(part['broken'], part['seen'])
+        if parts:
+          self._check_alike(parts[0], part)
         parts.append(part)
+      return _joined([part['rows'] for part in parts])
     except BaseException as error:
       parts, part = [], {}  # The traceback keeps this frame, but must not keep shared memory.
       self.close()
@@ -213,7 +225,6 @@ class Loader(Iterator[Batch]):
           'is short: fewer --config.data.num_workers take less). The same command goes on.'
         ) from error
       raise
-    return {key: np.concatenate([part[key] for part in parts]) for key in part}
 
   def close(self) -> None:
     """Stops threads and worker processes; afterwards the iterator is at its end."""
@@ -225,6 +236,14 @@ class Loader(Iterator[Batch]):
   def __exit__(self, *exc_info) -> None:
     self.close()
 
+  def _check_alike(self, first: dict[str, Any], second: dict[str, Any]) -> None:
+    """UserError unless two chunks can be joined."""
+    forms = [
+      (part['like'], form({key: values[0] for key, values in part['rows'].items()}))
+      for part in (first, second)
+    ]
+    check_alike(self._chunks.source, *forms, ragged=self._chunks.ragged)
+
   def _account(self, broken: Broken, seen: int) -> None:
     source = self._chunks.source
     for index, reason in broken:
@@ -232,7 +251,7 @@ class Loader(Iterator[Batch]):
         self.broken[index] = f'{example_name(source, index)} ({reason})'
         if self.broken[index] not in self._told:
           self._told.add(self.broken[index])
-          _log.warning('Broken image, %s: %s', self._chunks.remedy, self.broken[index])
+          _log.warning('Broken example, %s: %s', self._chunks.remedy, self.broken[index])
     self._seen += seen
     # Beyond an epoch only examples that are known already come along.
     different = min(self._seen, len(source))
@@ -261,6 +280,16 @@ def _rows_of_host(batch_size: int, process_index: int, process_count: int) -> Ro
       f'take {" or ".join(map(str, fitting))}.'
     )
   return Rows(batch_size, process_index * count, count)
+
+
+def _joined(parts: list[Stacked]) -> Batch:
+  """The rows of several chunks, copied once: those of worker processes lie in shared memory."""
+  return {
+    key: [np.array(row) for part in parts for row in part[key]]
+    if isinstance(value, list)
+    else np.concatenate([part[key] for part in parts])
+    for key, value in parts[0].items()
+  }
 
 
 def _close(running: list[grain.DatasetIterator]) -> None:

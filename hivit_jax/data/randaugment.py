@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from hivit_jax.data import fields
 from hivit_jax.errors import UserError
 
 PROBABILITY = 0.5
@@ -98,7 +99,9 @@ _NAMES = tuple(OPERATIONS)
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-  """A step `(image, rng) -> image` on 'RGB' and 'L' images; see the module, and `rand_augment`.
+  """A step `(example, rng) -> example` on 'RGB' and 'L' images; see the module, and `rand_augment`.
+
+  Half of the operations move pixels, so an example must have nothing else that depends on places.
 
   Attributes:
     magnitude: Mean strength of the operations, in [0, 10].
@@ -129,7 +132,10 @@ class RandAugment:
     values = [round(255 * float(value)) for value in mean]
     return tuple(values) if mode == 'RGB' else values[0]
 
-  def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+  def __call__(self, example: fields.Example, rng: np.random.Generator) -> fields.Example:
+    return fields.per_field(example, self, {'image': lambda image: self._augment(image, rng)})
+
+  def _augment(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
     fill = self.fill(image.mode)
     for name, magnitude, sign in self.draw(rng):
       operation = OPERATIONS[name]

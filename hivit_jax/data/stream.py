@@ -1,24 +1,22 @@
-"""What stands where in the stream of examples, and loading a few neighbouring rows of it: a chunk.
+"""Loading a few neighbouring rows of the stream of examples: a chunk.
 
-The training stream is infinite: epoch after epoch, each a fresh permutation of all examples. Its
-position p belongs to step p // batch_size, and what stands there - which example, how it is
-augmented, what replaces it if it is broken - is a function of (seed, p) alone.
+What stands at a position of the stream - which example, how it is augmented, what replaces it if it
+is broken - is a function of (seed, position) alone; see `order`.
 """
 
 import abc
 import contextlib
 import dataclasses
-import functools
 import math
 import multiprocessing
 import traceback
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
-from PIL import Image
 
-from hivit_jax.data.decode import MODES, BrokenImage, decode_image
+from hivit_jax.data.decode import BrokenImage
+from hivit_jax.data.order import Order, generator
 from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import UserError
 
@@ -27,7 +25,9 @@ MAX_PROBES = 100  # Examples tried in place of a broken one.
 LISTED = 20  # Broken examples listed in an error; the log has all of them.
 
 Broken = list[tuple[int, str]]  # Index in the source, reason.
-
+Row = dict[str, np.ndarray]  # What a transform makes of one example.
+Form = dict[str, tuple[np.dtype, tuple[int, ...]]]  # Its keys, types and shapes.
+Stacked = dict[str, np.ndarray | list[np.ndarray]]  # Of several; a list where shapes may differ.
 
 # What a source raises for an example that cannot be read: OSError for files, a missing one as well;
 # array_record has only RuntimeError for missing and damaged files.
@@ -66,23 +66,24 @@ class Rows:
 class Chunks(abc.ABC):
   """Loads chunks by number, in whatever thread or process it is called.
 
-  A call returns the chunk's rows of every array of the batch, and for the account of broken
-  examples 'broken' (`Broken`) and 'seen' (number of examples tried). An error is returned, not
-  raised, as {'error': exception}: so it comes through threads, queues and processes in order and
-  unharmed.
+  A call returns
+
+  - 'rows': the chunk's rows of every array of the batch (`Stacked`),
+  - 'like': index of an example that has the keys, types and shapes of these rows,
+  - 'broken' and 'seen': broken examples (`Broken`), and the number of examples tried.
+
+  An error is returned, not raised, as {'error': exception}: so it comes through threads, queues and
+  processes in order and unharmed.
   """
 
   source: Source
-  transform: Callable[..., np.ndarray]
+  transform: Callable[..., Mapping[str, np.ndarray]]
   rows: Rows
-  channels: int
   remedy: ClassVar[str]  # What becomes of a broken example, for the log.
 
   def __post_init__(self):
     if len(self.source) == 0:
       raise UserError(f'{self.source.name} ({self.source.split}) has no examples.')
-    if self.channels not in MODES:
-      raise UserError(f'channels={self.channels!r}: expected 3 (RGB) or 1 (greyscale).')
 
   def __call__(self, chunk: int) -> dict[str, Any]:
     try:
@@ -96,13 +97,20 @@ class Chunks(abc.ABC):
   def load(self, positions: range) -> dict[str, Any]:
     """Loads what stands at these positions of the stream."""
 
-  def read(self, index: int) -> tuple[Image.Image, int]:
-    """Reads and decodes an example; raises `BrokenImage`."""
+  def row(self, index: int, *args: Any, **kwargs: Any) -> Row:
+    """Reads an example and transforms it; raises `BrokenImage`."""
     try:
       example = self.source[index]
     except UNREADABLE as error:
       raise BrokenImage(f'cannot be read: {error}') from error
-    return decode_image(example['image'], channels=self.channels), example['label']
+    row = self.transform(example, *args, **kwargs)
+    if not isinstance(row, Mapping):
+      raise TypeError(f'the transform returned a {type(row).__name__}, not a dict of arrays')
+    arrays = {key: np.asarray(value) for key, value in row.items()}
+    for key, array in arrays.items():
+      if array.dtype.kind in 'OSU':
+        raise TypeError(f'the transform returned {key!r} as {array.dtype}, not as numbers')
+    return arrays
 
   @contextlib.contextmanager
   def named(self, index: int) -> Iterator[None]:
@@ -115,43 +123,66 @@ class Chunks(abc.ABC):
         raise UserError(f'{name}: {error}') from error
       raise RuntimeError(f'{name}: {type(error).__name__}: {error}') from error
 
+  @property
+  def ragged(self) -> bool:
+    """Whether arrays come as lists, because their shapes may differ."""
+    return False
+
+  def _stack(self, rows: list[tuple[int, Row]]) -> Stacked:
+    """Stacks the rows of every key."""
+    (like, model), *others = rows
+    for index, row in others:
+      check_alike(self.source, (like, form(model)), (index, form(row)), ragged=self.ragged)
+    return {
+      key: [row[key] for _, row in rows]
+      if self.ragged and array.ndim
+      else np.stack([row[key] for _, row in rows])
+      for key, array in model.items()
+    }
+
+  def _all_broken(self, tried: Broken) -> UserError:
+    names = [f'{example_name(self.source, i)} ({reason})' for i, reason in tried]
+    return UserError(
+      f'{len(tried)} examples of {self.source.name} ({self.source.split}), tried one after the '
+      f'other, are all broken: {listed(names)}'
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainChunks(Chunks):
   """Chunks of the training stream; see `loader.train_loader`."""
 
   seed: int
+  order: Order
   remedy: ClassVar[str] = 'replaced by another'
 
   def load(self, positions: range) -> dict[str, Any]:
-    images, broken = [], []
-    labels = np.empty(len(positions), np.int32)
-    for row, position in enumerate(positions):
-      image, labels[row] = self._example(position, broken)
-      images.append(image)
-    seen = len(positions) + len(broken)
-    return {'image': np.stack(images), 'label': labels, 'broken': broken, 'seen': seen}
+    shape = self.order.shape(positions[0] // self.rows.batch_size)
+    options = {} if shape is None else {'shape': shape}
+    broken: Broken = []
+    rows = [self._example(position, broken, options) for position in positions]
+    return {
+      'rows': self._stack(rows),
+      'like': rows[0][0],
+      'broken': broken,
+      'seen': len(rows) + len(broken),
+    }
 
-  def _example(self, position: int, broken: Broken) -> tuple[np.ndarray, int]:
-    epoch, place = divmod(position, len(self.source))
-    index = int(epoch_order(len(self.source), self.seed, epoch)[place])
+  def _example(self, position: int, broken: Broken, options: dict[str, Any]) -> tuple[int, Row]:
+    index = self.order.example(position)
     rng = generator(self.seed, position)
     tried = []
     while len(tried) < MAX_PROBES:
       with self.named(index):
         try:
-          image, label = self.read(index)
+          row = self.row(index, rng, **options)
         except BrokenImage as error:
           tried.append((index, str(error)))
-          index = int(rng.integers(len(self.source)))
+          index = self.order.replacement(position, rng)
         else:
           broken += tried
-          return self.transform(image, rng), label
-    names = [f'{example_name(self.source, i)} ({reason})' for i, reason in tried]
-    raise UserError(
-      f'{MAX_PROBES} examples of {self.source.name} ({self.source.split}), drawn one after the '
-      f'other, are all broken: {listed(names)}'
-    )
+          return index, row
+    raise self._all_broken(tried)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,45 +191,49 @@ class EvalChunks(Chunks):
 
   remedy: ClassVar[str] = 'left out'
 
+  @property
+  def ragged(self) -> bool:
+    return getattr(self.transform, 'ragged', False)
+
   def load(self, positions: range) -> dict[str, Any]:
-    rows = len(positions)
-    images, broken = {}, []
-    label, index = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
-    for row, position in enumerate(positions):
-      if position >= len(self.source):
-        break
-      index[row] = position
+    found: dict[int, Row] = {}
+    broken: Broken = []
+    known = range(positions.start, min(positions.stop, len(self.source)))
+    for position in known:
       with self.named(position):
         try:
-          image, label[row] = self.read(position)
+          found[position] = self.row(position)
         except BrokenImage as error:
           broken.append((position, str(error)))
-        else:
-          images[row] = self.transform(image)
-    mask = np.array([row in images for row in range(rows)])
-    if not mask.all():
-      blank = np.zeros_like(self.transform(Image.new(MODES[self.channels], (64, 64))))
-      images = {row: images.get(row, blank) for row in range(rows)}
+    like, row = next(iter(found.items()), None) or self._any_example()
+    for key in ('mask', 'index'):
+      if key in row:
+        raise UserError(f'{key!r} in what an evaluation transform returns: the loader adds its own')
+    blank = {key: np.zeros_like(array) for key, array in row.items()}
+    rows = [(p, found[p]) if p in found else (like, blank) for p in positions]
+    index = [position if position in known else -1 for position in positions]
+    mask = {
+      'mask': np.array([position in found for position in positions]),
+      'index': np.array(index, np.int32),
+    }
     return {
-      'image': np.stack(list(images.values())),
-      'label': label,
-      'mask': mask,
-      'index': index,
+      'rows': self._stack(rows) | mask,
+      'like': like,
       'broken': broken,
-      'seen': int((index >= 0).sum()),
+      'seen': len(known),
     }
 
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-  """Returns the permutation of an epoch, int32 (num_examples,); 45 ms for ImageNet, then kept."""
-  # Positions stay below 2**63, so no example shares its key with an order.
-  return generator(seed, 2**63 + epoch).permutation(np.arange(num_examples, dtype=np.int32))
-
-
-def generator(seed: int, stream: int) -> np.random.Generator:
-  """Returns independent generators for every (seed, stream): the two halves of Philox's key."""
-  return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64)))
+  def _any_example(self) -> tuple[int, Row]:
+    """Index and row of some example that is not broken: padding has its keys and shapes."""
+    tried = []
+    apart = math.ceil(len(self.source) / MAX_PROBES)
+    for index in range(0, len(self.source), apart):
+      with self.named(index):
+        try:
+          return index, self.row(index)
+        except BrokenImage as error:
+          tried.append((index, str(error)))
+    raise self._all_broken(tried)
 
 
 def example_name(source: Source, index: int) -> str:
@@ -207,6 +242,40 @@ def example_name(source: Source, index: int) -> str:
     return source.example_name(index)
   except UNREADABLE:
     return f'{source.name}/{source.split}[{index}]'
+
+
+def form(row: Mapping[str, Any]) -> Form:
+  """Returns what has to be the same in all rows of a batch."""
+  return {key: (array.dtype, array.shape) for key, array in row.items()}
+
+
+def check_alike(
+  source: Source, first: tuple[int, Form], second: tuple[int, Form], *, ragged: bool
+) -> None:
+  """Raises UserError unless two rows can be stacked.
+
+  Args:
+    source: Names the examples.
+    first, second: Index of an example, and the form of its row.
+    ragged: Shapes may differ, but for the number of dimensions.
+  """
+  (index, one), (other_index, other) = first, second
+  if one.keys() != other.keys():
+    _raise_unlike(source, index, ', '.join(one), other_index, ', '.join(other))
+  for key, (dtype, shape) in one.items():
+    other_dtype, other_shape = other[key]
+    fits = len(shape) == len(other_shape) if ragged else shape == other_shape
+    if dtype != other_dtype or not fits:
+      described = f'{key!r} of {dtype} {shape}'
+      _raise_unlike(source, index, described, other_index, f'of {other_dtype} {other_shape}')
+
+
+def _raise_unlike(source: Source, index: int, one: str, other_index: int, other: str) -> NoReturn:
+  names = example_name(source, index), example_name(source, other_index)
+  raise UserError(
+    f'the transform makes {one} from {names[0]}, but {other} from {names[1]}: it has to make them '
+    'equal before they can be one batch'
+  )
 
 
 def listed(names: list[str]) -> str:

@@ -1,37 +1,37 @@
-"""From a decoded image to the uint8 array that the device gets.
+"""From an example of a source to the arrays that the device gets.
 
-A training transform is called as `transform(image, rng)`, an evaluation transform as
-`transform(image)`; both return uint8 (H, W, C). Everything random comes from `rng`, so an image's
-augmentation is fixed by the generator that the pipeline makes for its place in the stream.
+A training transform is called as `transform(example, rng)`, or `transform(example, rng, shape)` in
+a step to which the order gives a shape; an evaluation transform as `transform(example)`. Both
+return a dict of arrays that have the same shapes for every example; see `fields` for what they make
+of which field. Everything random comes from `rng`, so an example's augmentation is fixed by the
+generator that the loader makes for its place in the stream.
 
-A training transform is a row of steps `(image, rng) -> image` on PIL images; a new augmentation is
-one more step in such a row.
+A training transform is decoding, then a row of steps `(example, rng) -> example` on the decoded
+fields; a new augmentation is one more step in such a row. A step that moves pixels draws once, and
+`fields` moves everything in the example with them.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from hivit_jax.data import randaugment
+from hivit_jax.data import fields, randaugment
+from hivit_jax.data.decode import MODES
+from hivit_jax.data.fields import Example
 from hivit_jax.errors import UserError
 from hivit_jax.settings import image_size
 
 Size = int | Sequence[int]
-Step = Callable[[Image.Image, np.random.Generator], Image.Image]
+Step = Callable[[Example, np.random.Generator], Example]
 
 INTERPOLATIONS = {
   'bicubic': Image.Resampling.BICUBIC,
   'bilinear': Image.Resampling.BILINEAR,
 }
-
-
-def to_array(image: Image.Image) -> np.ndarray:
-  """Returns the pixels of an 'RGB' or 'L' image as uint8 (H, W, 3) or (H, W, 1)."""
-  array = np.asarray(image)
-  return array if array.ndim == 3 else array[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,19 +89,19 @@ class RandomResizedCrop:
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
-  def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     # Not `resize(box=...)`: that lets pixels from outside the crop bleed in at its border.
-    cropped = image.crop(self.box(image.width, image.height, rng))
+    example = fields.crop(example, self.box(*example['image'].size, rng), self)
     height, width = self.size
-    return cropped.resize((width, height), INTERPOLATIONS[self.interpolation])
+    return fields.resize(example, (width, height), INTERPOLATIONS[self.interpolation], self)
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomFlip:
-  """Mirrors the image left to right in half of the cases."""
+  """Swaps left and right in half of the cases."""
 
-  def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    return fields.mirror(example, self) if rng.random() < 0.5 else example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,27 +124,50 @@ class ColorJitter:
     low, high = max(0, 1 - self.amount), 1 + self.amount
     return [(changes[index], rng.uniform(low, high)) for index in rng.permutation(3)]
 
-  def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    image = example['image']
     for change, factor in self.draw(rng):
       image = change(image).enhance(factor)
-    return image
+    return {**example, 'image': image}
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-  """The steps one after the other, then uint8 (H, W, C)."""
+  """Decodes an example, applies the steps one after the other, and makes arrays of the result.
+
+  Attributes:
+    steps: On decoded examples. Those with an attribute `size`, (height, width), give their output
+      in the shape of a training step where it has one of its own.
+    channels: Of the image: 3 (RGB) or 1 (greyscale).
+    keys: Fields of the example that are used.
+  """
 
   steps: tuple[Step, ...]
+  channels: int = 3
+  keys: tuple[str, ...] = fields.CLASSIFIED
 
-  def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+  def __post_init__(self):
+    _check_channels(self.channels)
+
+  def __call__(
+    self,
+    example: Mapping[str, Any],
+    rng: np.random.Generator,
+    shape: tuple[int, ...] | None = None,
+  ) -> dict[str, np.ndarray]:
+    decoded = fields.decode(example, self.keys, self.channels)
     for step in self.steps:
-      image = step(image, rng)
-    return to_array(image)
+      if shape is not None and hasattr(step, 'size'):
+        step = dataclasses.replace(step, size=shape)  # pyright: ignore[reportArgumentType]
+      decoded = step(decoded, rng)
+    return fields.to_arrays(decoded)
 
 
 def train_transform(
   size: Size,
   *,
+  channels: int = 3,
+  keys: Sequence[str] = fields.CLASSIFIED,
   scale: tuple[float, float] = (0.2, 1.0),
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
   clamp: bool = False,
@@ -161,6 +184,9 @@ def train_transform(
 
   Args:
     size: Side of the square output, or (height, width), in pixels.
+    channels: Of the image: 3 (RGB) or 1 (greyscale).
+    keys: Fields of the example that are used, such as 'segmentation'; the label is -1 where a
+      source has none.
     scale, ratio, clamp, interpolation: See `RandomResizedCrop`.
     flip: Mirror half of the images; off for data in which left and right matter, such as digits.
     rand_augment: Such as 'rand-m9-mstd0.5-inc1', see `randaugment.rand_augment`; None or '': off.
@@ -168,7 +194,7 @@ def train_transform(
     mean: Colour that RandAugment fills in, per channel, in [0, 1]: that of the data set.
 
   Raises:
-    UserError: The size, the crop, RandAugment or the jitter makes no sense.
+    UserError: The size, the channels, the crop, RandAugment or the jitter makes no sense.
   """
   jitter, size = ColorJitter(color_jitter), image_size(size, 'image_size')
   steps: list[Step] = [RandomResizedCrop(size, scale, ratio, clamp, interpolation)]
@@ -178,18 +204,24 @@ def train_transform(
     steps.append(randaugment.rand_augment(rand_augment, mean))
   elif color_jitter:
     steps.append(jitter)
-  return TrainTransform(tuple(steps))
+  return TrainTransform(tuple(steps), channels, tuple(keys))
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-  """Resizes and takes the central crop; see `eval_transform`."""
+  """Decodes, resizes and takes the central crop; see `eval_transform`."""
 
   size: tuple[int, int]
   crop: float | None = None
+  channels: int = 3
+  keys: tuple[str, ...] = fields.CLASSIFIED
 
-  def __call__(self, image: Image.Image) -> np.ndarray:
-    width, height = image.size
+  def __post_init__(self):
+    _check_channels(self.channels)
+
+  def __call__(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    decoded = fields.decode(example, self.keys, self.channels)
+    width, height = decoded['image'].size
     h, w = self.size
     # The rectangle that the resized image has to cover.
     if self.crop is not None:
@@ -197,14 +229,21 @@ class EvalTransform:
     else:
       cover_h, cover_w = (h * 256 // 224, w * 256 // 224) if max(h, w) <= 224 else (h, w)
     if cover_h * width >= cover_w * height:
-      resized = image.resize((cover_h * width // height, cover_h), Image.Resampling.BICUBIC)
+      resized = cover_h * width // height, cover_h
     else:
-      resized = image.resize((cover_w, cover_w * height // width), Image.Resampling.BICUBIC)
-    left, top = round((resized.width - w) / 2), round((resized.height - h) / 2)
-    return to_array(resized.crop((left, top, left + w, top + h)))
+      resized = cover_w, cover_w * height // width
+    decoded = fields.resize(decoded, resized, Image.Resampling.BICUBIC, self)
+    left, top = round((resized[0] - w) / 2), round((resized[1] - h) / 2)
+    return fields.to_arrays(fields.crop(decoded, (left, top, left + w, top + h), self))
 
 
-def eval_transform(size: Size, crop: float | None = None) -> EvalTransform:
+def eval_transform(
+  size: Size,
+  crop: float | None = None,
+  *,
+  channels: int = 3,
+  keys: Sequence[str] = fields.CLASSIFIED,
+) -> EvalTransform:
   """Returns the transform of the published evaluations: resize, then the central crop.
 
   Up to size S = 224 the shorter side becomes `int(S * 256 / 224)`, above it S; bicubic with
@@ -215,10 +254,16 @@ def eval_transform(size: Size, crop: float | None = None) -> EvalTransform:
     size: Side of the square output, or (height, width), in pixels.
     crop: Share of the resized image's sides that the crop keeps, in (0, 1], instead of 7/8 up to
       224 pixels and 1 above: 1 for images whose borders matter.
+    channels, keys: See `train_transform`.
 
   Raises:
-    UserError: The size or the crop makes no sense.
+    UserError: The size, the crop or the channels make no sense.
   """
   if crop is not None and not 0 < crop <= 1:
     raise UserError(f'Evaluation crop {crop!r}: expected more than 0, at most 1.')
-  return EvalTransform(image_size(size, 'image_size'), crop)
+  return EvalTransform(image_size(size, 'image_size'), crop, channels, tuple(keys))
+
+
+def _check_channels(channels: int) -> None:
+  if channels not in MODES:
+    raise UserError(f'channels={channels!r}: expected 3 (RGB) or 1 (greyscale).')

@@ -108,11 +108,12 @@ class ClassifyTask(ImageTask):
 
   def evaluators(self, context: Context) -> list[Evaluator]:
     """Accuracy on each set whose classes are the model's, and that of k nearest neighbours."""
-    every = context.every('evaluation')
-    accuracies = [
-      Evaluator(every, Summed(context, source, self.evaluate, _shares_of(source), name=name))
-      for name, source in (context.class_sets.items() if every else ())
-    ]
+    every, accuracies = context.every('evaluation'), []
+    if every is not None:
+      accuracies = [
+        Evaluator(every, Summed(context, source, self.evaluate, _shares_of(source), name=name))
+        for name, source in context.class_sets.items()
+      ]
     return [*accuracies, *knn.evaluators(context, self.features)]
 
   def evaluate(self, model: Classifier, batch: Batch) -> dict[str, jax.Array]:

@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import jax
 from flax import nnx
 
 from hivit_jax.tasks.evaluators import Context, Evaluator
+
+if TYPE_CHECKING:  # a benchmark of a step needs no data
+  from hivit_jax.data.order import Order
 
 Batch = Mapping[str, jax.Array]
 
@@ -46,9 +49,10 @@ class Task(Protocol):
     """The transform from an example to arrays of fixed shape: with `(example, rng)` in training."""
     ...
 
-  def order(self, source: Any, seed: int) -> Any:
+  def order(self, source: Any, seed: int) -> 'Order | None':
     """The order of the training examples; None: all of them in each epoch, shuffled."""
     del source, seed
+    return None
 
   def prepare(self, model: Any, batch: Batch, rng: jax.Array) -> Batch:
     """Draws all random numbers of a whole batch and computes all normalisers that data decide.
@@ -91,17 +95,20 @@ class ImageTask(Task):
   """A task on images that the config says how to crop and augment.
 
   Attributes:
+    fields: of the examples that the task uses.
     mean, std: per channel, of pixels in [0, 1].
-    transforms: whether it is for training -> the transform that the config describes; None where
-      no data are read.
+    transforms: `(train, keys=fields) -> transform` that the config describes; None where no data
+      are read.
   """
+
+  fields: ClassVar[tuple[str, ...]] = ('image', 'label')
 
   mean: Sequence[float]
   std: Sequence[float]
-  transforms: Callable[[bool], Callable[..., dict[str, Any]]] | None = dataclasses.field(
+  transforms: Callable[..., Callable[..., dict[str, Any]]] | None = dataclasses.field(
     default=None, kw_only=True, compare=False
   )
 
   def input(self, train: bool) -> Callable[..., dict[str, Any]]:
     assert self.transforms is not None, 'this task was made without data'
-    return self.transforms(train)
+    return self.transforms(train, keys=self.fields)

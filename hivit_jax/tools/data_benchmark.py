@@ -22,7 +22,7 @@ from PIL import Image
 
 from hivit_jax.data.builders.packages import package_file
 from hivit_jax.data.loader import train_loader, usable_cores
-from hivit_jax.data.stream import generator
+from hivit_jax.data.order import generator
 from hivit_jax.data.transforms import RandomResizedCrop, train_transform
 
 PHOTO_SIZE = (500, 375)  # Width and height: the most frequent ones in ImageNet.

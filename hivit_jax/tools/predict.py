@@ -25,7 +25,7 @@ from flax import nnx
 
 from hivit_jax import cli, models
 from hivit_jax.data import transforms
-from hivit_jax.data.decode import BrokenImage, read_image
+from hivit_jax.data.decode import BrokenImage, read_file
 from hivit_jax.data.sources import folder
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, importer, infer
@@ -70,8 +70,11 @@ def main(argv: list[str]) -> None:
   predict = _predictor(state, described, batch_size=min(_BATCH_SIZE, len(paths)))
   failed: list[str] = []
   crop = infer.pixels(state.metadata).get('eval_crop')
-  transform = transforms.eval_transform(described.arguments['image_size'], crop)
-  images = _read(paths, transform, described.arguments['channels'], failed)
+  arguments = described.arguments
+  transform = transforms.eval_transform(
+    arguments['image_size'], crop, channels=arguments['channels']
+  )
+  images = _read(paths, transform, failed)
   shown: list[contact_sheet.Predicted] = []
   while batch := list(itertools.islice(images, _BATCH_SIZE)):
     for (path, image), row in zip(batch, predict([image for _, image in batch]), strict=True):
@@ -133,12 +136,12 @@ def _predictor(
 
 
 def _read(
-  paths: Sequence[str], transform: transforms.EvalTransform, channels: int, failed: list[str]
+  paths: Sequence[str], transform: transforms.EvalTransform, failed: list[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Path and pixels of the images that can be read; the others are told and go to `failed`."""
   for path in paths:
     try:
-      yield path, transform(read_image(path, channels=channels))
+      yield path, transform({'image': read_file(path)})['image']
     except BrokenImage as error:
       print(f'cannot read the image {path}: {error}', file=sys.stderr)
       failed.append(path)

@@ -13,8 +13,7 @@ from absl import flags
 from flax import nnx
 
 from hivit_jax import cli
-from hivit_jax.data import transforms
-from hivit_jax.data.decode import BrokenImage, read_image
+from hivit_jax.data.decode import BrokenImage, read_file
 from hivit_jax.data.sources.base import open_source
 from hivit_jax.data.sources.subset import Subset
 from hivit_jax.errors import UserError
@@ -69,11 +68,11 @@ def _run_directory(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _read(files: list[str], config: ml_collections.ConfigDict) -> np.ndarray:
-  transform = transforms.eval_transform(assemble.image_size(config), config.data.eval_crop)
+  transform = inputs.eval_transform(config)
   images = []
   for file in files:
     try:
-      images.append(transform(read_image(file, channels=config.channels)))
+      images.append(transform({'image': read_file(file)})['image'])
     except BrokenImage as error:
       raise UserError(f'cannot read the image {file}: {error}') from error
   return np.stack(images)
@@ -82,7 +81,8 @@ def _read(files: list[str], config: ml_collections.ConfigDict) -> np.ndarray:
 def _evaluation_images(config: ml_collections.ConfigDict) -> np.ndarray:
   source = open_source(config.data.name, config.data.eval_split, config.data.data_dir)
   source = Subset(source, _COUNT.value)
-  with inputs.eval_batches(config, source, len(source), alone=True) as batches:
+  transform = inputs.eval_transform(config)
+  with inputs.eval_batches(config, source, transform, len(source), alone=True) as batches:
     return next(batches)['image']
 
 

@@ -187,9 +187,7 @@ def check_model(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def task(
-  config: ml_collections.ConfigDict, transforms: Callable[[bool], Any] | None = None
-) -> Task:
+def task(config: ml_collections.ConfigDict, transforms: Callable[..., Any] | None = None) -> Task:
   """The task named by `config.task`; its fields are filled with the settings of their names.
 
   These are the settings of `config.augment`, `mean`, `std` and `eval_crop` of the data, the
@@ -197,8 +195,7 @@ def task(
 
   Args:
     config: see configs/base.py.
-    transforms: whether it is for training -> the transform that the config describes; None: no
-      data are read.
+    transforms: see `tasks.task.ImageTask`; None: no data are read.
   """
   check_model(config)
   chosen, filled = task_class(config), {}

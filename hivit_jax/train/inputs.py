@@ -2,13 +2,14 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 
 from hivit_jax.data import loader, transforms
+from hivit_jax.data.order import Order
 from hivit_jax.data.sources import base
 from hivit_jax.data.sources.relabelled import Relabelled
 from hivit_jax.errors import UserError
@@ -116,7 +117,7 @@ def _other_classes(names: Sequence[str], where: str, source: Any) -> UserError:
 
 def check_labels(source: Any) -> None:
   """UserError for a split without labels, such as ImageNet's test images."""
-  if source[0]['label'] < 0:
+  if source[0].get('label', -1) < 0:
     raise UserError(
       f'{source.name} ({source.split}) has no labels to learn from; choose another '
       '--config.data.train_split'
@@ -127,18 +128,23 @@ def _loader_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return {
     'process_index': jax.process_index(),
     'process_count': jax.process_count(),
-    'channels': config.channels,
     'num_threads': config.data.num_threads or None,
     'num_workers': config.data.num_workers,
     'max_broken_fraction': config.data.max_broken_fraction,
   }
 
 
-def train_transform(config: ml_collections.ConfigDict) -> transforms.TrainTransform:
-  """The augmentation of single images; the rest happens on the device."""
+def train_transform(config: ml_collections.ConfigDict, **options: Any) -> transforms.TrainTransform:
+  """The augmentation of single examples; the rest happens on the device.
+
+  Args:
+    config: see configs/base.py.
+    **options: of `transforms.train_transform` that a task decides on, such as `keys`.
+  """
   a = config.augment
   return transforms.train_transform(
     image_size(config),
+    channels=config.channels,
     scale=tuple(a.crop_scale),
     ratio=tuple(a.crop_ratio),
     clamp=a.crop_clamp,
@@ -147,16 +153,45 @@ def train_transform(config: ml_collections.ConfigDict) -> transforms.TrainTransf
     rand_augment=a.rand_augment,
     color_jitter=a.color_jitter,
     mean=tuple(config.data.mean),
+    **options,
   )
 
 
-def train_batches(config: ml_collections.ConfigDict, source: Any, start: int, end: int) -> Any:
-  """This process's training batches of steps [start, end)."""
+def eval_transform(config: ml_collections.ConfigDict, **options: Any) -> transforms.EvalTransform:
+  """What an example is evaluated as.
+
+  Args:
+    config: see configs/base.py.
+    **options: of `transforms.eval_transform` that a task decides on, such as `keys`.
+  """
+  size, crop = image_size(config), config.data.eval_crop
+  return transforms.eval_transform(size, crop, channels=config.channels, **options)
+
+
+def train_batches(
+  config: ml_collections.ConfigDict,
+  source: Any,
+  transform: Callable[..., Mapping[str, Any]],
+  order: Order | None,
+  start: int,
+  end: int,
+) -> loader.Loader:
+  """This process's training batches of steps [start, end).
+
+  Args:
+    config: see configs/base.py.
+    source: the examples.
+    transform: of training, see `loader.train_loader`.
+    order: of the examples; None: a permutation an epoch.
+    start: first step.
+    end: step after the last one.
+  """
   return loader.train_loader(
     source,
-    train_transform(config),
+    transform,
     batch_size=config.batch_size,
     seed=config.seed,
+    order=order,
     start_step=start,
     num_steps=end - start,
     **_loader_options(config),
@@ -166,21 +201,22 @@ def train_batches(config: ml_collections.ConfigDict, source: Any, start: int, en
 def eval_batches(
   config: ml_collections.ConfigDict,
   source: Any,
+  transform: Callable[[dict[str, Any]], Mapping[str, Any]],
   batch_size: int,
   *,
   alone: bool = False,
   told: set[str] | None = None,
-) -> Any:
+) -> loader.Loader:
   """This process's batches of one pass over a source.
 
   Args:
     config: see configs/base.py.
     source: the examples.
+    transform: of evaluation, see `loader.eval_loader`.
     batch_size: over all processes.
     alone: all examples, not this process's share.
     told: broken examples that the log has already; see `loader.eval_loader`.
   """
-  transform = transforms.eval_transform(image_size(config), config.data.eval_crop)
   options = _loader_options(config)
   if alone:
     options |= {'process_index': 0, 'process_count': 1}

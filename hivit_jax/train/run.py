@@ -26,7 +26,6 @@ from hivit_jax.train import (
   evaluation,
   hints,
   initialise,
-  inputs,
   loop,
   sharding,
   step,
@@ -238,7 +237,7 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
   return loop.Run(
     state=state,
     train_step=training.train_step,
-    batches=stack.enter_context(inputs.train_batches(config, examples, start, total)),
+    batches=stack.enter_context(setup.train_batches(start, total)),
     mesh=mesh,
     start_step=start,
     total_steps=total,

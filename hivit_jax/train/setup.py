@@ -56,7 +56,14 @@ class Setup:
   def eval_batches(self, source: Any, *, alone: bool = False) -> Any:
     """This process's batches of one pass over a source; `alone`: all of it as one batch."""
     size = len(source) if alone else self.config.evaluation.batch_size
-    return inputs.eval_batches(self.config, source, size, alone=alone, told=self._told)
+    transform = self.task.input(train=False)
+    return inputs.eval_batches(self.config, source, transform, size, alone=alone, told=self._told)
+
+  def train_batches(self, start: int, end: int) -> Any:
+    """This process's training batches of steps [start, end)."""
+    source, task = self.train_source, self.task
+    order = task.order(source, self.config.seed)
+    return inputs.train_batches(self.config, source, task.input(train=True), order, start, end)
 
 
 def set_up(config: ml_collections.ConfigDict, evaluated: files.StateDict | None = None) -> Setup:
@@ -145,8 +152,10 @@ def _classes_of_weights(
   return found
 
 
-def _transform(config: config_dict.FrozenConfigDict, train: bool) -> Any:
-  return inputs.train_transform(config) if train else inputs.eval_transform(config)
+def _transform(config: config_dict.FrozenConfigDict, train: bool, **options: Any) -> Any:
+  """The transform that the config describes, with what the task adds to it."""
+  make = inputs.train_transform if train else inputs.eval_transform
+  return make(config, **options)
 
 
 def _check_images(config: ml_collections.ConfigDict, mesh: Mesh, key: str) -> None:

@@ -126,7 +126,9 @@ def test_image_gets_exactly_what_is_drawn(photo):
     expected = photo
     for name, magnitude, sign in step.draw(np.random.default_rng(seed)):
       expected = apply(expected, name, magnitude, sign)
-    np.testing.assert_array_equal(step(photo, np.random.default_rng(seed)), expected)
+    augmented = step({'image': photo, 'label': 3}, np.random.default_rng(seed))
+    np.testing.assert_array_equal(augmented['image'], expected)
+    assert augmented['label'] == 3
     changed += expected is not photo
   assert changed >= 5
 

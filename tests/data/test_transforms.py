@@ -24,6 +24,12 @@ def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
   return Image.fromarray(pixels)
 
 
+def image_of(function, image: Image.Image, *args) -> np.ndarray:
+  """What a step (of decoded examples) or a transform (of a source's) makes of an image alone."""
+  whole = isinstance(function, transforms.TrainTransform | transforms.EvalTransform)
+  return np.asarray(function({'image': np.asarray(image) if whole else image}, *args)['image'])
+
+
 @pytest.mark.parametrize('output', [(16, 16), (16, 48)])
 def test_crops_lie_in_the_image_and_within_scale_and_ratio(output):
   crop = transforms.RandomResizedCrop(output, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
@@ -78,11 +84,10 @@ def test_crop_equals_crop_then_bicubic_resize_and_nothing_bleeds_in():
   crop = transforms.RandomResizedCrop((32, 48))
   box = crop.box(200, 150, generator(3))
   expected = image.crop(box).resize((48, 32), Image.Resampling.BICUBIC)
-  np.testing.assert_array_equal(crop(image, generator(3)), expected)
+  np.testing.assert_array_equal(image_of(crop, image, generator(3)), expected)
   image.paste((10, 200, 30), box)
-  assert np.unique(np.asarray(crop(image, generator(3))).reshape(-1, 3), axis=0).tolist() == [
-    [10, 200, 30]
-  ]
+  inside = image_of(crop, image, generator(3))
+  assert np.unique(inside.reshape(-1, 3), axis=0).tolist() == [[10, 200, 30]]
 
 
 class _Draws:
@@ -141,7 +146,7 @@ def test_crops_are_resized_as_officially(monkeypatch, interpolation, key):
     top, left, height, width = golden[f'{case}/box{number}_top_left_height_width'].tolist()
     box = (left, top, left + width, top + height)
     monkeypatch.setattr(transforms.RandomResizedCrop, 'box', lambda *_, box=box: box)
-    result = np.asarray(crop(Image.fromarray(golden[f'{case}/image_rgb']), generator()))
+    result = image_of(crop, Image.fromarray(golden[f'{case}/image_rgb']), generator())
     np.testing.assert_array_equal(result, golden[name], err_msg=name)
 
 
@@ -149,14 +154,15 @@ def test_resizing_is_antialiased():
   # One-pixel stripes of black and white have no content that survives an eightfold reduction.
   stripes = Image.fromarray(np.tile(np.uint8([[0, 255]]), (512, 256)))
   crop = transforms.RandomResizedCrop((64, 64), scale=(1.0, 1.0), ratio=(1.0, 1.0))
-  inside = np.asarray(crop(stripes, generator())).astype(int)[:, 2:-2]
+  inside = image_of(crop, stripes, generator()).astype(int)[:, 2:-2]
   assert np.abs(inside - 127).max() <= 2
-  assert np.ptp(transforms.eval_transform(64)(stripes)[:, 2:-2].astype(int)) <= 60
+  evaluated = image_of(transforms.eval_transform(64), stripes)
+  assert np.ptp(evaluated[:, 2:-2].astype(int)) <= 60
 
 
 def test_flip_mirrors_half_of_the_images():
   image, flip, rng = noise_image(8, 8), transforms.RandomFlip(), generator()
-  outcomes = [np.asarray(flip(image, rng)) for _ in range(400)]
+  outcomes = [image_of(flip, image, rng) for _ in range(400)]
   straight = sum(np.array_equal(array, image) for array in outcomes)
   mirrored = sum(np.array_equal(array, np.asarray(image)[:, ::-1]) for array in outcomes)
   assert straight + mirrored == 400
@@ -167,11 +173,11 @@ def test_train_transform_is_crop_then_flip_as_uint8_and_a_function_of_the_genera
   transform = transforms.train_transform((32, 48), scale=(0.3, 0.9))
   image = noise_image(100, 80)
   assert transform.steps[0] == transforms.RandomResizedCrop((32, 48), (0.3, 0.9), (3 / 4, 4 / 3))
-  first = transform(image, generator(1))
+  first = image_of(transform, image, generator(1))
   assert first.shape == (32, 48, 3)
   assert first.dtype == np.uint8
-  np.testing.assert_array_equal(first, transform(image, generator(1)))
-  assert not np.array_equal(first, transform(image, generator(2)))
+  np.testing.assert_array_equal(first, image_of(transform, image, generator(1)))
+  assert not np.array_equal(first, image_of(transform, image, generator(2)))
 
 
 def test_classifiers_get_crop_flip_and_rand_augment_instead_of_colour_jitter():
@@ -188,10 +194,11 @@ def test_classifiers_get_crop_flip_and_rand_augment_instead_of_colour_jitter():
     assert transforms.train_transform(32, rand_augment=off).steps[2:] == ()
 
   image, rng = noise_image(50, 40), generator(5)
-  expected = image
+  expected = {'image': image}
   for step in (crop, transforms.RandomFlip(), rand_augment):
     expected = step(expected, rng)
-  np.testing.assert_array_equal(augmented(image, generator(5)), expected)
+  result = image_of(augmented, image, generator(5))
+  np.testing.assert_array_equal(result, expected['image'])
 
 
 @pytest.mark.parametrize(('amount', 'low', 'high'), [(0.4, 0.6, 1.4), (1.5, 0.0, 2.5)])
@@ -216,24 +223,28 @@ def test_colour_jitter_applies_what_it_draws(mode):
   expected = image
   for change, factor in jitter.draw(generator(2)):
     expected = change(expected).enhance(factor)
-  jittered = jitter(image, generator(2))
+  jittered = jitter({'image': image}, generator(2))['image']
   assert jittered.mode == mode
   np.testing.assert_array_equal(jittered, expected)
   assert not np.array_equal(jittered, image)
 
 
 def test_without_flip_nothing_is_mirrored():
-  transform = transforms.train_transform(16, scale=(1, 1), ratio=(1, 1), flip=False)
+  transform = transforms.train_transform(16, channels=1, scale=(1, 1), ratio=(1, 1), flip=False)
   ramp = Image.fromarray(np.tile(np.arange(0, 240, 10, dtype=np.uint8), (24, 1)))
   rng = generator()
   for _ in range(20):
-    assert (np.diff(transform(ramp, rng)[..., 0].astype(int), axis=1) > 0).all()
+    assert (np.diff(image_of(transform, ramp, rng)[..., 0].astype(int), axis=1) > 0).all()
 
 
 def test_greyscale_keeps_one_channel():
-  image = noise_image(40, 30).convert('L')
-  assert transforms.train_transform(16)(image, generator()).shape == (16, 16, 1)
-  assert transforms.eval_transform(16)(image).shape == (16, 16, 1)
+  image, options = noise_image(40, 30), {'channels': 1}
+  assert image_of(transforms.train_transform(16, **options), image, generator()).shape == (
+    16,
+    16,
+    1,
+  )
+  assert image_of(transforms.eval_transform(16, **options), image).shape == (16, 16, 1)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +264,7 @@ def test_evaluation_resizes_the_shorter_side_and_crops_the_centre(
   left, top = corner
   expected = image.resize(resized, Image.Resampling.BICUBIC)
   expected = expected.crop((left, top, left + side, top + side))
-  np.testing.assert_array_equal(transforms.eval_transform(side)(image), expected)
+  np.testing.assert_array_equal(image_of(transforms.eval_transform(side), image), expected)
 
 
 @pytest.mark.parametrize('image_size', [(500, 375), (375, 501), (64, 64), (97, 333)])
@@ -266,7 +277,7 @@ def test_evaluation_is_that_of_torchvision_for_every_size(image_size):
     resized = image.resize((longer, shorter) if wide else (shorter, longer), Image.BICUBIC)
     top, left = round((resized.height - side) / 2.0), round((resized.width - side) / 2.0)
     expected = np.asarray(resized)[top : top + side, left : left + side]
-    np.testing.assert_array_equal(transforms.eval_transform(side)(image), expected)
+    np.testing.assert_array_equal(image_of(transforms.eval_transform(side), image), expected)
 
 
 @pytest.mark.parametrize('output', [(64, 128), (128, 64), (256, 320)])
@@ -276,7 +287,7 @@ def test_non_square_evaluation_covers_the_output_without_distortion(output, imag
   width, height = image_size
   rows, columns = np.mgrid[0:height, 0:width]
   grid = np.stack([255 * columns / width, 255 * rows / height, 0 * rows], -1)
-  array = transforms.eval_transform(output)(Image.fromarray(grid.astype(np.uint8)))
+  array = image_of(transforms.eval_transform(output), Image.fromarray(grid.astype(np.uint8)))
   assert array.shape == (*output, 3)
   h, w = output
   margin = 256 / 224 if max(output) <= 224 else 1
@@ -308,6 +319,7 @@ def test_senseless_crop_is_a_user_error(options):
     ({'color_jitter': -0.4}, r'Colour jitter -0\.4: expected 0'),
     ({'rand_augment': 'rand-m9', 'color_jitter': -1.0}, 'Colour jitter'),
     ({'rand_augment': 'augmix'}, 'RandAugment "augmix": expected'),
+    ({'channels': 4}, 'channels=4: expected 3'),
   ],
 )
 def test_senseless_augmentation_is_a_user_error(options, message):

@@ -76,6 +76,7 @@ class DenseTask(ImageTask):
   model_class = DenseModel
   model_kind = 'dense model'
   measures = frozenset(('evaluation',))
+  fields = ('image', 'segmentation')
 
   num_classes: int
 

@@ -96,7 +96,8 @@ def test_a_baseline_goes_there_and_back_and_is_evaluated_by_its_weights_alone(
   evaluate(config, None, str(tmp_path / 'none'))
   metrics = json.loads(capsys.readouterr().out)
   source = inputs.open_source(config, config.data.eval_split)
-  with inputs.eval_batches(config, source, 16, alone=True) as batches:
+  transform = inputs.eval_transform(config)
+  with inputs.eval_batches(config, source, transform, 16, alone=True) as batches:
     batch = next(batches)
   images = normalize(batch['image'], config.data.mean, config.data.std)
   own = optax.softmax_cross_entropy_with_integer_labels(

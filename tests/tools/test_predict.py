@@ -24,6 +24,11 @@ IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 OWN = {'mean': (0.6, 0.4, 0.5), 'std': (0.2, 0.3, 0.4)}
 
 
+def pixels(path, size):
+  image = np.asarray(Image.open(path).convert('RGB'))
+  return eval_transform(size)({'image': image})['image']
+
+
 @pytest.fixture(scope='module')
 def predict(forks):
   return functools.partial(forks, 'hivit_jax/tools/predict.py')
@@ -88,8 +93,8 @@ def probabilities(classifier, photographs):
   """`(paths, statistics, ema=False)` -> (B, 7): numpy around the model's logits."""
   graphdef, params, averaged = classifier
   logits = quick_jit(lambda params, images: nnx.merge(graphdef, params)(images))
-  paths, transform = readable(photographs), eval_transform(SIZE)
-  images = np.stack([transform(Image.open(path).convert('RGB')) for path in paths]) / 255
+  paths = readable(photographs)
+  images = np.stack([pixels(path, SIZE) for path in paths]) / 255
 
   def compute(paths_asked, statistics, ema=False):
     normalized = (images - np.array(statistics['mean'])) / np.array(statistics['std'])
@@ -180,7 +185,7 @@ def test_a_baseline_is_told_from_its_weights(predict, photographs, tmp_path, nam
   model = nnx.merge(*random_model(name, num_classes=7, **options))
   files.write(tmp_path / 'x.safetensors', exporter.state_dict(model))
   path = readable(photographs)[0]
-  image = np.asarray(eval_transform(options['image_size'])(Image.open(path).convert('RGB'))) / 255
+  image = pixels(path, options['image_size']) / 255
   image = (image - np.array(IMAGENET['mean'])) / np.array(IMAGENET['std'])
   expected = jax.nn.softmax(quick_jit(model.__call__)(image[None].astype(np.float32)))
   done = predict(f'--weights={tmp_path}/x.safetensors', path, '--json')
@@ -255,7 +260,7 @@ def test_the_sheet_shows_what_the_model_saw(predict, workdir, photographs, tmp_p
     canvas = np.asarray(sheet)
   found = []
   for path in paths:
-    image = eval_transform(SIZE)(Image.open(path).convert('RGB'))
+    image = pixels(path, SIZE)
     found += places(canvas, image.repeat(4, axis=0).repeat(4, axis=1))
   (top, left), (same_top, right), (below, same_left) = found
   assert top == same_top

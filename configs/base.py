@@ -121,9 +121,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.evaluation = ml_collections.ConfigDict()  # of classifiers on the evaluation set
   config.evaluation.every_epochs = 1.0  # 0: never
   config.evaluation.batch_size = 256  # over all devices; of the k-NN accuracy, too
-  # Further sets, as NAME=SPLIT or NAME=SPLIT@DATA (else data.name): metrics eval_NAME/top1 ...
-  config.evaluation.more = ()
-  config.evaluators = ()  # of your own, package.module:Name; see CONTRIBUTING.md
+  # Further sets, such as v2=test@imagenet_v2,old=validation: splits of a data set or of data.name
+  config.evaluation.more = ''  # with metrics eval_v2/top1 ...
+
+  config.evaluators = ''  # more of them, of your own: package.module:Name,... See CONTRIBUTING.md
 
   config.knn = ml_collections.ConfigDict()  # k-NN accuracy of the pooled features
   config.knn.every_epochs = 20.0  # 0: never

@@ -1,6 +1,5 @@
-"""Forms in which settings come: image sizes, keys with dots such as optim.lr, names of objects."""
+"""Forms in which settings come: image sizes, and keys with dots such as optim.lr."""
 
-import importlib
 import operator
 import re
 from typing import Any
@@ -52,35 +51,3 @@ def get(config: Any, key: str) -> Any:
   for part in key.split('.'):
     config = config[part]
   return config
-
-
-_OBJECT = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*')
-
-
-def is_object(name: str | None) -> bool:
-  """Whether a setting has the form of an object's name, package.module:Name."""
-  return name is not None and _OBJECT.fullmatch(name) is not None
-
-
-def find_object(name: str, key: str) -> Any:
-  """The object `Name` of the module `package.module`.
-
-  Args:
-    name: package.module:Name.
-    key: of the setting, for the error.
-
-  Raises:
-    UserError: there is no such module or object.
-  """
-  module, _, attribute = name.partition(':')
-  try:
-    loaded = importlib.import_module(module)
-  except ModuleNotFoundError as error:
-    if not f'{module}.'.startswith(f'{error.name}.'):
-      raise  # it is there, and lacks something itself
-    raise UserError(
-      f'{key}={name}: there is no module {module}; it must lie in a directory of PYTHONPATH'
-    ) from error
-  if not hasattr(loaded, attribute):
-    raise UserError(f'{key}={name}: {loaded.__file__} has no {attribute}')
-  return getattr(loaded, attribute)

@@ -6,6 +6,7 @@ Without --images it takes evaluation images of the run's data set.
 """
 
 import pathlib
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
   if not config.task or 'pictures' not in assemble.task_class(config).measures:
     found = f'trained with config.task="{config.task}"' if config.task else 'converted, not trained'
     raise UserError(f'--workdir={workdir} was {found}; give the --workdir of a pretraining run')
-  task = assemble.task(config)
+  task: Any = assemble.task(config)
   graphdef, abstract = nnx.split(nnx.eval_shape(assemble.model_creator(config)))
   images = _read(files, config) if files else _evaluation_images(config)
   restored = load_params(workdir, nnx.to_pure_dict(abstract))

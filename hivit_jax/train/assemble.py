@@ -1,8 +1,8 @@
 """From a config to the objects it describes. Below here nobody knows about configs."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -117,7 +117,7 @@ def model_creator(
     'attention': attention(config, devices),
   }
   name = config.model.name
-  if settings.is_object(name):
+  if settings.is_imported(name or ''):
     return _own_model(name, config.seed, arguments)
 
   def create():
@@ -135,13 +135,13 @@ def model_creator(
 
 def _own_model(name: str, seed: int, arguments: Mapping[str, Any]) -> Callable[[], Any]:
   """A function that builds a model from outside the package, with the arguments that it names."""
-  cls = settings.find_object(name, 'config.model.name')
-  accepted = inspect.signature(cls).parameters
+  cls = settings.imported(name, 'config.model.name')
+  accepted = inspect.signature(cls.__init__).parameters.keys() - {'self', 'rngs'}
   for key, value in arguments.items():
     if key not in accepted and key not in _ALWAYS_SET:
       raise UserError(
         f'config.model.{key}={value}: {name} has no argument "{key}"; it takes: '
-        + ', '.join(sorted(accepted.keys() - {'rngs'}))
+        + ', '.join(sorted(accepted))
       )
   own = {key: value for key, value in arguments.items() if key in accepted}
   return lambda: cls(**own, rngs=nnx.Rngs(seed))
@@ -154,8 +154,11 @@ def task_of(model_class: type) -> str:
 
 def task_class(config: ml_collections.ConfigDict) -> type[Task]:
   """The class that `config.task` names: one of the table, or package.module:Name."""
-  if settings.is_object(config.task):
-    return settings.find_object(config.task, 'config.task')
+  if settings.is_imported(config.task):
+    found = settings.imported(config.task, 'config.task')
+    if Task not in getattr(found, '__mro__', ()) or not is_dataclass(found):
+      raise UserError(f'config.task={config.task} is no dataclass that inherits from tasks.Task')
+    return cast(type[Task], found)
   if config.task not in TASKS:
     raise UserError(
       f'config.task="{config.task}" is unknown; there are: {", ".join(TASKS)}, or one of your own, '
@@ -174,8 +177,8 @@ def check_model(config: ml_collections.ConfigDict) -> None:
       f'config.model.name is not set; hivit_jax.list_models() has the names, such as {example}. '
       'To evaluate weights: --config=configs/evaluate.py --mode=evaluate'
     )
-  if settings.is_object(name):
-    found = settings.find_object(name, 'config.model.name')
+  if settings.is_imported(name):
+    found = settings.imported(name, 'config.model.name')
   else:
     found = models.MODELS.get(name, (chosen.model_class,))[0]
   if not (isinstance(found, type) and issubclass(found, chosen.model_class)):
@@ -199,7 +202,7 @@ def task(config: ml_collections.ConfigDict, transforms: Callable[..., Any] | Non
   """
   check_model(config)
   chosen, filled = task_class(config), {}
-  for field in dataclasses.fields(cast(Any, chosen)):
+  for field in fields(cast(Any, chosen)):
     key = _FIELDS.get(field.name, f'augment.{field.name}')
     if field.name == 'transforms':
       filled[field.name] = transforms
@@ -208,7 +211,7 @@ def task(config: ml_collections.ConfigDict, transforms: Callable[..., Any] | Non
     elif key in _FIELDS.values() or field.name in config.augment:
       value = settings.get(config, key)
       filled[field.name] = tuple(value) if isinstance(value, list) else value
-    elif field.default is dataclasses.MISSING:
+    elif field.default is MISSING:
       raise UserError(f'config.task={config.task}: no setting is called {field.name}')
   if filled.get('num_classes', 0) is None:
     filled['num_classes'] = _PUBLISHED_CLASSES
@@ -318,7 +321,7 @@ def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, A
   }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Steps:
   """Steps of a run, from epochs over a set of `examples`."""
 

@@ -17,7 +17,7 @@ from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.runtime import distributed
 from hivit_jax.tasks import Task
 from hivit_jax.tasks.evaluators import Evaluator
-from hivit_jax.train import sharding
+from hivit_jax.train import sharding, validate
 from hivit_jax.train.setup import Setup
 
 
@@ -114,13 +114,13 @@ def evaluators(measuring: Measuring) -> list[Evaluator]:
     UserError: there is no such evaluator, or the data do not fit one.
   """
   found = list(measuring.task.evaluators(measuring))
-  for name in measuring.setup.config.evaluators:
-    factory = settings.find_object(name, 'config.evaluators')
-    made = factory(measuring)
+  for name in validate.listed(measuring.setup.config.evaluators):
+    factory = settings.imported(name, 'config.evaluators')
+    made = factory(measuring) if callable(factory) else factory
     if not isinstance(made, Evaluator):
       raise UserError(
-        f'config.evaluators={name}: called with the context it must give an Evaluator, not '
-        f'{type(made).__name__}; see hivit_jax/tasks/evaluators.py'
+        f'config.evaluators={name}: expected a function from a context to an Evaluator, see '
+        f'hivit_jax/tasks/evaluators.py; it gives {type(made).__name__}'
       )
     found.append(made)
   return found

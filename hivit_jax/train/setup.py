@@ -112,11 +112,10 @@ def has_head(weights: files.StateDict) -> bool:
 
 def _more_sets(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The sets of `config.evaluation.more`, opened."""
-  found = {}
-  for text in config.evaluation.more:
-    name, split, data = validate.further_set(text)
-    found[f'eval_{name}'] = inputs.open_source(config, split, data)
-  return found
+  return {
+    f'eval_{name}': inputs.open_source(config, split, data)
+    for name, (data, split) in validate.further_sets(config).items()
+  }
 
 
 def _trained_classes(

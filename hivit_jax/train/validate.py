@@ -13,7 +13,7 @@ import ml_collections
 
 from hivit_jax.data import randaugment, transforms
 from hivit_jax.errors import UserError, flag
-from hivit_jax.settings import dotted, get, is_object
+from hivit_jax.settings import dotted, get, is_imported
 from hivit_jax.train import assemble, schedules
 
 _Test = Callable[[Any], bool]
@@ -91,8 +91,8 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'data.std',
   ),
   (
-    'names of objects, package.module:Name',
-    lambda x: all(map(is_object, x)),
+    'names such as package.module:Name, separated by commas',
+    lambda x: all(map(is_imported, listed(x))),
     'evaluators',
   ),
 )
@@ -145,9 +145,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       f'epochs before the end, config.epochs={config.epochs}; for a short run: '
       f'--config.optim.milestones={config.epochs * 7 / 8:g}, or --config.optim.schedule=cosine'
     )
-  names = [further_set(text)[0] for text in config.evaluation.more]
-  if len(set(names)) < len(names):
-    raise UserError(f'config.evaluation.more={tuple(config.evaluation.more)}: names repeat')
+  further_sets(config)
   if config.augment.rand_augment:
     randaugment.rand_augment(config.augment.rand_augment, tuple(config.data.mean))
   for key in ('data.mean', 'data.std'):
@@ -159,21 +157,28 @@ def check(config: ml_collections.ConfigDict) -> None:
       )
 
 
-def further_set(text: str) -> tuple[str, str, str | None]:
-  """Name, split and data set of an entry of `config.evaluation.more`.
+def listed(text: str) -> list[str]:
+  """What is separated by commas in a setting."""
+  return [part.strip() for part in text.split(',') if part.strip()]
 
-  It has the form NAME=SPLIT@DATA or, for a split of `config.data.name`, NAME=SPLIT.
+
+def further_sets(config: ml_collections.ConfigDict) -> dict[str, tuple[str, str]]:
+  """The sets of `config.evaluation.more`: name -> (data set, split).
 
   Raises:
-    UserError: the entry has another form.
+    UserError: an entry is not NAME=SPLIT@DATA or NAME=SPLIT, or a name comes twice.
   """
-  match = re.fullmatch(r'(\w+)=([^@]+)(?:@(.+))?', text) if isinstance(text, str) else None
-  if match is None:
-    raise UserError(
-      f'config.evaluation.more: expected NAME=SPLIT or NAME=SPLIT@DATA, such as '
-      f'v2=test@imagenet_v2, got {text}'
-    )
-  return match[1], match[2], match[3]
+  found = {}
+  for text in listed(config.evaluation.more):
+    match = re.fullmatch(r'(\w+)=([^@]+)(?:@(.+))?', text)
+    if match is None or match[1] in found:
+      reason = 'expected NAME=SPLIT or NAME=SPLIT@DATA' if match is None else 'a name comes twice'
+      raise UserError(
+        f'config.evaluation.more={config.evaluation.more}: {reason} at "{text}"; a list such as '
+        'v2=test@imagenet_v2,old=validation'
+      )
+    found[match[1]] = (match[3] or config.data.name, match[2])
+  return found
 
 
 def _holds(test: _Test, value: Any) -> bool:

@@ -7,7 +7,7 @@ def get_config():
   config = base.get_config()
   config.task = 'tests.own.dense:DenseTask'
   config.model.update(name='tests.own.dense:DenseModel', num_classes=3)
-  config.evaluators = ('tests.own.dense:brightness_of_set',)
+  config.evaluators = 'tests.own.dense:brightness_of_set'
   config.data.update(
     name='tests.own.dense:Brightness', train_split='train[:64]', eval_split='test[:35]'
   )

@@ -1,7 +1,10 @@
-"""Forms in which settings come: image sizes, and keys with dots such as optim.lr."""
+"""Forms in which settings come: image sizes, keys with dots such as optim.lr, names in modules."""
 
+import difflib
+import importlib
 import operator
 import re
+import traceback
 from typing import Any
 
 from hivit_jax.errors import UserError
@@ -51,3 +54,44 @@ def get(config: Any, key: str) -> Any:
   for part in key.split('.'):
     config = config[part]
   return config
+
+
+def is_imported(text: str) -> bool:
+  """Whether a setting names something in a module: 'package.module:Name'."""
+  return re.fullmatch(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*', text) is not None
+
+
+def imported(text: str, key: str) -> Any:
+  """What 'package.module:Name' names.
+
+  Args:
+    text: see `is_imported`.
+    key: of the setting, for errors.
+
+  Raises:
+    UserError: the module cannot be imported, or has nothing of that name.
+  """
+  module_name, name = text.split(':')
+  try:
+    module = importlib.import_module(module_name)
+  except Exception as error:
+    if isinstance(error, ModuleNotFoundError) and error.name in _parents(module_name):
+      raise UserError(
+        f'{key}={text}: there is no module {error.name}; is the folder that has it in PYTHONPATH?'
+      ) from error
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    raise UserError(
+      f'{key}={text}: importing {module_name} fails with {type(error).__name__}: '
+      f'{" ".join(str(error).split())} ({place.filename}, line {place.lineno})'
+    ) from error
+  if not hasattr(module, name):
+    close = difflib.get_close_matches(name, dir(module), n=1)
+    guess = f'; did you mean {module_name}:{close[0]}?' if close else ''
+    raise UserError(f'{key}={text}: {module.__file__} has no {name}{guess}')
+  return getattr(module, name)
+
+
+def _parents(module_name: str) -> list[str]:
+  """'a.b.c' -> ['a', 'a.b', 'a.b.c']."""
+  steps = module_name.split('.')
+  return ['.'.join(steps[: i + 1]) for i in range(len(steps))]

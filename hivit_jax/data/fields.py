@@ -123,14 +123,18 @@ def resize(
     interpolation: Of the image; a label map gets the label at the nearest place.
     step: On whose behalf, for errors.
   """
-  scale = np.float32(size) / np.float32(example['image'].size)
+  scale = np.tile(np.array(size) / example['image'].size, 2)
+
+  def stretch(boxes: np.ndarray) -> np.ndarray:
+    return (boxes * scale).clip(0, np.tile(size, 2)).astype(np.float32)
+
   return per_field(
     example,
     step,
     {
       'image': lambda image: image.resize(size, interpolation),
       'segmentation': lambda labels: labels.resize(size, Image.Resampling.NEAREST),
-      'objects': lambda objects: _change_boxes(objects, lambda b: b * np.tile(scale, 2), step),
+      'objects': lambda objects: _change_boxes(objects, stretch, step),
     },
   )
 

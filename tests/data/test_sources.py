@@ -16,10 +16,12 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from hivit_jax.data.decode import decode_label_map
 from hivit_jax.data.sources.base import open_source
 from hivit_jax.errors import UserError
 from tests import patience
 from tests.data.imagenet_tars import write_tars
+from tests.data.noise import png
 
 BY_TFDS = Path(__file__).parent / 'imagenet2012_by_tfds.zip'
 
@@ -278,6 +280,39 @@ class WithoutLabel(Pictures, skip_registration=True):
   KEYS = None
 
 
+class Scenes(Pictures, skip_registration=True):
+  """Label maps, and no class."""
+
+  FEATURES = tfds.features.FeaturesDict(
+    {
+      'image': tfds.features.Image(),
+      'segmentation_mask': tfds.features.Image(shape=(None, None, 1), use_colormap=True),
+    }
+  )
+  KEYS = None
+
+  def _generate_examples(self, numbers):
+    for i in numbers:
+      labels = png(np.full((8, 8), i, np.uint8))
+      yield i, {'image': image_bytes(i), 'segmentation_mask': labels}
+
+
+class LabelledScenes(Scenes, skip_registration=True):
+  """Label maps with names, and a class."""
+
+  FEATURES = tfds.features.FeaturesDict(
+    {
+      'image': tfds.features.Image(),
+      'segmentation_mask': tfds.features.Image(shape=(None, None, 1)),
+      'label': tfds.features.ClassLabel(names=['x', 'y']),
+    }
+  )
+
+  def _generate_examples(self, numbers):
+    for i, example in super()._generate_examples(numbers):
+      yield i, {**example, 'label': i % 2}
+
+
 def prepare_with_tfds(builder_class, folder, **options) -> Path:
   builder = builder_class(data_dir=folder, file_format='array_record', **options)
   builder.download_and_prepare()
@@ -294,6 +329,21 @@ def test_keys_come_from_the_supervised_keys_of_the_set(tmp_path):
   assert [len(s) for s in slices] == [5, 15]
   assert [s[i] for s in slices for i in range(len(s))] == [source[i] for i in range(20)]
   assert len(open_source('pictures', 'train+test', str(tmp_path))) == 21
+
+
+@pytest.mark.parametrize('builder', [Scenes, LabelledScenes])
+def test_label_maps_are_passed_on_as_files(tmp_path, builder):
+  prepare_with_tfds(builder, tmp_path)
+  source = open_source(builder.name, 'train', str(tmp_path))
+  labelled = builder is LabelledScenes
+  assert source.class_names == (('x', 'y') if labelled else ())
+  for i in range(20):
+    example = source[i]
+    assert example.keys() == {'image', 'segmentation', *(['label'] if labelled else [])}
+    shade = Image.open(io.BytesIO(example['image'])).getpixel((0, 0))[0]
+    labels = np.asarray(decode_label_map(example['segmentation']))
+    np.testing.assert_array_equal(labels, np.full((8, 8), shade))
+    assert example.get('label', shade % 2) == shade % 2
 
 
 def test_a_set_without_image_and_class_says_which_features_it_has(tmp_path):

@@ -1,24 +1,28 @@
-"""Where images come from: `open_source` and what it returns."""
+"""Where examples come from: `open_source` and what it returns."""
 
 import difflib
+import inspect
 import logging
-from typing import Protocol
+from typing import Any, Protocol
 
+from hivit_jax import settings
 from hivit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
+_MEMBERS = (
+  *('name', 'split', 'class_names', 'num_classes', 'example_name', '__len__', '__getitem__'),
+)
 
 
 class Source(Protocol):
-  """Encoded images with labels, read by index in any order.
+  """Examples, read by index in any order.
 
   Picklable, so that worker processes can have it, and safe to read from several threads.
 
   Attributes:
     name: the data set as the user named it.
     split: the split as the user gave it.
-    class_names: names of the classes; a label is an index into them, or -1 where it is unknown
-      (the test split of ImageNet).
+    class_names: names of the classes, which labels of any kind are indices into; may be empty.
   """
 
   name: str
@@ -30,8 +34,19 @@ class Source(Protocol):
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> dict:
-    """Returns `image` (bytes of an image file) and `label` (int) of example `index` >= 0."""
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """Returns example `index` >= 0: an image and whatever is known of it.
+
+    | key | value |
+    |---|---|
+    | `image` | bytes of an image file, see `decode.FORMATS`, or uint8 (H, W) or (H, W, C) |
+    | `label` | int, its class; -1, or no such key: unknown (the test split of ImageNet) |
+    | `segmentation` | bytes of a PNG file of the same size, or integers (H, W): a class a pixel |
+    | `objects` | dict with `boxes`, float (n, 4), see `fields`, and arrays with a row a box |
+
+    Further keys are of use to transforms that know them. An example that cannot be read raises
+    OSError or RuntimeError: the loader counts and replaces it.
+    """
     ...
 
   def example_name(self, index: int) -> str:
@@ -44,8 +59,9 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
 
   Args:
     name: `folder:/path/to/root` for `<root>/<split>/<class>/*.jpg`; the embedded `photo_tiles` or
-      `digits`, which are prepared in `data_dir` on first use; or a data set of TFDS, with an
-      optional config and version (`name/config:1.0.0`), that was prepared as ArrayRecord.
+      `digits`, which are prepared in `data_dir` on first use; a data set of TFDS, with an optional
+      config and version (`name/config:1.0.0`), that was prepared as ArrayRecord; or a class of your
+      own, `package.module:Name`, which is called as `Name(split=..., data_dir=...)`.
     split: a split or slices of it: `train`, `train[:90%]`, `train[1000:]+validation`.
     data_dir: folder of prepared data sets; default TFDS's own (TFDS_DATA_DIR or
       ~/tensorflow_datasets). Without effect on `folder:`.
@@ -55,12 +71,14 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
 
   Raises:
     UserError: if the data set is unknown or not there (with the folders looked in and the
-      commands that prepare it), is stored in another format, or lacks the split.
+      commands that prepare it), is stored in another format, lacks the split, or is no `Source`.
   """
   if name.startswith('folder:'):
     from hivit_jax.data.sources.folder import FolderSource
 
     return FolderSource(name.removeprefix('folder:'), split)
+  if settings.is_imported(name):  # TFDS names have numbers behind their colon
+    return _imported(name, split, data_dir)
 
   # Imported here: TFDS takes a third of a second, which folders need not pay.
   from hivit_jax.data import builders
@@ -79,6 +97,25 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
   if folder is None:
     raise _not_prepared(wanted, data_dir)
   return tfds_source.TfdsSource(name, split, folder)
+
+
+def _imported(name: str, split: str, data_dir: str | None) -> Source:
+  make = settings.imported(name, 'data.name')
+  options = {'split': split, 'data_dir': data_dir}
+  try:
+    inspect.signature(make).bind(**options)
+  except TypeError as error:
+    raise UserError(
+      f'data.name={name} has to take the arguments split and data_dir: {error}'
+    ) from error
+  source = make(**options)
+  missing = [key for key in _MEMBERS if not hasattr(source, key)]
+  if missing:
+    raise UserError(
+      f'data.name={name} is no source of examples: it has no {", ".join(missing)}; see '
+      'hivit_jax.data.sources.base.Source'
+    )
+  return source
 
 
 def _not_prepared(wanted, data_dir: str | None) -> UserError:

@@ -25,7 +25,7 @@ class Relabelled:
 
   def __getitem__(self, index: int) -> dict:
     example = self._source[index]
-    label = example['label']
+    label = example.get('label', -1)
     return {**example, 'label': self._labels[label] if label >= 0 else label}
 
   def example_name(self, index: int) -> str:

@@ -18,6 +18,7 @@ class Subset:
     self._source = source
     self._indices = np.linspace(0, len(source) - 1, size).round().astype(int)
     self.name, self.split = source.name, source.split
+    self.class_names = source.class_names
     self.num_classes = source.num_classes
 
   def __len__(self) -> int:

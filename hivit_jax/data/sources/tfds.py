@@ -17,6 +17,7 @@ from hivit_jax.data.sources import splits
 from hivit_jax.errors import UserError
 
 INFO_FILE = 'dataset_info.json'
+LABEL_MAPS = ('segmentation', 'segmentation_mask', 'segmentation_label', 'annotation')
 _NAME = re.compile(r'(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?')
 
 
@@ -35,7 +36,7 @@ class DatasetName:
     if not match:
       raise UserError(
         f'{text!r} is not the name of a data set; write a TFDS name such as imagenet2012, '
-        'cifar10:3.0.2 or name/config:1.0.0, or folder:/path/to/root'
+        'cifar10:3.0.2 or name/config:1.0.0, folder:/path/to/root, or package.module:Name'
       )
     return cls(match['name'], match['config'], match['version'])
 
@@ -158,7 +159,8 @@ class TfdsSource:
       folder: as `find_prepared` gives it.
 
     Raises:
-      UserError: for an unknown split, a missing file, or a set that has no image and label.
+      UserError: for an unknown split, a missing file, or a set that has no image, or neither a
+        label nor a label map.
     """
     self.name = name
     self.split = split
@@ -168,9 +170,14 @@ class TfdsSource:
       reason = str(error).strip().splitlines()[0]
       raise UserError(f'{folder} has no readable description of a data set: {reason}') from None
     features: Any = info.features  # a FeaturesDict, which TFDS's annotations do not say
-    self._image_key, self._label_key = _image_and_label(name, features, info.supervised_keys)
+    maps = [key for key in LABEL_MAPS if key in features]
+    self._map_key = next((m for m in maps if isinstance(features[m], tfds.features.Image)), None)
+    self._image_key, self._label_key = _image_and_label(
+      name, features, info.supervised_keys, needs_label=not self._map_key
+    )
     self._file_name_key = next((k for k in ('file_name', 'filename') if k in features), None)
-    self.class_names = tuple(features[self._label_key].names)
+    named = features[self._label_key or self._map_key]
+    self.class_names = tuple(getattr(named, 'names', None) or ())
     sizes = {key: value.num_examples for key, value in info.splits.items()}
     splits.parse_split(name, split, sizes, sizes.__getitem__)
     ranges = [
@@ -205,12 +212,14 @@ class TfdsSource:
     return len(self._records)
 
   def __getitem__(self, index: int) -> dict:
-    """Returns `image` (the encoded file, bytes) and `label` (int)."""
+    """Returns `image` and `segmentation` (encoded files) and `label` (int), what there is."""
     features = self._features(index)
-    return {
-      'image': features[self._image_key].bytes_list.value[0],
-      'label': features[self._label_key].int64_list.value[0],
-    }
+    example = {'image': features[self._image_key].bytes_list.value[0]}
+    if self._label_key:
+      example['label'] = features[self._label_key].int64_list.value[0]
+    if self._map_key:
+      example['segmentation'] = features[self._map_key].bytes_list.value[0]
+    return example
 
   def example_name(self, index: int) -> str:
     """Returns `name/split[index]`, and the file name where the set has one."""
@@ -221,7 +230,9 @@ class TfdsSource:
     return name
 
 
-def _image_and_label(name: str, features: Any, supervised_keys: Any) -> tuple[str, str]:
+def _image_and_label(
+  name: str, features: Any, supervised_keys: Any, *, needs_label: bool
+) -> tuple[str, str | None]:
   """Returns the keys of the image and of its class."""
   keys: list = list(supervised_keys or ())[:2]
   if len(keys) < 2 or not all(isinstance(key, str) and key in features for key in keys):
@@ -233,12 +244,12 @@ def _image_and_label(name: str, features: Any, supervised_keys: Any) -> tuple[st
 
   image = find(tfds.features.Image, 'image', keys[0])
   label = find(tfds.features.ClassLabel, 'label', keys[1])
-  if image and label:
+  if image and (label or not needs_label):
     return image, label
   listing = ', '.join(f'{key} ({type(value).__name__})' for key, value in features.items())
   raise UserError(
-    f'{name} is not an image classification data set: it needs one Image and one ClassLabel, and '
-    f'has {listing}'
+    f'{name} is not an image classification data set: it needs one Image and one ClassLabel or a '
+    f'label map ({", ".join(LABEL_MAPS)}), and has {listing}'
   )
 
 

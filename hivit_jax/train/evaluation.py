@@ -21,14 +21,15 @@ from hivit_jax.train import sharding, validate
 from hivit_jax.train.setup import Setup
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Measuring:
   """The `Context` of evaluators.
 
   Attributes:
     setup: config, devices and data.
     graphdef: of the model.
-    directory, writer: of the run; None: pictures have no place to go.
+    directory: of the run; None: pictures have no place to go.
+    writer: of the run, as soon as there is one, for pictures in TensorBoard.
   """
 
   setup: Setup

@@ -223,6 +223,8 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
       checkpoints.path(start), start, total, hints.to_train_longer(config),
     )  # fmt: skip
     return None
+  measuring = evaluation.Measuring(setup, training.graphdef, directory)
+  evaluators = evaluation.evaluators(measuring)  # before anything is written: data may not fit
   state = restored.state if restored else _initial_state(setup, training)
   if primary:
     write_run_info(directory, config.to_dict())
@@ -234,6 +236,7 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
     mesh.size, mesh.devices.flat[0].device_kind,
   )  # fmt: skip
   writer = stack.enter_context(MetricWriter(directory, start_step=start, primary=primary))
+  measuring.writer = writer
   return loop.Run(
     state=state,
     train_step=training.train_step,
@@ -243,9 +246,7 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
     total_steps=total,
     batch_size=config.batch_size,
     epochs_per_step=steps.epochs_per_step,
-    evaluators=evaluation.evaluators(
-      evaluation.Measuring(setup, training.graphdef, directory, writer)
-    ),
+    evaluators=evaluators,
     evaluated=evaluated,
     checkpoints=checkpoints,
     metadata={

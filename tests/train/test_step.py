@@ -19,6 +19,7 @@ from hivit_jax.tasks.mae import MAETask
 from hivit_jax.train import optim, sharding, step
 from hivit_jax.train.schedules import Schedule
 from tests.helpers import assert_close, assert_trees_close, random_model
+from tests.own.dense import DenseModel, DenseTask
 
 MODEL = {
   'image_size': (32, 64), 'embed_dim': 16, 'depths': (1, 1, 1), 'num_heads': 2,
@@ -297,3 +298,36 @@ def test_a_linear_probe_differentiates_nothing_but_the_last_layer():
   images = normalize(_labelled()['image'], (0.5,), (0.25,))
   share = matmul_flops(probe, state, _labelled()) / matmul_flops(forward, state['params'], images)
   assert share < 1.05
+
+
+def test_statistics_inside_any_model_follow_the_batch_and_are_averaged():
+  """Those of parts all begin with the old ones, and their mean is kept; no moments are."""
+  images = np.random.default_rng(0).integers(0, 256, (BATCH, 16, 16, 3), np.uint8)
+  labels = np.random.default_rng(1).integers(0, 3, (BATCH, 16, 16)).astype(np.uint8)
+  task = DenseTask(mean=(0.5,), std=(0.25,), num_classes=3)
+  create = lambda: DenseModel(num_classes=3, rngs=nnx.Rngs(0))  # noqa: E731
+
+  def make_optimizer(params, first=()):
+    return optim.adamw(params, rules=(*first, *task.rules), **ADAMW)
+
+  before = DenseModel(num_classes=3, rngs=nnx.Rngs(0))
+  stem = np.asarray(before.stem(normalize(images, (0.5,), (0.25,))))
+  for parts in (1, 2):
+    graphdef, optimizer, abstract = step.abstract_state(
+      create, make_optimizer, sharding.make_mesh(1), ema=True
+    )
+    assert optimizer.trained['norm'] == {'bias': True, 'scale': True, 'mean': False, 'var': False}
+    state = step.init_state(create, optimizer, abstract)
+    train_step = step.make_train_step(
+      graphdef, task, optimizer, lambda _: 0.1, epochs_per_step=1.0, seed=0,
+      accumulate_steps=parts, ema_decay=0.8, compiler_options=QUICK,
+    )  # fmt: skip
+    state, _ = train_step(state, {'image': images, 'segmentation': labels})
+    groups = [stem[i::parts].reshape(-1, stem.shape[-1]) for i in range(parts)]
+    expected = {
+      'mean': 0.1 * np.mean([group.mean(axis=0) for group in groups], axis=0),
+      'var': 0.9 + 0.1 * np.mean([group.var(axis=0) for group in groups], axis=0),
+    }
+    for key, start in (('mean', 0), ('var', 1)):
+      assert_close(state['params']['norm'][key], expected[key])
+      assert_close(state['ema']['norm'][key], 0.8 * start + 0.2 * expected[key])

@@ -98,7 +98,7 @@ def decode_label_map(data: bytes | np.ndarray) -> Image.Image:
   if labels.ndim != 2:
     raise BrokenImage(f'label map: has mode {image.mode}; expected one integer a pixel')
   # PIL stretches greys of 2 and 4 bits to 0..255, as is right for pictures.
-  labels = labels // {'L;2': 85, 'L;4': 17}.get(stored, 1)
+  labels = labels // (85 if stored == 'L;2' else 17 if stored == 'L;4' else 1)
   return Image.fromarray(labels.astype(np.uint16 if image.mode.startswith('I') else np.uint8))
 
 

@@ -98,8 +98,8 @@ def crop(example: Example, box: Box, step: object) -> Example:
   left, top, right, bottom = box
 
   def cut(boxes: np.ndarray) -> np.ndarray:
-    moved = boxes - np.float32([left, top, left, top])
-    return moved.clip(0, np.float32([right - left, bottom - top] * 2))
+    moved = boxes - np.array([left, top, left, top], np.float32)
+    return moved.clip(0, np.array([right - left, bottom - top] * 2, np.float32))
 
   return per_field(
     example,

@@ -40,7 +40,7 @@ from hivit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-Batch = Stacked
+Batch = dict[str, Any]  # `Stacked`, of which callers know what is a list.
 
 PREFETCH = 2  # Batches that are ready before they are asked for.
 MAX_THREADS = 16  # More of them would mostly wait for the interpreter lock: use worker processes.
@@ -91,7 +91,9 @@ def train_loader(
   stop_step = ENDLESS if num_steps is None else start_step + num_steps
   _check_range('num_steps', stop_step - start_step, 0, ENDLESS)
   rows = _rows_of_host(batch_size, process_index, process_count)
-  chunks = TrainChunks(source, transform, rows, seed, order or Shuffled(len(source), seed))
+  if order is None:
+    order = Shuffled(len(source), seed)
+  chunks = TrainChunks(source, transform, rows, seed, order)
   return Loader(chunks, range(start_step, stop_step), **loading)
 
 

@@ -91,9 +91,10 @@ class RandomResizedCrop:
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     # Not `resize(box=...)`: that lets pixels from outside the crop bleed in at its border.
-    example = fields.crop(example, self.box(*example['image'].size, rng), self)
-    height, width = self.size
-    return fields.resize(example, (width, height), INTERPOLATIONS[self.interpolation], self)
+    width, height = example['image'].size
+    example = fields.crop(example, self.box(width, height, rng), self)
+    interpolation = INTERPOLATIONS[self.interpolation]
+    return fields.resize(example, (self.size[1], self.size[0]), interpolation, self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,8 +108,8 @@ def measure(
 
   def pipeline(**augmentation: Any) -> None:
     transform = train_transform(size, **augmentation)
-    options = {'batch_size': BATCH_SIZE, 'seed': 0, 'num_steps': steps, 'num_threads': threads}
-    with train_loader(source, transform, **options) as loader:
+    options: dict[str, Any] = {'num_steps': steps, 'num_threads': threads}
+    with train_loader(source, transform, batch_size=BATCH_SIZE, seed=0, **options) as loader:
       for _ in loader:
         pass
 

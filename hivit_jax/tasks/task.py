@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.tasks.evaluators import Context, Evaluator
@@ -48,6 +49,18 @@ class Task(Protocol):
   def input(self, train: bool) -> Callable[..., dict[str, Any]]:
     """The transform from an example to arrays of fixed shape: with `(example, rng)` in training."""
     ...
+
+  def shapes(self, size: tuple[int, int], channels: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `input` makes of one example, for plans and measurements of steps without data.
+
+    Args:
+      size: (height, width) of the images.
+      channels: of the images.
+    """
+    return {
+      'image': jax.ShapeDtypeStruct((*size, channels), jnp.uint8),
+      'label': jax.ShapeDtypeStruct((), jnp.int32),
+    }
 
   def order(self, source: Any, seed: int) -> 'Order | None':
     """The order of the training examples; None: all of them in each epoch, shuffled."""

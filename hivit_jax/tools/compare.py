@@ -52,7 +52,7 @@ def _load(name: str) -> Any:
       f'there are {", ".join(COMPARISONS)}, or configs separated by commas'
     )
   config = cli.config_from_file(f'{path}{colon}{variant}')
-  assemble.task(config)  # says what is missing before others are measured
+  assemble.check_model(config)  # says what is missing before others are measured
   return config
 
 

@@ -44,6 +44,6 @@ def grid(config: ml_collections.ConfigDict, points: int = 1001) -> np.ndarray:
 
 
 def _lowest_scale(config: ml_collections.ConfigDict) -> float:
-  assemble.task(config)  # says what is wrong with the model's name
+  assemble.check_model(config)  # says what is wrong with the model's name
   params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(assemble.model_creator(config))))
   return min(jax.tree.leaves(assemble.optimizer(config)(params).scales))

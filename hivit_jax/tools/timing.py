@@ -43,7 +43,7 @@ class TrainingStep:
       batch_size: images on each device.
     """
     with _TRACING:
-      assemble.task(config)  # first: it has something to say about the model
+      assemble.check_model(config)  # first: it has something to say
       mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
       config = config.copy_and_resolve_references()
       config.batch_size = batch_size * mesh.size
@@ -136,11 +136,13 @@ def _traffic(compiled: Any) -> float | None:
 
 
 def _synthetic_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, jax.Array]:
-  count = config.batch_size // jax.process_count()
-  shape = (count, *assemble.image_size(config), config.channels)
-  images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-  labels = np.zeros(count, np.int32)
-  return sharding.put_batch({'image': images, 'label': labels}, mesh)
+  batch, count = {}, config.batch_size // jax.process_count()
+  for key, leaf in assemble.abstract_batch(config, mesh).items():
+    shape = (count, *leaf.shape[1:])
+    batch[key] = np.zeros(shape, leaf.dtype)
+    if key == 'image':
+      batch[key] = np.random.default_rng(0).integers(0, 256, shape, leaf.dtype)
+  return sharding.put_batch(batch, mesh)
 
 
 class Matmul:

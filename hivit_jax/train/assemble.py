@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import ml_collections
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -313,11 +312,10 @@ def training(
 
 def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
   """Shapes, types and places of what a training step of the config takes."""
-  place = sharding.batch_sharding(mesh)
-  images = (config.batch_size, *image_size(config), config.channels)
+  place, count = sharding.batch_sharding(mesh), config.batch_size
   return {
-    'image': jax.ShapeDtypeStruct(images, np.uint8, sharding=place),
-    'label': jax.ShapeDtypeStruct(images[:1], np.int32, sharding=place),
+    key: jax.ShapeDtypeStruct((count, *one.shape), one.dtype, sharding=place)
+    for key, one in task(config).shapes(image_size(config), config.channels).items()
   }
 
 

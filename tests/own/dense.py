@@ -80,6 +80,12 @@ class DenseTask(ImageTask):
 
   num_classes: int
 
+  def shapes(self, size, channels):
+    return {
+      'image': jax.ShapeDtypeStruct((*size, channels), np.uint8),
+      'segmentation': jax.ShapeDtypeStruct(size, np.uint8),
+    }
+
   def prepare(self, model, batch, rng):
     del model, rng
     known = (batch['segmentation'] != IGNORED).sum()

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base
+from configs import base, finetune_hivit_t, mae_hivit_t, simmim_swin_b
+from hivit_jax import models
 from hivit_jax.errors import UserError
 from hivit_jax.interop import exporter, files
+from hivit_jax.tasks import TASKS
+from hivit_jax.train import assemble, inputs
 from hivit_jax.train.assemble import Steps, attention, image_size, model_creator
 from hivit_jax.train.initialise import initial_model
 from tests.helpers import TINY, random_model
+from tests.own import dense_config
 
 IMAGENET = Steps(1_281_167, 4096)  # an epoch is 312.8 steps
 
@@ -146,3 +150,31 @@ def test_older_runs_of_models_without_scan_name_it():
   config.model.scan = True
   with pytest.raises(UserError, match='simmim_swin_tiny has no argument "scan"'):
     nnx.eval_shape(model_creator(config))
+
+
+@pytest.mark.parametrize('module', [mae_hivit_t, simmim_swin_b, finetune_hivit_t, dense_config])
+def test_a_task_says_what_its_transform_makes_of_an_example(module):
+  """Plans and benchmarks rely on it: they have no data."""
+  config = module.get_config('debug') if module is not dense_config else module.get_config()
+  make = lambda train, **own: inputs.train_transform(config, **own)  # noqa: E731
+  task = assemble.task(config, make)
+  rng = np.random.default_rng(0)
+  example = {
+    'image': rng.integers(0, 256, (80, 90, 3), np.uint8),
+    'segmentation': rng.integers(0, 3, (80, 90), np.uint8),
+    'label': 3,
+  }
+  made = task.input(train=True)(example, rng)
+  shapes = task.shapes(image_size(config), config.channels)
+  assert {key: (value.shape, value.dtype) for key, value in made.items()} == {
+    key: (leaf.shape, leaf.dtype) for key, leaf in shapes.items()
+  }
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_every_task_of_the_table_is_complete(name):
+  task = TASKS[name]
+  assert issubclass(task.model_class, nnx.Module)
+  assert any(issubclass(cls, task.model_class) for cls, _ in models.MODELS.values())
+  assert task.measures <= {'evaluation', 'knn', 'pictures'}
+  assert assemble.task_of(task.model_class) in TASKS

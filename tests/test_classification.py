@@ -105,8 +105,12 @@ def test_evaluation_counts_every_example_once_on_any_number_of_devices(runs, fin
       runs, f'--workdir={workdir}', devices=devices, **{'evaluation.batch_size': batch_size}
     )
     assert _accuracies(result) == pytest.approx(expected, rel=1e-5)
-  average = _evaluate(runs, init=workdir / 'checkpoints' / '4', init_ema=True)
+  further = {'evaluation.more': 'again=test[:35],few=test[:2]@digits'}
+  average = _evaluate(runs, init=workdir / 'checkpoints' / '4', init_ema=True, **further)
   assert _accuracies(average) == pytest.approx(_accuracies(metrics(workdir)[-1], 'ema_'), rel=1e-5)
+  for key in ('top1', 'top5', 'loss'):
+    assert average[f'eval_again/{key}'] == average[f'eval/{key}']
+  assert average['eval_few/top1'] in (0, 0.5, 1)
 
 
 def test_two_processes_evaluate_as_one(runs, finetuned):
@@ -177,9 +181,12 @@ def test_k_nn_of_a_file(runs, finished, tmp_path):
   command = [sys.executable, '-m', 'hivit_jax.tools.convert', 'to-torch', str(finished.workdir)]
   done = runs.finish([*command, f'--out={backbone}', '--layout=backbone'])
   assert done.returncode == 0, done.stderr
-  settings = DATA | {'evaluation.batch_size': 16, 'knn.bank_size': 0}
+  settings = DATA | {
+    'evaluation.batch_size': 16, 'knn.bank_size': 0, 'evaluation.more': 'again=test[:35]'
+  }  # fmt: skip
   result = _evaluate(runs, config='evaluate.py:knn', init=backbone, **settings)
-  assert result.keys() == {'eval/knn_top1'}
+  assert result.keys() == {'eval/knn_top1', 'eval_again/knn_top1'}
+  assert result['eval_again/knn_top1'] == result['eval/knn_top1']
   assert result['eval/knn_top1'] > 0.15  # chance is 0.1
 
 

@@ -4,7 +4,9 @@ from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.linear import LinearTask
 from hivit_jax.tasks.mae import MAETask
 from hivit_jax.tasks.simmim import SimMIMTask
-from hivit_jax.tasks.task import Task
+from hivit_jax.tasks.task import ImageTask, Task
+
+__all__ = ['TASKS', 'ImageTask', 'Task']
 
 # `config.task` -> its class, whose fields are filled from the config by `train.assemble.task`.
 TASKS: dict[str, type[Task]] = {

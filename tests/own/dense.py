@@ -10,9 +10,9 @@ from flax import nnx
 from PIL import Image
 
 from hivit_jax.data.sources import base
+from hivit_jax.tasks import ImageTask
 from hivit_jax.tasks.evaluators import Collected, Evaluator, Summed
 from hivit_jax.tasks.images import normalize
-from hivit_jax.tasks.task import ImageTask
 
 IGNORED = 255
 

@@ -1,6 +1,8 @@
 """One draw moves every field of an example, each in its own way."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -181,9 +183,6 @@ def test_labels_of_a_png_are_its_stored_numbers(make, largest):
 @pytest.mark.parametrize('bits', [2, 4])
 def test_labels_of_few_grey_bits_are_not_stretched(bits):
   """As PNG optimisers write them; Pillow cannot, so the file is made by hand."""
-  import struct
-  import zlib
-
   labels = generator().integers(0, 2**bits, (6, 8)).astype(np.uint8)
   packed = np.zeros((6, 8 * bits // 8), np.uint8)
   for column in range(8):

@@ -1,5 +1,6 @@
 """`data.name=package.module:Name`: a source that this package knows nothing of."""
 
+import sys
 import textwrap
 
 import numpy as np
@@ -49,8 +50,6 @@ def package(tmp_path, monkeypatch):
   (folder / 'needy.py').write_text('import a_package_that_nobody_has\n')
   monkeypatch.syspath_prepend(tmp_path)
   yield
-  import sys
-
   for name in [name for name in sys.modules if name.split('.')[0] == 'their']:
     del sys.modules[name]
 

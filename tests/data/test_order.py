@@ -69,7 +69,7 @@ def test_shuffled_is_one_permutation_after_another():
 
 
 def load(*, order=GROUPED, broken=(), **options) -> list[dict]:
-  """`count` steps; every label says which example a row is."""
+  """Eight steps; every label says which example a row is."""
   source = Noise(len(order.shapes), broken, sizes=order.shapes)
   transform = transforms.train_transform(8, scale=(1, 1), ratio=(1, 1))
   settings = {'batch_size': order.batch_size, 'seed': 1, 'num_steps': 8, 'max_broken_fraction': 0.5}

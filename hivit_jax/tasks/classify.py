@@ -30,7 +30,7 @@ class ClassifyTask(ImageTask):
   model_kind = 'classifier'
   # As the official finetuning and supervised training: position parameters do not decay.
   rules = (
-    (r'(.*/)?(bias|scale)', 'no_decay'),
+    (r'(.*/)?(bias|scale|gamma_[12])', 'no_decay'),
     (r'(.*/)?kernel', 'decay'),
     (r'absolute_pos_embed|pos_embed|cls_token|.*/relative_position_bias_table', 'no_decay'),
   )

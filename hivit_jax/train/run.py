@@ -35,6 +35,7 @@ from hivit_jax.train import (
 from hivit_jax.train.checkpoint import Checkpoints, Restored
 from hivit_jax.train.manifest import Misfit
 from hivit_jax.train.setup import Setup, check_local, has_head, set_up
+from hivit_jax.train.steps import Steps
 
 _log = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -290,7 +291,7 @@ def _pairs(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 
 def _warn_of_changes(
-  restored: Restored, changes: Mapping[str, tuple[Any, Any]], steps: assemble.Steps, total: int
+  restored: Restored, changes: Mapping[str, tuple[Any, Any]], steps: Steps, total: int
 ) -> None:
   """Says what differs from the run that saved the checkpoint, and what that does."""
   for pair in _pairs(changes):

@@ -17,6 +17,7 @@ from hivit_jax.interop import files
 from hivit_jax.runtime import distributed, memory
 from hivit_jax.tasks import Task
 from hivit_jax.train import assemble, inputs, sharding, validate
+from hivit_jax.train.steps import Steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,10 @@ class Setup:
     return self.sets['eval']
 
   @property
-  def steps(self) -> assemble.Steps:
+  def steps(self) -> Steps:
     """Epochs as steps; without training examples, of the evaluation set."""
     source = self.eval_source if self.train_source is None else self.train_source
-    return assemble.Steps(len(source), self.config.batch_size)
+    return Steps(len(source), self.config.batch_size)
 
   def eval_batches(self, source: Any, *, alone: bool = False) -> Any:
     """This process's batches of one pass over a source; `alone`: all of it as one batch."""

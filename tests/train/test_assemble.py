@@ -13,8 +13,9 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import exporter, files
 from hivit_jax.tasks import TASKS
 from hivit_jax.train import assemble, inputs
-from hivit_jax.train.assemble import Steps, attention, image_size, model_creator
+from hivit_jax.train.assemble import attention, image_size, model_creator
 from hivit_jax.train.initialise import initial_model
+from hivit_jax.train.steps import Steps
 from tests.helpers import TINY, random_model
 from tests.own import dense_config
 

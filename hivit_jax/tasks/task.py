@@ -29,6 +29,8 @@ class Task(Protocol):
       matches the whole path, such as blocks/0/mlp/fc1/kernel, decides. 'decay': weight decay
       applies; 'no_decay': it does not; 'frozen': the optimizer never changes it. Batch statistics
       are frozen whatever the rules say.
+    encoder: beginning of the paths of the encoder's parameters, such as backbone/: with layer decay
+      all others are of the last layer.
     needs_classes: the examples need integer labels, and the model one output for each class.
     measures: sections of the config that its evaluators read: evaluation, knn, pictures.
     without_weights: warning for a run that starts from random parameters, if it needs one.
@@ -41,6 +43,7 @@ class Task(Protocol):
     (r'(.*/)?(bias|scale)', 'no_decay'),
     (r'.*', 'decay'),
   )
+  encoder: ClassVar[str] = ''
   needs_classes: ClassVar[bool] = False
   measures: ClassVar[frozenset[str]] = frozenset()
   without_weights: ClassVar[str | None] = None

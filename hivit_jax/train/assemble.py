@@ -217,11 +217,13 @@ def task(config: ml_collections.ConfigDict, transforms: Callable[..., Any] | Non
 
 def optimizer(config: ml_collections.ConfigDict) -> Callable[..., optim.Optimizer]:
   """Returns a function from parameters, and rules before those of the task, to their optimizer."""
-  o, own = config.optim, tuple(task_class(config).rules)
+  o, chosen = config.optim, task_class(config)
+  own = tuple(chosen.rules)
   shared = {
     'weight_decay': o.weight_decay,
     'clip_norm': o.clip_norm,
     'layer_decay': o.layer_decay,
+    'encoder': chosen.encoder,
   }
   if o.name == 'adamw':
     numbers = {'b1': o.b1, 'b2': o.b2, 'eps': o.eps}

@@ -44,7 +44,7 @@ _PLACE = re.compile(r'(blocks/\d+|layers/\d+/(?:blocks/\d+|downsample))/')
 _FIRST = ('patch_embed', 'absolute_pos_embed', 'pos_embed', 'cls_token')
 
 
-def layer_scales(params: Any, decay: float) -> Any:
+def layer_scales(params: Any, decay: float, encoder: str = '') -> Any:
   """Factors of the learning rate that fall towards the input ("layer-wise decay").
 
   As in BEiT (arXiv 2106.08254): `decay ** (L + 1 - layer)`, L residual blocks in all. Patch and
@@ -55,11 +55,14 @@ def layer_scales(params: Any, decay: float) -> Any:
     params: pytree of the parameters of a model with one flat list `blocks`, or with `layers` that
       have `blocks` and a `downsample`, as Swin.
     decay: in (0, 1].
+    encoder: beginning of the paths of the encoder, such as 'backbone/'; all others are of the last
+      layer.
 
   Returns:
     A pytree of floats, of the structure of `params`.
   """
   paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  paths = [path.removeprefix(encoder) for path in paths if path.startswith(encoder)]
   places = {match[1] for path in paths if (match := _PLACE.match(path))}
   merges = {place for place in places if any(p.startswith(f'{place}/reduction') for p in paths)}
   layers: dict[str, int] = {}
@@ -70,6 +73,9 @@ def layer_scales(params: Any, decay: float) -> Any:
 
   def scale(path, _):
     name = path_name(path)
+    if not name.startswith(encoder):
+      return 1.0
+    name = name.removeprefix(encoder)
     match = _PLACE.match(name)
     last = 0 if name.split('/')[0] in _FIRST else count + 1
     return decay ** (count + 1 - (layers[match[1]] if match else last))
@@ -93,6 +99,7 @@ def adamw(
   weight_decay: float,
   clip_norm: float | None = None,
   layer_decay: float | None = None,
+  encoder: str = '',
 ) -> Optimizer:
   """AdamW.
 
@@ -103,6 +110,7 @@ def adamw(
     weight_decay: decoupled, of the parameters labelled 'decay'.
     clip_norm: global norm to clip the gradients to, or None.
     layer_decay: see `layer_scales`; None: the same rate for all.
+    encoder: see `layer_scales`.
   """
   trained, decayed = _labels(rules, params)
   tx = optax.chain(
@@ -110,7 +118,7 @@ def adamw(
     optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
     optax.add_decayed_weights(weight_decay, mask=decayed),
   )
-  return Optimizer(tx, trained, _scales(params, trained, layer_decay))
+  return Optimizer(tx, trained, _scales(params, trained, layer_decay, encoder))
 
 
 def lars(
@@ -121,6 +129,7 @@ def lars(
   weight_decay: float,
   clip_norm: float | None = None,
   layer_decay: float | None = None,
+  encoder: str = '',
 ) -> Optimizer:
   """LARS (arXiv 1708.03888) as in MAE's linear probe: matrices alone decay and get a trust ratio.
 
@@ -131,6 +140,7 @@ def lars(
     weight_decay: of the parameters labelled 'decay', part of the update that is scaled.
     clip_norm: global norm to clip the gradients to, or None.
     layer_decay: see `layer_scales`; None: the same rate for all.
+    encoder: see `layer_scales`.
   """
   trained, decayed = _labels(rules, params)
   tx = optax.chain(
@@ -139,7 +149,7 @@ def lars(
     optax.masked(optax.scale_by_trust_ratio(trust_coefficient=TRUST_COEFFICIENT), decayed),
     optax.trace(momentum),
   )
-  return Optimizer(tx, trained, _scales(params, trained, layer_decay))
+  return Optimizer(tx, trained, _scales(params, trained, layer_decay, encoder))
 
 
 def _labels(rules: Rules, params: Any) -> tuple[Any, Any]:
@@ -149,8 +159,8 @@ def _labels(rules: Rules, params: Any) -> tuple[Any, Any]:
   return trained, split(jax.tree.map(lambda label: label == 'decay', labels), trained)[0]
 
 
-def _scales(params: Any, trained: Any, decay: float | None) -> Any:
-  return None if decay is None else split(layer_scales(params, decay), trained)[0]
+def _scales(params: Any, trained: Any, decay: float | None, encoder: str) -> Any:
+  return None if decay is None else split(layer_scales(params, decay, encoder), trained)[0]
 
 
 def _clip(norm: float | None) -> optax.GradientTransformation:

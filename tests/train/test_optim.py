@@ -198,6 +198,14 @@ def test_layers_of_a_hivit(optimizer):
   assert scales['head']['kernel'] == scales['fc_norm']['scale'] == 1
 
 
+def test_layer_decay_of_an_encoder_inside_a_model_leaves_the_rest_alone():
+  _, params = abstract_model('hivit_tiny', **TINY)
+  whole = {'backbone': params, 'decode_head': {'blocks': [params['blocks'][0]]}}
+  scales = optim.layer_scales(whole, 0.5, encoder='backbone/')
+  assert scales['backbone'] == optim.layer_scales(params, 0.5)
+  assert set(jax.tree.leaves(scales['decode_head'])) == {1.0}
+
+
 def test_a_linear_probe_trains_the_last_layer_alone():
   _, params = abstract_model('hivit_tiny', **TINY, head_batch_norm=True)
   optimizer = optim.lars(params, rules=LinearTask.rules, momentum=0.9, weight_decay=0.0)

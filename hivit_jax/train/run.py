@@ -135,7 +135,7 @@ def _evaluate(
   state = weights.read(path, ema=config.init_ema)
   setup = set_up(initialise.config_for(config, state, given), evaluated=state)
   graphdef, params = _evaluated(setup, state)
-  evaluators = evaluation.evaluators(evaluation.Measuring(setup, graphdef))
+  evaluators = evaluation.evaluators(evaluation.EvaluationContext(setup, graphdef))
   if not evaluators:
     raise UserError(
       f'{state.source} is {setup.config.model.name}, which has no classifier; evaluate its '
@@ -224,8 +224,8 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
       checkpoints.path(start), start, total, hints.to_train_longer(config),
     )  # fmt: skip
     return None
-  measuring = evaluation.Measuring(setup, training.graphdef, directory)
-  evaluators = evaluation.evaluators(measuring)  # before anything is written: data may not fit
+  context = evaluation.EvaluationContext(setup, training.graphdef, directory)
+  evaluators = evaluation.evaluators(context)  # before anything is written: data may not fit
   state = restored.state if restored else _initial_state(setup, training)
   if primary:
     write_run_info(directory, config.to_dict())
@@ -237,7 +237,7 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
     mesh.size, mesh.devices.flat[0].device_kind,
   )  # fmt: skip
   writer = stack.enter_context(MetricWriter(directory, start_step=start, primary=primary))
-  measuring.writer = writer
+  context.writer = writer
   return loop.Run(
     state=state,
     train_step=training.train_step,

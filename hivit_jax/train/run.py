@@ -69,7 +69,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, given: Collection[str
   ):
     try:
       with signals.interruptible():
-        checked = validate.checked(config)
+        checked = validate.checked(config, given)
         ignored = hints.without_effect(checked, given)
         if ignored and primary:
           _log.warning('settings without effect in this run: %s', ', '.join(ignored))
@@ -197,9 +197,10 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
   """The run at its first step or where it was left; None if it is finished; `stack` closes it."""
   config, mesh, steps = setup.config, setup.mesh, setup.steps
   primary = distributed.primary()
+  validate.check_lengths(config, steps.epochs_per_step)
   training = assemble.training(config, mesh, epochs_per_step=steps.epochs_per_step)
   memory.check_state(mesh, training.abstract)
-  total = config.max_steps or steps.of(config.epochs)
+  total = config.max_steps or config.steps or steps.of(config.epochs)
 
   distributed.on_primary(lambda: stack.enter_context(lock.hold(directory)))
   checkpoints = stack.enter_context(

@@ -116,6 +116,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint.every_epochs = 1.0  # save; 0: at the end only
   config.checkpoint.keep_last = 2  # how many of the newest are kept
   config.checkpoint.keep_every_epochs = 100.0  # and keep these for ever; 0: none
+  # And the best by an evaluation, eval/top1:max or eval/loss:min; --config.init=WORKDIR/best.
+  config.checkpoint.keep_best = config_dict.placeholder(str)  # None: no best is kept
 
   config.log_every_steps = 50  # one line of metrics: the means since the last one
 

@@ -33,6 +33,7 @@ from hivit_jax.train import (
   validate,
   weights,
 )
+from hivit_jax.train.best import KeepBest
 from hivit_jax.train.checkpoint import Checkpoints, Restored
 from hivit_jax.train.manifest import Misfit
 from hivit_jax.train.setup import Setup, check_local, set_up
@@ -200,6 +201,7 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
   validate.check_lengths(config, steps.epochs_per_step)
   training = assemble.training(config, mesh, epochs_per_step=steps.epochs_per_step)
   memory.check_state(mesh, training.abstract)
+  keep_best = config.checkpoint.keep_best
   total = config.max_steps or config.steps or steps.of(config.epochs)
 
   distributed.on_primary(lambda: stack.enter_context(lock.hold(directory)))
@@ -256,6 +258,7 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
       'class_names': list(examples.class_names),
     },
     save_every=steps.between_saves(config.checkpoint),
+    keep_best=keep_best and KeepBest(keep_best, checkpoints),
     writer=writer,
     progress=stack.enter_context(Progress(total, start_step=start, primary=primary)),
     log_every=config.log_every_steps,

@@ -13,7 +13,7 @@ import ml_collections
 from hivit_jax.data import randaugment, transforms
 from hivit_jax.errors import UserError, flag
 from hivit_jax.settings import dotted, get
-from hivit_jax.train import assemble, schedules
+from hivit_jax.train import assemble, best, schedules
 
 _Test = Callable[[Any], bool]
 
@@ -76,6 +76,11 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'optim.milestones',
   ),
   (
+    'METRIC:max or METRIC:min, such as eval/top1:max',
+    lambda x: bool(best.parse(x)),
+    'checkpoint.keep_best',
+  ),
+  (
     'two ratios, 0 < narrowest <= widest',
     lambda x: len(x) == 2 and 0 < x[0] <= x[1] < math.inf,
     'augment.crop_ratio',
@@ -99,7 +104,8 @@ _OPTIONAL = (
   'model.head_batch_norm model.decoder_embed_dim model.decoder_depth model.decoder_num_heads '
   'model.mask_ratio model.norm_pix_loss model.hifeat model.scan '
   'init data.data_dir data.eval_crop augment.rand_augment augment.mix_group optim.lr optim.end_lr '
-  'optim.warmup_start_lr optim.warmup_steps optim.layer_decay optim.clip_norm ema_decay'
+  'optim.warmup_start_lr optim.warmup_steps optim.layer_decay optim.clip_norm ema_decay '
+  'checkpoint.keep_best'
 )
 OPTIONAL = frozenset(_OPTIONAL.split())
 
@@ -178,5 +184,5 @@ def check_lengths(config: ml_collections.ConfigDict, epochs_per_step: float = 1.
 def _holds(test: _Test, value: Any) -> bool:
   try:
     return test(value) and (not isinstance(value, float) or math.isfinite(value))
-  except TypeError:  # text where numbers belong
+  except (TypeError, ValueError):  # text where numbers belong, or not of this form
     return False

@@ -132,19 +132,21 @@ def blocks_of_python(page: str) -> list[str]:
   return re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(), re.DOTALL)
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-  """The working directory of a reader who has a picture and a small `hivit_base.pth`."""
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """What a reader has: a picture and, smaller than published ones, a `hivit_base.pth`."""
   torch = pytest.importorskip('torch')
-  monkeypatch.chdir(tmp_path)
+  folder = tmp_path_factory.mktemp('reader')
   small = {'embed_dim': 64, 'depths': (1, 1, 2), 'num_heads': 1}
   arrays = exporter.state_dict(hivit_jax.create_model('hivit_base', **small))
   state = {key: torch.from_numpy(np.array(value)) for key, value in arrays.items()}
-  torch.save({'model': state}, tmp_path / 'hivit_base.pth')
-  Image.new('RGB', (300, 200), 'green').save(tmp_path / 'PICTURE.jpg')
+  torch.save({'model': state}, folder / 'hivit_base.pth')
+  Image.new('RGB', (300, 200), 'green').save(folder / 'PICTURE.jpg')
+  return folder
 
 
-def test_the_three_lines_of_the_readme_run(here):
+def test_the_three_lines_of_the_readme_run(folder, monkeypatch):
+  monkeypatch.chdir(folder)
   three, _ = blocks_of_python('README.md')
   assert len(three.splitlines()) == 3
   images = np.zeros((2, 224, 224, 3), np.float32)
@@ -166,7 +168,8 @@ def test_python_in_the_readme_runs():
   assert names['logits'].shape == (2, 10)
 
 
-def test_python_of_the_page_about_features_runs(here):
+def test_python_of_the_page_about_features_runs(folder, monkeypatch):
+  monkeypatch.chdir(folder)
   first, maps, backbones, mae = blocks_of_python('docs/guide/features.md')
   small = ', embed_dim=64, depths=(1, 1, 2), num_heads=1'
   mae = mae.replace("'mae_hivit_base'", f"'mae_hivit_base'{small}, decoder_depth=1")

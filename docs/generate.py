@@ -81,7 +81,7 @@ def configs_page(parameters: Callable[[str], int]) -> str:
   """
   parts = ['# Configs', _WRITTEN, _CONFIGS]
   for title, names in _groups().items():
-    loaded = {name: _load(name) for name in names}
+    loaded = {name: load(name) for name in names}
     head = '| config | | variants | model | parameters | pixels | epochs | batch | peak rate |'
     rows = [head, '|---|---|---|---|---:|---|---:|---:|---:|']
     for name, config in loaded.items():
@@ -99,7 +99,7 @@ def count_parameters(name: str) -> int:
 
   from hivit_jax.train import assemble
 
-  state = nnx.state(nnx.eval_shape(assemble.model_creator(_load(name))))
+  state = nnx.state(nnx.eval_shape(assemble.model_creator(load(name))))
   return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
@@ -156,7 +156,8 @@ def _shown(value: Any) -> str:
 
 
 @functools.cache
-def _load(name: str) -> ml_collections.ConfigDict:
+def load(name: str) -> ml_collections.ConfigDict:
+  """The config of a file in configs/, without a variant."""
   return importlib.import_module(f'configs.{name}').get_config()
 
 

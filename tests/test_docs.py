@@ -124,6 +124,18 @@ def test_the_page_of_configs_has_them_all():
   assert sorted(rows) == sorted(files)
 
 
+def test_the_sizes_of_models_are_those_of_the_configs():
+  page = (ROOT / 'docs' / 'reference' / 'api.md').read_text()
+  cells = re.findall(r'`(\w+)`[^|]*\| ([\d ]+) \|', page)
+  sizes = {model: int(size.replace(' ', '')) for model, size in cells}
+  # Linear probes have a BatchNorm more; the demo's model is smaller than its name says.
+  plain = [config for config in PARAMETERS if config != 'demo' and 'linear' not in config]
+  expected = {generate.load(config).model.name: PARAMETERS[config] for config in plain}
+  compared = sizes.keys() & expected.keys()
+  assert len(compared) > 10
+  assert {model: sizes[model] for model in compared} == {m: expected[m] for m in compared}
+
+
 def test_the_readme_is_short():
   assert len(README.splitlines()) <= 170
 

@@ -152,7 +152,7 @@ def _shown(value: Any) -> str:
   if isinstance(value, tuple | list):
     value = ', '.join(f'{part:.4g}' if isinstance(part, float) else str(part) for part in value)
     return f'`{value}`' if value else '`()`'
-  return f'`{value}`'
+  return f'`{value}`' if value != '' else "`''`"
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.norm_pix_loss = config_dict.placeholder(bool)  # predict pixels normalised per unit
   config.model.hifeat = config_dict.placeholder(bool)  # decode from all three stages
   config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
-  config.model.attention = 'auto'  # xla; on NVIDIA GPUs auto: cudnn where it is faster; triton
+  config.model.attention = 'auto'  # on NVIDIA GPUs the fastest for each shape; cudnn; xla
   config.model.ops = 'fast'  # plain: by the definitions, to tell a kernel's fault from a model's
   config.model.remat = False  # recompute activations: less memory, about a third more time
   # HiViT and ViT: compile the main block once, not once a layer; slower on CPUs.
@@ -49,7 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, or folder:/path
   config.data.data_dir = config_dict.placeholder(str)  # None: TFDS_DATA_DIR or TFDS's default
-  config.data.train_split = 'train'  # may be cut: train[:90%]; see docs/data.md
+  config.data.train_split = 'train'  # may be cut: train[:90%]; see docs/guide/data.md
   config.data.eval_split = 'validation'  # of accuracies and pictures
   # Share of the sides that the central crop of an evaluation keeps; None: 7/8 up to 224 pixels.
   config.data.eval_crop = config_dict.placeholder(float)  # 1: the whole image

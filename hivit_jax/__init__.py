@@ -44,7 +44,7 @@ def create_model(
       model, it has the arguments that it was trained with. Arguments that a file of other code does
       not show are guessed, and one warning names them.
     seed: of the initialisation.
-    attention: 'xla', or for NVIDIA GPUs 'auto', 'cudnn' or 'triton', see `ops.choice`.
+    attention: 'xla', or for NVIDIA GPUs 'auto' or 'cudnn', see `ops.choice`.
     weights: path of a file, workdir or checkpoint, see `load_weights`.
     partial: see `load_weights`.
     ema: see `load_weights`.

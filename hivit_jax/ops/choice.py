@@ -51,10 +51,9 @@ FAST = Ops(
 
 FORMS = {'fast': FAST, 'plain': PLAIN}
 ATTENTION = {
-  'auto': attention.projected_auto,
+  'auto': triton_attention.attend,
   'xla': attention.projected,
   'cudnn': attention.projected_cudnn,
-  'triton': triton_attention.attend,
 }
 
 
@@ -64,8 +63,8 @@ def choose(ops: str = 'fast', attention: str = 'xla') -> Ops:
   Args:
     ops: 'fast', or 'plain' for the definitions, differentiated by JAX: where results differ, the
       fault is that of a fast form.
-    attention: 'xla', which is the definition, or on NVIDIA GPUs 'auto', 'cudnn' or 'triton', see
-      `attention` and `triton_attention`.
+    attention: 'xla', which is the definition, or for NVIDIA GPUs 'auto', the fastest for each shape
+      (see `triton_attention.attend`), or 'cudnn' (see `attention.cudnn`).
 
   Raises:
     UserError: an unknown name, or a kernel for attention together with plain operations.

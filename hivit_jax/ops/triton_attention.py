@@ -2,8 +2,8 @@
 
 All tokens of a head fit into one block: softmax needs no second pass, the backward pass computes
 the weights again from q and k alone, and nothing is split, padded or joined in memory. What it
-measured on an H100 is in docs/benchmarks.md. Pallas' Triton backend is deprecated in JAX 0.11 and
-still there in 0.12.
+measured on an H100 is in docs/internals/performance-ledger.md. Pallas' Triton backend is deprecated
+in JAX 0.11 and still there in 0.12.
 """
 
 import functools
@@ -12,7 +12,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hivit_jax.ops import attention
 
@@ -23,13 +25,13 @@ _LEAST = 16  # rows of the smallest product on tensor cores
 def attend(
   qkv: jax.Array, heads: int, bias: jax.Array | None = None, *, interpret: bool = False
 ) -> jax.Array:
-  """The kernels where they fit, `attention.auto` elsewhere; see `attention.of_projection`.
+  """The kernels where they fit, `attention.auto` elsewhere: for NVIDIA GPUs the fastest.
 
   They fit in bfloat16, without a bias, at most `MOST` tokens and heads of 16, 32, 64 or 128
-  channels, on one device.
+  channels. Of a batch that is split over devices, each computes its own examples.
 
   Args:
-    qkv, heads, bias: as for `attention.of_projection`.
+    qkv, heads, bias: as for `attention.of_projection`, and so is the result.
     interpret: run the kernels by JAX's own operations, on any device.
   """
   *leading, n, c = qkv.shape
@@ -43,9 +45,7 @@ def attend(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _attend(qkv, interpret):
   """(B, N, 3, heads, D) -> (B, N, heads, D)."""
-  b, n, _, heads, d = qkv.shape
-  shape = jax.ShapeDtypeStruct((b, n, heads, d), qkv.dtype)
-  return _call(_forward_kernel, [qkv] * 3, [*_parts(qkv)], _block(shape), shape, interpret)
+  return _by_example(_attended, 'b n t h d -> b n h d', interpret)(qkv)
 
 
 def _forward(qkv, interpret):
@@ -53,13 +53,54 @@ def _forward(qkv, interpret):
 
 
 def _backward(interpret, qkv, g):
-  of_qkv = pl.BlockSpec((None, _rows(qkv), 3, None, qkv.shape[-1]), lambda b, h: (b, 0, 0, h, 0))
-  blocks = [*_parts(qkv), _block(g)]
-  shape = jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)
-  return (_call(_backward_kernel, [qkv, qkv, qkv, g], blocks, of_qkv, shape, interpret),)
+  return (_by_example(_gradient, 'b n t h d, b n h d -> b n t h d', interpret)(qkv, g),)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+@functools.cache
+def _by_example(function, rule, interpret):
+  """A function of arrays (B, ...), of which every device and every call under vmap has a part.
+
+  XLA cannot look into a kernel, and would gather the whole batch on every device.
+  """
+  function = functools.partial(function, interpret)
+  partitioned = custom_partitioning(function)
+
+  def partition(mesh, arguments, result):
+    spec = arguments[0].sharding.spec
+    own = NamedSharding(mesh, PartitionSpec(spec[0] if len(spec) else None))
+    return mesh, function, own, (own,) * len(arguments)
+
+  partitioned.def_partition(
+    partition=partition, sharding_rule=rule, need_replication_factors=('n', 't', 'h', 'd')
+  )
+  call = jax.custom_batching.custom_vmap(partitioned)
+
+  @call.def_vmap
+  def _(size, batched, *arrays):
+    arrays = [
+      x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+      for x, is_batched in zip(arrays, batched, strict=True)
+    ]
+    out = call(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
+    return out.reshape(size, -1, *out.shape[1:]), True
+
+  return call
+
+
+def _attended(interpret, qkv):
+  b, n, _, heads, d = qkv.shape
+  shape = jax.ShapeDtypeStruct((b, n, heads, d), qkv.dtype)
+  return _call(_forward_kernel, [qkv] * 3, [*_parts(qkv)], _block(shape), shape, interpret)
+
+
+def _gradient(interpret, qkv, g):
+  of_qkv = pl.BlockSpec((None, _rows(qkv), 3, None, qkv.shape[-1]), lambda b, h: (b, 0, 0, h, 0))
+  blocks = [*_parts(qkv), _block(g)]
+  shape = jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)
+  return _call(_backward_kernel, [qkv, qkv, qkv, g], blocks, of_qkv, shape, interpret)
 
 
 def _call(kernel, arrays, blocks, out_block, out_shape, interpret):

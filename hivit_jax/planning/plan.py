@@ -1,7 +1,7 @@
 """What a config's training step will need on devices that need not be there.
 
 The step is compiled as training would, for TPUs by libtpu, for GPUs by JAX's CUDA plugin; nothing
-is allocated. What the numbers mean is in docs/scaling.md.
+is allocated. What the numbers mean is in docs/guide/scaling.md.
 """
 
 import importlib.util
@@ -158,7 +158,8 @@ def plan(
   report['memory_traffic'] = matmul_bytes(train_step, abstract, batch) / mesh.size + 2 * state
   start = time.perf_counter()
   try:
-    compiled = train_step.lower(abstract, batch).compile()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells Pallas for which GPU
+      compiled = train_step.lower(abstract, batch).compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise

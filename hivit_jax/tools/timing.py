@@ -14,7 +14,7 @@ from hivit_jax.planning.flops import matmul_flops
 from hivit_jax.runtime import memory
 from hivit_jax.train import assemble, sharding, step
 
-_STEP_SECONDS = 0.1  # minimum duration of one measurement
+_STEP_SECONDS = 0.2  # minimum duration of one measurement
 _MATMUL_SECONDS = 0.1  # and one of the reference
 _TRACING = threading.Lock()  # Flax keeps what it traces in globals
 _MATMUL_SIDE = {'cpu': 4096}  # elsewhere 8192: beyond these the rate does not change any more
@@ -90,10 +90,17 @@ class TrainingStep:
     return time.perf_counter() - start
 
   def seconds(self) -> float:
-    """Time of a step, from as many as take `_STEP_SECONDS`; starts what is not started."""
+    """Time of a step while the device always has the next one waiting, as in training.
+
+    The first of several short steps is left out: an idle device waits until the host has started
+    it. Starts what is not started.
+    """
     if self._state is None:
       self.start()
-    return self.run(self._count) / self._count
+    if self._count == 1:
+      return self.run(1)
+    first = self.run(1)
+    return (self.run(1 + self._count) - first) / self._count
 
   def host_seconds(self) -> float:
     """Time until a step is started as training does it, the device being idle.

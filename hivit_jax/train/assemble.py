@@ -99,8 +99,6 @@ def attention(config: ml_collections.ConfigDict, devices: Sequence[Any] = ()) ->
     reason = 'computes in bfloat16 only: --config.model.dtype=bfloat16'
   elif not capability[:1].isdecimal() or float(capability) < 8:  # AMD's are names, such as gfx942
     reason = f'takes an NVIDIA GPU of compute capability 8.0 or more, not {capability}'
-  elif chosen == 'triton' and len(devices) > 1:
-    reason = f'takes one device, not {len(devices)}'
   if chosen == 'auto':
     return 'auto' if reason is None and config.model.get('ops') != 'plain' else 'xla'
   if reason is None:

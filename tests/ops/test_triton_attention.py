@@ -1,6 +1,10 @@
 """The Triton kernels for attention over few tokens, run by JAX's own operations."""
 
 import functools
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 
 from hivit_jax.ops import attention, triton_attention
+from tests.runs import on_devices
 
 PLAIN = attention.projected
 
@@ -62,3 +67,33 @@ def test_what_does_not_fit_is_computed_otherwise(tokens, heads, dtype, biased):
   bias = draw(heads, tokens, tokens).astype('float32') if biased else None
   out = triton_attention.attend(qkv, heads, bias)  # a kernel would find no GPU
   np.testing.assert_array_equal(out, PLAIN(qkv, heads, bias))
+
+
+def test_each_device_computes_its_own_examples():
+  """In a process of its own: the number of devices is settled when JAX starts."""
+  script = """
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from hivit_jax.ops import triton_attention
+
+    def value_and_gradient(x):
+      value, pullback = jax.vjp(lambda x: triton_attention.attend(x, 2, interpret=True), x)
+      return value, pullback(value)[0]
+
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 9, 96)), jnp.bfloat16)
+    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2), ('data', 'fsdp'))
+    parted = jax.device_put(x, NamedSharding(mesh, PartitionSpec(('data', 'fsdp'))))
+    compiled = jax.jit(value_and_gradient).lower(parted).compile()
+    assert 'all-gather' not in compiled.as_text() and 'all-reduce' not in compiled.as_text()
+    for ours, whole in zip(compiled(parted), value_and_gradient(x)):
+      assert len({shard.index[0].start for shard in ours.addressable_shards}) == 4
+      np.testing.assert_array_equal(ours, whole)
+  """
+  done = subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(script)],
+    env=os.environ | on_devices(4),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr

@@ -65,27 +65,23 @@ def test_attention_is_chosen_by_device():
   assert attention(config, [_gpu()]) == 'xla'
 
 
-@pytest.mark.parametrize('kernel', ['cudnn', 'triton'])
-def test_kernels_for_attention_are_for_nvidia_gpus_only(kernel):
+def test_cudnn_is_for_nvidia_gpus_only():
   config = base.get_config()
-  config.model.attention = kernel
-  assert attention(config, [_gpu()]) == kernel
+  config.model.attention = 'cudnn'
+  assert attention(config, [_gpu()]) == 'cudnn'
   assert attention(config) == 'xla'  # here
   for capability in ('7.5', 'gfx942'):
     with pytest.raises(UserError, match=rf'compute capability 8\.0 or more, not {capability}'):
       attention(config, [_gpu(capability)])
   config.model.dtype = 'float32'
-  with pytest.raises(UserError, match=f'attention={kernel} computes in bfloat16 only'):
+  with pytest.raises(UserError, match='attention=cudnn computes in bfloat16 only'):
     attention(config, [_gpu()])
 
 
-def test_unknown_attention_and_triton_on_several_devices():
+def test_unknown_attention():
   config = base.get_config()
-  config.model.attention = 'triton'
-  with pytest.raises(UserError, match='attention=triton takes one device, not 2'):
-    attention(config, [_gpu()] * 2)
   config.model.attention = 'flash'
-  with pytest.raises(UserError, match='attention="flash" is not one of auto, xla, cudnn, triton'):
+  with pytest.raises(UserError, match='attention="flash" is not one of auto, xla, cudnn'):
     attention(config)
 
 

@@ -10,6 +10,7 @@ import pytest
 from hivit_jax.ops import attention, triton_attention
 
 PLAIN = attention.projected
+pytestmark = pytest.mark.slow
 
 
 def draw(*shape: int) -> jax.Array:

@@ -13,7 +13,7 @@ from hivit_jax.tools import compare
 from tests.runs import error_of
 
 
-@pytest.mark.parametrize('config', ['mae_hivit_t', 'linear_hivit_b', 'supervised_swin_t'])
+@pytest.mark.parametrize('config', ['mae_hivit_t', 'linear_hivit_b', 'supervised_hivit_t'])
 def test_every_kind_of_step_is_measured(runs, config):
   command = [sys.executable, '-m', 'hivit_jax.tools.benchmark', '--json', '--steps=1']
   done = runs.finish([*command, f'--config=configs/{config}.py:debug', '--batch_size=2'])

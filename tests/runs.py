@@ -34,6 +34,8 @@ SETTINGS = {
   'optim.warmup_epochs': 1.0,
 }
 _PATIENCE = 300  # seconds on an idle machine
+# Of a process in which the compiler does all it can, unlike in the others.
+OPTIMIZED = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
 # No two runs agree in them.
 TIMING = (
   *('train/images_per_second', 'train/data_wait_fraction'),

@@ -27,7 +27,7 @@ def test_every_kind_of_step_is_measured(runs, config):
 
 def test_steps_are_compared_in_turns(runs, tmp_path):
   command = [sys.executable, '-m', 'hivit_jax.tools.benchmark', '--steps=3', '--batch_size=2']
-  names = 'mae_hivit_t:debug,simmim_swin_b:debug'
+  names = 'mae_hivit_t:debug,linear_hivit_b:debug'
   done = runs.finish([*command, f'--compare={names}', f'--out={tmp_path / "new" / "out"}'])
   assert done.returncode == 0, done.stderr
   out = tmp_path / 'new' / 'out'

@@ -72,7 +72,7 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     )
   ),
   (
-    'epochs, or with config.steps steps, in rising order, such as (700,)',
+    'epochs in rising order, such as (700,), or steps with config.steps',
     lambda x: all(0 < a < b for a, b in itertools.pairwise((*x, math.inf))),
     'optim.milestones',
   ),

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -51,8 +51,8 @@ class LoadReport:
     loaded: names taken.
     resized: names among them that were resized to the model's image size, with how.
     ignored: names that no model needs, with why.
-    dropped: names that this model has no place for (partial loads only).
-    new: names that keep the model's initialisation (partial loads only).
+    dropped: names that this model has no place for.
+    new: names that keep the model's initialisation.
     zeroed: names among them that were set to zero, so that the encoder computes what it did.
     redrawn: names that keep the model's initialisation although the file has them, with why.
   """
@@ -86,6 +86,23 @@ class LoadReport:
     return '\n'.join(lines)
 
 
+def load_new(
+  create: Callable[[], nnx.Module], state: StateDict, **options: Any
+) -> tuple[nnx.Module, LoadReport]:
+  """A model with the parameters of a state dict, drawn anew only where there are none.
+
+  Args:
+    create: makes the model, from `create_model`.
+    state: the weights.
+    **options: see `load_into`.
+  """
+  model = nnx.eval_shape(create)
+  values, report = fit(model, state, **options)
+  if len(values) < len(torch_names.flatten(nnx.to_pure_dict(nnx.state(model)))):
+    model = create()
+  return model, _put(model, state, values, report)
+
+
 def load_into(
   model: nnx.Module,
   state: StateDict,
@@ -97,9 +114,10 @@ def load_into(
   """Puts a state dict into a model, in place; warns of NaN and infinite numbers.
 
   Args:
-    model: from `create_model`, or its `nnx.eval_shape` when nothing stays new.
+    model: from `create_model`.
     state: the weights.
-    partial: allow names that only one side has, outside the encoder.
+    partial: allow names that only one side has, outside the encoder. An encoder alone needs no
+      permission: whatever is missing beside it is new.
     image_size: (height, width) of the weights, where it was not square and nothing else tells it.
     redraw: names that keep the model's initialisation, with why.
 
@@ -107,6 +125,12 @@ def load_into(
     UserError: missing, unused or mis-shaped names, all with the likely cause.
   """
   values, report = fit(model, state, partial=partial, image_size=image_size, redraw=redraw)
+  return _put(model, state, values, report)
+
+
+def _put(
+  model: nnx.Module, state: StateDict, values: dict[Path, np.ndarray], report: LoadReport
+) -> LoadReport:
   if bad := files.not_finite({'.'.join(path): value for path, value in values.items()}):
     _log.warning(
       '%s: %d parameters hold NaN or infinite numbers, the first is %s, and so will the model',
@@ -161,7 +185,7 @@ def fit(
       report.resized[name] = how
     value = torch_names.from_torch(path, value) if value.ndim in (2, 4) else value
     if value.shape != leaf.shape:
-      if partial and name.startswith('head.'):
+      if mismatch.may_be_new(name, state, partial):
         report.new.append(name)
         report.dropped.append(name)
         continue

@@ -14,6 +14,10 @@ _DECODER = r'decoder_(embed|blocks|norm|pred)\..*'
 _TABLE = 'relative_position_bias_table'
 _SHOWN = 6  # names in an error message
 
+# What encoders are published with when the decoder of their pretraining is not: its mask token and
+# the norm before it.
+_LEFTOVERS = r'mask_token|norm\.(weight|bias)'
+
 # Names that only files with another decoder have -> what that does. Shapes do not show it.
 _OTHER_DECODERS = (
   (r'(sarfeature\d|hogs)\..*', 'predicts gradient features of SAR images, not pixels'),
@@ -98,13 +102,16 @@ def check(
     state: the weights.
     missing, unused: names that only the model, only the weights have.
     misshaped: texts about names that both have.
-    partial: whether names outside the encoder may be missing or unused.
+    partial: whether names outside the encoder may be missing or unused. Of an encoder alone, all
+      such names may be missing in any case: they are new.
   """
+  alone = infer.family(state.arrays) == 'backbone'
+  if partial or alone:
+    missing = [name for name in missing if _of_encoder(name)]
   if partial:
-    missing, unused = (
-      [name for name in names if re.fullmatch(ENCODER, name) and not name.endswith(_TABLE)]
-      for names in (missing, unused)
-    )
+    unused = [name for name in unused if _of_encoder(name)]
+  elif alone:
+    unused = [name for name in unused if not re.fullmatch(_LEFTOVERS, name)]
   if not (missing or unused or misshaped):
     return
   parts = [
@@ -115,6 +122,19 @@ def check(
   ]
   cause = _cause(model, wanted, state, [*missing, *unused], partial)
   raise UserError(f'{state.source} does not fit this model. {". ".join(parts)}. {cause}')
+
+
+def may_be_new(name: str, state: StateDict, partial: bool) -> bool:
+  """Whether a parameter that has another shape in the weights is drawn anew: a head of other
+  classes in a partial load, what remains of a decoder that is not there."""
+  if infer.family(state.arrays) == 'backbone':
+    return bool(re.fullmatch(_LEFTOVERS, name))
+  return partial and name.startswith('head.')
+
+
+def _of_encoder(name: str) -> bool:
+  """Whether a model without it would compute something else; bias tables may start at zero."""
+  return bool(re.fullmatch(ENCODER, name)) and not name.endswith(_TABLE)
 
 
 def _cause(

@@ -79,7 +79,10 @@ def _from_torch(path: str, out: pathlib.Path) -> None:
     model, state, partial=_PARTIAL.value, image_size=arguments['image_size']
   )
   if report.new:
-    raise UserError(f'{path} has no {", ".join(report.new[:6])}, which {name} needs')
+    raise UserError(
+      f'{path} has no {", ".join(report.new[:6])}, which {name} needs: leave out --model to '
+      f'convert what is there; a training takes the file as it is, --config.init={path}'
+    )
   _check_finite(dict(torch_names.to_torch(*item) for item in values.items()), path)
   guessed = tuple(key for key in guessed if key in arguments)
   described = described._replace(name=name, arguments=arguments, guessed=guessed)

@@ -116,8 +116,7 @@ def _predictor(
   statistics = {key: tuple(told.get(key, value)) for key, value in _IMAGENET.items()}
   dtype = assemble.compute_dtype(ml_collections.ConfigDict(config)) if config else 'float32'
   create = functools.partial(models.create_model, described.name, **described.arguments)
-  model = nnx.eval_shape(functools.partial(create, dtype=dtype))
-  importer.load_into(model, state)
+  model, _ = importer.load_new(functools.partial(create, dtype=dtype), state)
   graphdef, params = nnx.split(model)
 
   @jax.jit

@@ -155,10 +155,8 @@ def _evaluate(
 
 def _evaluated(setup: Setup, state: files.StateDict) -> tuple[Any, nnx.GraphDef, Any]:
   """Task, static half and parameters, on the devices, of the model that weights are for."""
-  headless = infer.family(state.arrays) == 'backbone'
   create = assemble.model_creator(setup.config, list(setup.mesh.devices.flat))
-  model = create() if headless else nnx.eval_shape(create)
-  importer.load_into(model, state, partial=headless)
+  model, _ = importer.load_new(create, state, partial=infer.family(state.arrays) == 'backbone')
   graphdef, params = nnx.split(model)
   params = nnx.to_pure_dict(params)
   on_devices = sharding.put(params, sharding.state_shardings(params, setup.mesh))

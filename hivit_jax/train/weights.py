@@ -64,10 +64,7 @@ def create_model(
   def create():
     return models.create_model(name, seed=seed, attention=attention, **overrides)
 
-  # Whatever is loaded need not be initialised before.
-  model = create() if partial else nnx.eval_shape(create)
-  importer.load_into(model, state, partial=partial)
-  return model
+  return importer.load_new(create, state, partial=partial)[0]
 
 
 def load_weights(
@@ -86,8 +83,9 @@ def load_weights(
   Args:
     model: from `create_model`.
     path: a `.pth` or `.safetensors` file, a workdir, or one of its checkpoints.
-    partial: take what fits, where a head or decoder is on one side only: pretrained encoders into
-      classifiers. The encoder must be complete, with or without relative position bias.
+    partial: take what fits, where a head or decoder is on one side only: pretrained autoencoders
+      into classifiers. The encoder must be complete, with or without relative position bias. A file
+      of an encoder alone loads into everything without it: heads and decoders are new.
     ema: the exponential moving average of the weights instead of the weights.
     image_size: (height, width) that the weights are for; needed only where that was not square
       and the file does not tell.

@@ -440,10 +440,9 @@ def test_an_encoder_without_head_and_other_patches():
   described = infer.describe(state, 'x', num_heads=4)
   assert (described.name, described.arguments['depth']) == ('vit_base', 2)
   classifier = nnx.merge(*random_model(described.name, **described.arguments))
-  with pytest.raises(UserError, match='This is a backbone without head: take its encoder alone'):
-    _load(classifier, state)
-  report = _load(classifier, state, partial=True)
+  report = _load(classifier, state)
   assert set(report.dropped) == {'norm.weight', 'norm.bias'}
+  assert set(report.new) == {'fc_norm.weight', 'fc_norm.bias', 'head.weight', 'head.bias'}
   state['patch_embed.proj.weight'] = np.zeros((32, 3, 14, 14), np.float32)
   with pytest.raises(UserError, match=r'patches of 14x14 pixels; ViT has them of 16x16 here'):
     infer.describe(state, 'x')

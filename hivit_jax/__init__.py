@@ -34,10 +34,10 @@ def create_model(
     forward = jax.jit(lambda model, images: model(images))
     logits = forward(model, images)
 
-  Classifiers (`hivit_*`, `vit_*`, `swin_*`) give (B, num_classes) logits, autoencoders (`mae_*`,
-  `simmim_*`) a loss, predictions and a mask, backbones feature maps. All of them have
-  `forward_features(images)`, what the last stage gives; `pooled(images)`, (B, C) its mean; and
-  `feature_info`, channels and strides.
+  Classifiers (`hivit_*`, `fast_itpn_*`, `vit_*`, `swin_*`) give (B, num_classes) logits,
+  autoencoders (`mae_*`, `simmim_*`) a loss, predictions and a mask, backbones feature maps. All of
+  them have `forward_features(images)`, what the last stage gives; `pooled(images)`, (B, C) its
+  mean; and `feature_info`, channels and strides.
 
   Args:
     name: one of `list_models()`; None: the model that `weights` are for. If `weights` carry that
@@ -66,6 +66,9 @@ def create_model(
       level_norms.
     mae_hivit_*: as hivit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
       mask_ratio, norm_pix_loss, hifeat.
+    fast_itpn_*: embed_dim, depths, num_heads, stem_mlp_ratio, mlp_ratio, layer_scale, scan,
+      num_classes, head_std, head_batch_norm.
+    backbone_fast_itpn_*: as fast_itpn_* up to scan; window_size, global_blocks, level_norms.
     vit_*: embed_dim, depth, num_heads, mlp_ratio, scan, num_classes, head_std, head_batch_norm.
     mae_vit_*: as vit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
       mask_ratio, norm_pix_loss.

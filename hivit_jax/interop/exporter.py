@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.interop import files, importer, infer, mismatch, torch_names
+from hivit_jax.interop import fast_itpn, files, importer, infer, mismatch, torch_names
 from hivit_jax.interop.files import StateDict, normal_names
 from hivit_jax.interop.infer import Described
 from hivit_jax.models import swin
@@ -85,14 +85,16 @@ def in_layout(
   arrays = {k: v for k, v in state.arrays.items() if not k.endswith((_INDEX, _MASK))}
   arrays = _without_batch_norm(arrays)
   if layout == 'backbone':
-    encoder = mismatch.ENCODER + (r'|fpn.*' if base == 'hivit' else r'|norm\..*')
+    encoder = mismatch.ENCODER + (r'|norm\..*' if base in ('vit', 'swin') else r'|fpn.*')
     arrays = {name: value for name, value in arrays.items() if re.fullmatch(encoder, name)}
     prefix = 'backbone.' if prefix is None else prefix
   if layout == 'mae' and 'norm.weight' not in arrays:
     # In every official MAE, but without hifeat never applied: what it starts as.
     width = arrays['absolute_pos_embed'].shape[2]
     arrays |= {'norm.weight': np.ones(width, np.float32), 'norm.bias': np.zeros(width, np.float32)}
-  if base == 'swin':
+  if base == 'fast_itpn':
+    arrays = fast_itpn.split(arrays)
+  elif base == 'swin':
     arrays |= _swin_buffers(arrays, state)
   else:
     arrays |= _indices(arrays, state, every_block=layout == 'mmpretrain')

@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 Path = torch_names.Path
 Grid = tuple[int, int]
 _UNIT = 16  # pixels
+_SHOWN = 4  # names of a kind, in the log
 
 # What other code's files have and no model here needs: (names, condition, reason).
 _IGNORED = (
@@ -72,6 +73,10 @@ class LoadReport:
     for name, how in self.resized.items():
       sizes.setdefault(f'{name.split(".")[-1]} {how}', []).append(name)
     lines += [f'  resized {what} ({len(names)})' for what, names in sizes.items()]
+    for reason in dict.fromkeys(self.ignored.values()):
+      names = [name for name, why in self.ignored.items() if why == reason]
+      more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
+      lines.append(f'  left out, {reason}: {", ".join(names[:_SHOWN])}{more}')
     if self.dropped:
       lines.append(f'  dropped, no place in this model: {", ".join(self.dropped)}')
     for reason in dict.fromkeys(self.redrawn.values()):
@@ -259,7 +264,7 @@ class _Sizes:
     # As the official classifiers at another size. Dense models do as BEiT, and so does SimMIM.
     classifier = isinstance(model, Classifier)
     self._bicubic_tables = classifier and infer.family(state.arrays) != 'simmim'
-    embedding = state.arrays.get('absolute_pos_embed')
+    embedding = state.arrays.get('absolute_pos_embed', state.arrays.get('pos_embed'))
     self._units = 0 if embedding is None else embedding.shape[1]
 
   def resized(self, name: str, value: np.ndarray, leaf: Any) -> tuple[np.ndarray, str | None]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from hivit_jax import settings
 from hivit_jax.errors import UserError
+from hivit_jax.interop import fast_itpn
 from hivit_jax.models import MODELS, settings_of
 
 _HEAD_WIDTH = 64  # channels of an attention head in every published HiViT and ViT
@@ -56,9 +57,11 @@ def family(arrays: Mapping[str, Any]) -> str:
 
 
 def architecture(arrays: Mapping[str, Any]) -> str:
-  """'vit', 'swin', or 'hivit' for everything else."""
+  """'fast_itpn', 'vit', 'swin', or 'hivit' for everything else."""
   if any(name.startswith('layers.') for name in arrays):
     return 'swin'
+  if fast_itpn.is_fast_itpn(arrays):
+    return 'fast_itpn'
   return 'vit' if 'pos_embed' in arrays else 'hivit'
 
 
@@ -109,7 +112,8 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
   """
   kind, base = family(arrays), architecture(arrays)
   label, tell, patch = {
-    'hivit': ('HiViT', _hivit, 4), 'vit': ('ViT', _vit, 16), 'swin': ('Swin', _swin, 4)
+    'hivit': ('HiViT', _hivit, 4), 'fast_itpn': ('Fast-iTPN', _fast_itpn, 4),
+    'vit': ('ViT', _vit, 16), 'swin': ('Swin', _swin, 4),
   }[base]  # fmt: skip
   shape = {name: tuple(value.shape) for name, value in arrays.items()}
   told = {key: known.pop(key, None) for key in ('num_heads', 'decoder_num_heads', 'image_size')}
@@ -136,7 +140,7 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
     raise UserError(
       f'{source} is not a {label} checkpoint: it has no {error.args[0]}; it has {some}, ...'
     ) from None
-  if kind == 'backbone' and base != 'hivit':
+  if kind == 'backbone' and base in ('vit', 'swin'):
     kind = 'classifier'
   name = _name(KINDS[kind][1] + base, arguments, source)
   guessed = []
@@ -185,6 +189,27 @@ def _hivit(shape: _Shapes, source: str, heads: int | None, size: _Size | None) -
   return arguments
 
 
+def _fast_itpn(
+  shape: _Shapes, source: str, heads: int | None, size: _Size | None
+) -> dict[str, Any]:
+  width = shape['pos_embed'][2]
+  stages = _stages(shape)
+  main = sum(stages[:2]) + 2
+  arguments: dict[str, Any] = {
+    'image_size': size or _square(shape['pos_embed'][1], source),
+    'channels': shape['patch_embed.proj.weight'][1],
+    'embed_dim': width,
+    'depths': stages,
+    'num_heads': heads or _heads(width, source),
+    'mlp_ratio': _ratio(shape, f'blocks.{main}', 'w1'),
+  }
+  if 'blocks.0.mlp.fc1.weight' in shape:
+    arguments['stem_mlp_ratio'] = _ratio(shape, 'blocks.0')
+  if family(shape) == 'backbone':
+    arguments['level_norms'] = 'fpn1.weight' in shape
+  return arguments
+
+
 def _vit(shape: _Shapes, source: str, heads: int | None, size: _Size | None) -> dict[str, Any]:
   width, channels, *_ = shape['patch_embed.proj.weight']
   units = shape['pos_embed'][1] - shape['cls_token'][1]
@@ -227,9 +252,11 @@ def _swin(shape: _Shapes, source: str, heads: Any, size: _Size | None) -> dict[s
   }
 
 
-def _ratio(shape: _Shapes, block: str) -> float:
-  hidden, width = shape[f'{block}.mlp.fc1.weight']
-  return hidden / width
+def _ratio(shape: _Shapes, block: str, first: str = 'fc1') -> float:
+  """The `mlp_ratio` of which models make the hidden width of a block."""
+  hidden, width = shape[f'{block}.mlp.{first}.weight'][:2]
+  ratio = hidden / width
+  return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _stages(arrays: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -14,9 +14,9 @@ _DECODER = r'decoder_(embed|blocks|norm|pred)\..*'
 _TABLE = 'relative_position_bias_table'
 _SHOWN = 6  # names in an error message
 
-# What encoders are published with when the decoder of their pretraining is not: its mask token and
-# the norm before it.
-_LEFTOVERS = r'mask_token|norm\.(weight|bias)'
+# What encoders are published with and no classifier has a place for: of a decoder that is not in
+# the file the mask token and the norm before it; what Fast-iTPN predicts CLIP's features with.
+_LEFTOVERS = r'mask_token|norm\.(weight|bias)|decoder_embed\.\d\.\d\..*|lm_head\.(weight|bias)'
 
 # Names that only files with another decoder have -> what that does. Shapes do not show it.
 _OTHER_DECODERS = (
@@ -164,7 +164,7 @@ def _cause(
     return f'The weights have {settings}: create the model so, or start with {flags}'
   if there != infer.family(wanted) and not partial:
     # Of ViT and Swin there is no model without a head.
-    whole = (there != 'backbone' or base == 'hivit') and not _other_decoder(state)
+    whole = (there != 'backbone' or base in ('hivit', 'fast_itpn')) and not _other_decoder(state)
     return (
       f'This is {infer.KINDS[there][0]}: '
       + (f'load it into {described.name}, or ' if whole else '')

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 
 import jax
 import numpy as np
@@ -13,12 +14,15 @@ import hivit_jax
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, exporter, files, importer
 from hivit_jax.interop.files import StateDict
+from hivit_jax.models.units import join_units, to_rows_and_columns
 from tests.helpers import (
   GOLDEN,
   TINY,
   TINY_MAE,
   abstract_model,
   assert_close,
+  load_golden,
+  quick_jit,
   random_images,
   random_model,
 )
@@ -150,3 +154,123 @@ def test_it_converts_to_its_encoder_and_there_is_nothing_to_classify_with(forks,
   assert done.status == 2
   assert 'head.weight' in done.stderr
   assert f'--config.init={path}' in done.stderr
+
+
+# Fast-iTPN
+
+
+def _numbers(arrays) -> int:
+  return sum(value.size for value in arrays.values())
+
+
+@pytest.mark.parametrize(
+  ('size', 'pixels', 'depths'),
+  [
+    ('tiny', 224, (1, 1, 12)),
+    ('small', 224, (2, 2, 20)),
+    ('base', 224, (3, 3, 24)),
+    ('large', 256, (2, 2, 40)),
+  ],
+)
+def test_fast_itpn_is_told_from_its_files_and_every_number_counts(size, pixels, depths):
+  state = published(f'Fast-iTPN {size}, finetuned')
+  described = carried.model_of(state)
+  assert described.name == f'fast_itpn_{size}'
+  assert described.arguments['depths'] == depths
+  assert described.arguments['image_size'] == (pixels, pixels)
+  report = fitted(state, described.name, **described.arguments)
+  assert [report.new, report.dropped, report.ignored] == [[], [], {}]
+  (shapes,) = (v for k, v in layouts().items() if k.startswith(f'Fast-iTPN {size}, finetuned'))
+  keys = sum(value.size // 3 for k, value in state.arrays.items() if k.endswith('qkv.bias'))
+  assert _numbers(state.arrays) - keys == sum(math.prod(shape) for shape in shapes.values())
+  back = exporter.in_layout(state)
+  assert {name: list(value.shape) for name, value in back.items()} == shapes
+  (pretrained,) = (
+    k for k in layouts() if k.startswith('Fast-iTPN pretrained') and f'float16; {size}:' in k
+  )
+  state = published(pretrained)
+  described = carried.model_of(state)
+  assert described.name == f'backbone_fast_itpn_{size}'
+  report = fitted(state, f'fast_itpn_{size}')
+  assert set(report.new) == HEAD
+  assert {name.split('.')[0] for name in report.dropped} == {
+    'mask_token', 'norm', 'lm_head', 'decoder_embed'
+  }  # fmt: skip
+  assert {name.split('.')[0] for name in report.ignored} == {
+    'align_dim_16tofpn', 'align_dim_16to8', 'align_dim_8to4', 'fpn_modules', 'split_16to8',
+    'split_8to4', 'block_16to8', 'block_8to4',
+  }  # fmt: skip
+
+
+def _fast_itpn(pretrained: bool = False) -> dict[str, np.ndarray]:
+  """The tiny golden model as its code has it: a classifier, or what a pretraining leaves."""
+  _, arrays = load_golden('fast_itpn.npz')
+  state = golden_state('fast_itpn')
+  if not pretrained:
+    return state
+  own = {name: value for name, value in state.items() if name not in HEAD}
+  start = 'pretrain/param/'
+  return own | {k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)}
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_fast_itpn_there_and_back_to_the_bit(tmp_path, suffix):
+  state = _fast_itpn()
+  path = tmp_path / f'x{suffix}'
+  if suffix == '.pth':
+    pytest.importorskip('torch')
+    save(path, {'module': tensors(state)})
+  else:
+    files.write(path, state)
+  model = hivit_jax.create_model(weights=path, **HEADS)
+  _, arrays = load_golden('fast_itpn.npz')
+  logits = quick_jit(lambda x: model(x))(arrays['image_nchw'].transpose(0, 2, 3, 1))
+  assert_close(logits, arrays['logits'])
+  out = exporter.state_dict(model)
+  assert {k: (v.shape, v.tobytes()) for k, v in out.items()} == {
+    k: (v.shape, v.tobytes()) for k, v in state.items()
+  }
+  backbone = exporter.state_dict(model, 'backbone')
+  assert set(backbone) == {f'backbone.{name}' for name in set(state) - HEAD}
+
+
+def test_a_pretrained_fast_itpn_as_deepspeed_leaves_it(tmp_path, caplog):
+  torch = pytest.importorskip('torch')
+  state = _fast_itpn(pretrained=True)
+  content = {
+    'module': {name: value.half() for name, value in tensors(state).items()},
+    'buffer_names': [], 'optimizer': None, 'lr_scheduler': None, 'skipped_steps': 0,
+    'param_shapes': [{'pos_embed': torch.Size((1, 16, 32))}], 'dp_world_size': 8,
+    'ds_config': {'fp16': {'enabled': True}}, 'ds_version': '0.4.0', 'epoch': 1599,
+  }  # fmt: skip
+  path = save(tmp_path / 'x.pt', content)
+  with caplog.at_level(logging.INFO):
+    options = {'num_heads': 4, 'embed_dim': 32, 'depths': (1, 2, 2), 'image_size': 64}
+    classifier = hivit_jax.create_model('fast_itpn_tiny', **options, num_classes=3, weights=path)
+  assert 'dropped, no place in this model: mask_token' in caplog.text
+  assert "left out, the feature pyramid of iTPN's pretraining: align_dim" in caplog.text
+  backbone = hivit_jax.create_model(weights=path, **HEADS)
+  half = state['blocks.5.attn.k_proj.weight'].astype(np.float16).astype(np.float32)
+  for model in (classifier, backbone):
+    keys = np.split(np.asarray(model.blocks[5].attn.qkv.kernel[...]), 3, axis=1)[1]
+    np.testing.assert_array_equal(keys.T, half)
+  out = exporter.state_dict(backbone, prefix='')
+  encoder = set(_fast_itpn()) - HEAD
+  assert set(out) == encoder
+  for name in encoder:
+    expected = state[name].astype(np.float16).astype(np.float32)
+    assert out[name].tobytes() == expected.tobytes(), name
+
+
+def test_fast_itpns_units_meet_only_in_the_main_stage():
+  """So that those that are not kept need not be computed; the stem sees no other unit."""
+  model = nnx.merge(*random_model('backbone_fast_itpn_tiny', **TINY))
+  images, ids = random_images(2, 64, 64, 3), np.array([[3, 8], [15, 0]])
+  some, everything = quick_jit(lambda x: (model.stages(x, ids), model.stages(x)))(images)
+  for kept, whole in zip(some[:2], everything[:2], strict=True):
+    assert_close(kept, np.asarray(whole)[np.arange(2)[:, None], ids], relative=2e-6)
+  levels = quick_jit(lambda x: model(x))(images)
+  assert [level.shape[1:] for level in levels] == [(16, 16, 8), (8, 8, 16), (4, 4, 32), (2, 2, 32)]
+  for level, stage in zip(levels, everything, strict=False):
+    cells = stage.reshape(2, 16, -1, stage.shape[-1])
+    assert_close(level, join_units(to_rows_and_columns(cells), (4, 4)), relative=2e-6)

@@ -27,6 +27,8 @@ FAMILIES = {
   'hivit_tiny': TINY | {'image_size': 32},
   'backbone_hivit_tiny': TINY | {'image_size': 32},
   'mae_hivit_tiny': TINY_MAE | {'image_size': 32},
+  'fast_itpn_tiny': TINY | {'image_size': 32},
+  'backbone_fast_itpn_tiny': TINY | {'image_size': 32},
   'vit_base': TINY_VIT | {'depth': 2},
   'mae_vit_base': TINY_VIT | _DECODER | {'depth': 2},
   'swin_tiny': TINY_SWIN,
@@ -112,7 +114,7 @@ def test_images_that_do_not_fit_are_refused_in_one_line(family, images, message)
   assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('name', ['hivit_tiny', 'vit_base', 'swin_tiny'])
+@pytest.mark.parametrize('name', ['hivit_tiny', 'fast_itpn_tiny', 'vit_base', 'swin_tiny'])
 def test_without_classes_a_classifier_gives_the_features_before_the_head(name):
   model = hivit_jax.create_model(name, **FAMILIES[name], num_classes=0, dtype='bfloat16')
   assert isinstance(model, Classifier)

@@ -4,7 +4,7 @@ In float64 to 1e-5, which leaves nothing but the rounding of the golden files, m
 same on every processor. In float32, as models are used, to 5e-5: processors round differently.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hivit_jax.interop import fast_itpn
 from hivit_jax.models import swin
 from hivit_jax.models.positions import sincos_2d
-from hivit_jax.models.units import to_rows_and_columns
+from hivit_jax.models.units import join_units, to_rows_and_columns
 from tests.helpers import (
   GOLDEN,
   abstract_model,
@@ -64,8 +65,9 @@ class Golden:
   def check(self, name: str, value: Any) -> None:
     assert_close(value, self.arrays[name], name=name, relative=TOLERANCE[self.dtype])
 
-  def check_gradients(self, grads: dict, unused=frozenset()) -> None:
-    grads = {f'grad/{name}': value for name, value in torch_gradients(grads).items()}
+  def check_gradients(self, grads: dict, unused=frozenset(), layout: Callable = dict) -> None:
+    """All but those of `unused`, which are zero; `layout` gives them the names of the file."""
+    grads = {f'grad/{name}': value for name, value in layout(torch_gradients(grads)).items()}
     unused = {f'grad/{name}' for name in unused}
     assert set(grads) - unused == {name for name in self.arrays if name.startswith('grad/')}
     for name, value in grads.items():
@@ -186,6 +188,31 @@ def test_simmim(name, options, dtype, monkeypatch):
   grads, value = golden.gradients(loss)
   golden.check('loss', value)
   golden.check_gradients(grads)
+
+
+@cases(('fast_itpn', {}), ('fast_itpn', SCAN_REMAT))
+def test_fast_itpn(name, options, dtype):
+  config, arrays = load_golden(f'{name}.npz')
+  state = {k.removeprefix('param/'): v for k, v in arrays.items() if k.startswith('param/')}
+  params = {f'param/{k}': v for k, v in fast_itpn.joined(state).items()}
+  others = {k: v for k, v in arrays.items() if not k.startswith(('param/', 'pretrain/'))}
+  options = options | {key: config[key] for key in ('embed_dim', 'num_heads', 'num_classes')}
+  options['img_size'] = config['img_size']
+  options['depths'] = tuple(config[key] for key in ('depth_stage1', 'depth_stage2', 'depth'))
+  golden = Golden('fast_itpn_tiny', options, params | others, dtype)
+
+  def loss(model):
+    logits = model(golden.images)
+    return (logits * arrays['logit_weights']).sum(), (logits, model.stages(golden.images))
+
+  grads, (logits, stages) = golden.gradients(loss)
+  for key, stage in zip(('stage1', 'stage2'), stages, strict=False):
+    golden.check(key, join_units(to_rows_and_columns(stage), (4, 4)).transpose(0, 3, 1, 2))
+  golden.check('tokens', stages[2])
+  golden.check('logits', logits)
+  golden.check_gradients(grads, layout=fast_itpn.split)
+  keys = np.split(grads['blocks'][5]['attn']['qkv']['bias'], 3)[1]
+  assert np.abs(keys).max() < 1e-5 * np.abs(arrays['grad/blocks.5.attn.q_bias']).max()
 
 
 def test_sincos():

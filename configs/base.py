@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.num_heads = config_dict.placeholder(int)
   config.model.stem_blocks = config_dict.placeholder(tuple)  # MLPs of the first two stages (iTPN)
   config.model.rpe = config_dict.placeholder(bool)  # relative position bias
+  config.model.layer_scale = config_dict.placeholder(float)  # initial (iTPN-CLIP, Fast-iTPN)
   config.model.drop_path_rate = 0.0
   config.model.num_classes = config_dict.placeholder(int)  # None: as many as the data set has
   config.model.head_std = config_dict.placeholder(float)  # of a new head, even if init has one

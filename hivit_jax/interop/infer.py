@@ -15,6 +15,7 @@ from hivit_jax.models import MODELS, settings_of
 
 _HEAD_WIDTH = 64  # channels of an attention head in every published HiViT and ViT
 _PRETRAINED_DECODER_HEADS = 16
+LAYER_SCALE = 0.1  # what the published scales started as
 _TABLE = 'relative_position_bias_table'
 _Shapes = Mapping[str, tuple[int, ...]]
 _Size = tuple[int, int]
@@ -174,6 +175,8 @@ def _hivit(shape: _Shapes, source: str, heads: int | None, size: _Size | None) -
   }
   if any(count % 2 for count in stages[:2]):
     arguments['stem_blocks'] = stages[:2]
+  if f'blocks.{main}.gamma_1' in shape:
+    arguments['layer_scale'] = LAYER_SCALE
   if 'blocks.0.mlp.fc1.weight' in shape:
     arguments['stem_mlp_ratio'] = _ratio(shape, 'blocks.0')
   kind = family(shape)
@@ -202,6 +205,7 @@ def _fast_itpn(
     'depths': stages,
     'num_heads': heads or _heads(width, source),
     'mlp_ratio': _ratio(shape, f'blocks.{main}', 'w1'),
+    'layer_scale': LAYER_SCALE if f'blocks.{main}.gamma_1' in shape else None,
   }
   if 'blocks.0.mlp.fc1.weight' in shape:
     arguments['stem_mlp_ratio'] = _ratio(shape, 'blocks.0')

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hivit_jax.errors import UserError, flag
-from hivit_jax.interop import carried, infer
+from hivit_jax.interop import carried, infer, layer_scale
 from hivit_jax.interop.files import StateDict
 
 # A partial load must still bring all of these.
@@ -15,8 +15,12 @@ _TABLE = 'relative_position_bias_table'
 _SHOWN = 6  # names in an error message
 
 # What encoders are published with and no classifier has a place for: of a decoder that is not in
-# the file the mask token and the norm before it; what Fast-iTPN predicts CLIP's features with.
-_LEFTOVERS = r'mask_token|norm\.(weight|bias)|decoder_embed\.\d\.\d\..*|lm_head\.(weight|bias)'
+# the file the mask token and the norm before it; what predicts CLIP's features in iTPN-CLIP and
+# Fast-iTPN.
+_LEFTOVERS = (
+  r'mask_token|norm(_cls)?\.(weight|bias)|decoder_embed\.\d\.\d\..*|lm_(cls_)?head\.(weight|bias)|'
+  r'cls_pt_layers\..*'
+)
 
 # Names that only files with another decoder have -> what that does. Shapes do not show it.
 _OTHER_DECODERS = (
@@ -158,6 +162,9 @@ def _cause(
       differ[key] = theirs, ours
   if 'depths' in differ and 'stem_blocks' not in described.arguments:
     differ.pop('stem_blocks', None)  # follows from the depths
+  scales = layer_scale.has(state.arrays)
+  if differ and scales != layer_scale.has(wanted):
+    differ['layer_scale'] = (infer.LAYER_SCALE, None) if scales else (None, infer.LAYER_SCALE)
   if differ:
     settings = ', '.join(f'{key}={theirs}, not {ours}' for key, (theirs, ours) in differ.items())
     flags = ' '.join(flag(f'model.{key}', theirs) for key, (theirs, _) in differ.items())
@@ -169,6 +176,15 @@ def _cause(
       f'This is {infer.KINDS[there][0]}: '
       + (f'load it into {described.name}, or ' if whole else '')
       + 'take its encoder alone with partial=True (--partial)'
+    )
+  if scales != layer_scale.has(wanted):
+    if not scales:
+      return (
+        'The weights have no scales of residual branches: create the model with layer_scale=None'
+      )
+    return (
+      f'The weights have scales of residual branches: create the model with layer_scale='
+      f'{infer.LAYER_SCALE}, or for inference make them part of the weights, fold_layer_scale=True'
     )
   if any(name.endswith(_TABLE) for name in names):
     return (

@@ -29,11 +29,11 @@ class FastITPNSettings(StagesSettings):
   """Settings of Fast-iTPN's encoder.
 
   Attributes:
-    layer_scale: what the scales of the transformer blocks' branches start as.
+    layer_scale: what the scales of the transformer blocks' branches start as; None: there are none.
   """
 
   mlp_ratio: float = 3.0
-  layer_scale: float = 0.1
+  layer_scale: float | None = 0.1
 
 
 class NormedMlp(nnx.Module):

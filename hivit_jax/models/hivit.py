@@ -73,10 +73,13 @@ class HiViTSettings(StagesSettings):
     stem_blocks: MLP blocks of the first two stages when `depths` does not say it, as in iTPN with
       its odd numbers.
     rpe: learn a relative position bias in every transformer block.
+    layer_scale: what scales of all residual branches start as (LayerScale), as in iTPN-CLIP; None:
+      there are none.
   """
 
   stem_blocks: tuple[int, int] | None = None
   rpe: bool = True
+  layer_scale: float | None = None
 
   def __post_init__(self):
     super().__post_init__()
@@ -146,7 +149,8 @@ class HiViTEncoder(Encoder):
     self.blocks = nnx.List(blocks)
 
   def _stem_block(self, settings: Any, channels: int, **options: Any) -> nnx.Module:
-    return layers.MlpBlock(channels, mlp_ratio=settings.stem_mlp_ratio, **options)
+    ratio, scale = settings.stem_mlp_ratio, settings.layer_scale
+    return layers.MlpBlock(channels, mlp_ratio=ratio, layer_scale=scale, **options)
 
   def _merge(self, channels: int, **options: Any) -> nnx.Module:
     return PatchMerge(channels, **options)
@@ -157,6 +161,7 @@ class HiViTEncoder(Encoder):
       settings.num_heads,
       mlp_ratio=settings.mlp_ratio,
       grid=settings.bias_grid,
+      layer_scale=settings.layer_scale,
       **options,
     )
 

@@ -126,6 +126,11 @@ class Attention(nnx.Module):
     return self.proj(self.ops.attend(self.qkv(x), self.heads, bias))
 
 
+def scaled(x: jax.Array, gamma: nnx.Param | None) -> jax.Array:
+  """LayerScale (arXiv 2103.17239): `x` times a parameter (C,), in the type of `x`."""
+  return x if gamma is None else (widen(x) * gamma[...]).astype(x.dtype)
+
+
 class MlpBlock(nnx.Module):
   """Pre-norm residual MLP without attention: the block of HiViT's first two stages.
 
@@ -133,11 +138,23 @@ class MlpBlock(nnx.Module):
     features: channels.
     mlp_ratio: hidden width, as a multiple of them.
     mlp: class of the MLP.
+    layer_scale: see `Block`.
   """
 
+  gamma_2: nnx.Param | None = None
+
   def __init__(
-    self, features: int, *, mlp_ratio: float, rngs: nnx.Rngs, dtype: Any, mlp: Callable = Mlp
+    self,
+    features: int,
+    *,
+    mlp_ratio: float,
+    rngs: nnx.Rngs,
+    dtype: Any,
+    mlp: Callable = Mlp,
+    layer_scale: float | None = None,
   ):
+    if layer_scale is not None:
+      self.gamma_2 = nnx.Param(jnp.full(features, layer_scale))
     self.norm2 = layer_norm(features, rngs=rngs, dtype=dtype)
     self.mlp = mlp(features, int(features * mlp_ratio), rngs=rngs, dtype=dtype)
 
@@ -145,12 +162,8 @@ class MlpBlock(nnx.Module):
     self, x: jax.Array, *, rate: jax.Array | float = 0.0, noise: jax.Array | None = None
   ) -> jax.Array:
     """x: (B, ..., C) -> the same shape; `rate` and `noise` (B, 2) are for `drop_path`."""
-    return x + drop_path(self.mlp(self.norm2(x)), rate, None if noise is None else noise[:, 1])
-
-
-def scaled(x: jax.Array, gamma: nnx.Param | None) -> jax.Array:
-  """LayerScale (arXiv 2103.17239): `x` times a parameter (C,), in the type of `x`."""
-  return x if gamma is None else (widen(x) * gamma[...]).astype(x.dtype)
+    noise2 = None if noise is None else noise[:, 1]
+    return x + drop_path(scaled(self.mlp(self.norm2(x)), self.gamma_2), rate, noise2)
 
 
 class Block(nnx.Module):

@@ -94,7 +94,8 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
 # What may be None; everything else always has a value.
 _OPTIONAL = (
   'max_steps model.name model.embed_dim model.depth model.depths model.window_size '
-  'model.mlp_stages model.num_heads model.stem_blocks model.rpe model.num_classes model.head_std '
+  'model.mlp_stages model.num_heads model.stem_blocks model.rpe model.layer_scale '
+  'model.num_classes model.head_std '
   'model.head_batch_norm model.decoder_embed_dim model.decoder_depth model.decoder_num_heads '
   'model.mask_ratio model.norm_pix_loss model.hifeat model.scan '
   'init data.data_dir data.eval_crop augment.rand_augment augment.mix_group optim.lr optim.end_lr '

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import math
+import re
 
 import jax
 import numpy as np
@@ -274,3 +275,96 @@ def test_fast_itpns_units_meet_only_in_the_main_stage():
   for level, stage in zip(levels, everything, strict=False):
     cells = stage.reshape(2, 16, -1, stage.shape[-1])
     assert_close(level, join_units(to_rows_and_columns(cells), (4, 4)), relative=2e-6)
+
+
+# iTPN-CLIP: a HiViT whose residual branches have scales
+
+
+@pytest.mark.parametrize(('size', 'stem'), [('base', (3, 3)), ('large 224', None)])
+def test_itpn_clip_is_told_from_its_files(size, stem):
+  state = published(f'iTPN-CLIP {size}, finetuned')
+  described = carried.model_of(state)
+  assert described.name == f'hivit_{size.split()[0]}'
+  assert described.arguments.get('stem_blocks') == stem
+  assert described.arguments['layer_scale'] == 0.1
+  report = fitted(state, described.name, **described.arguments)
+  assert [report.new, report.dropped] == [[], []]
+  assert len(report.loaded) == len(state.arrays) - 1
+  assert list(report.ignored) == ['relative_position_index']
+  back = exporter.in_layout(state)
+  assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in state.arrays.items()}
+  state = published(f'iTPN-CLIP {size}, pretrained')
+  described = carried.model_of(state)
+  assert described.name == f'backbone_hivit_{size.split()[0]}'
+  own = {key: described.arguments[key] for key in ('depths', 'layer_scale')}
+  report = fitted(state, f'hivit_{size.split()[0]}', **own, stem_blocks=stem)
+  assert set(report.new) == HEAD
+  assert {name.split('.')[0] for name in report.dropped} == {
+    'mask_token', 'norm', 'norm_cls', 'lm_head', 'lm_cls_head', 'decoder_embed', 'cls_pt_layers'
+  }  # fmt: skip
+
+
+@pytest.fixture
+def itpn_clip(tmp_path):
+  """The tiny golden classifier in a file, its state dict, images and logits."""
+  _, arrays = load_golden('itpn_clip.npz')
+  own = {k.removeprefix('classifier/'): v for k, v in arrays.items() if 'grad' not in k}
+  names = r'param/(patch_embed|blocks|absolute_pos_embed|relative|fc_norm|head).*'
+  state = {k.removeprefix('param/'): v for k, v in own.items() if re.fullmatch(names, k)}
+  path = tmp_path / 'x.safetensors'
+  files.write(path, state)
+  return path, state, own['image_nchw'].transpose(0, 2, 3, 1), own['logits']
+
+
+def test_itpn_clip_there_and_back_with_its_scales(itpn_clip):
+  path, state, images, logits = itpn_clip
+  model = hivit_jax.create_model(weights=path)
+  assert_close(quick_jit(lambda x: model(x))(images), logits)
+  out = exporter.state_dict(model)
+  assert {k: v.tobytes() for k, v in out.items()} == {k: v.tobytes() for k, v in state.items()}
+
+
+def test_scales_are_folded_only_on_request(itpn_clip, tmp_path):
+  path, _, images, logits = itpn_clip
+  options = {'image_size': 64, 'embed_dim': 32, 'depths': (2, 1, 5), 'num_heads': 4}
+  options |= {'stem_blocks': (3, 2), 'num_classes': 7}
+  with pytest.raises(UserError, match=r'with layer_scale=0\.1, or for .* fold_layer_scale=True'):
+    hivit_jax.create_model('hivit_tiny', **options, weights=path)
+  with pytest.raises(UserError, match=r'depths=\(2, 1, 5\), not .* layer_scale=0.1, not None'):
+    hivit_jax.create_model('hivit_tiny', **options | {'depths': (1, 1, 5)}, weights=path)
+  named = hivit_jax.create_model('hivit_tiny', **options, weights=path, fold_layer_scale=True)
+  inferred = hivit_jax.create_model(weights=path, fold_layer_scale=True)
+  for model in (named, inferred):
+    assert not any('gamma' in name for name in exporter.state_dict(model))
+    assert_close(quick_jit(lambda x, m=model: m(x))(images), logits, relative=2e-6)
+  plain = tmp_path / 'plain.safetensors'
+  files.write(plain, exporter.state_dict(inferred))
+  with pytest.raises(UserError, match='has no scales to fold: leave out fold_layer_scale'):
+    hivit_jax.create_model(weights=plain, fold_layer_scale=True)
+  with pytest.raises(UserError, match='create the model with layer_scale=None'):
+    hivit_jax.create_model('hivit_tiny', **options, layer_scale=0.1, weights=plain)
+
+
+def test_fast_itpns_scales_fold_too(tmp_path):
+  _, arrays = load_golden('fast_itpn.npz')
+  files.write(tmp_path / 'x.safetensors', _fast_itpn())
+  path = tmp_path / 'x.safetensors'
+  model = hivit_jax.create_model(weights=path, **HEADS, fold_layer_scale=True)
+  assert model.blocks[5].gamma_1 is None
+  logits = quick_jit(lambda x: model(x))(arrays['image_nchw'].transpose(0, 2, 3, 1))
+  assert_close(logits, arrays['logits'], relative=5e-6)
+
+
+# STD: HiViT's autoencoder with a deeper decoder
+
+
+def test_the_decoder_of_std_has_the_depth_of_its_file():
+  state = published('STD')
+  described = carried.model_of(state)
+  assert described.name == 'mae_hivit_base'
+  assert described.arguments['decoder_depth'] == 8
+  report = fitted(state, described.name, **described.arguments)
+  assert len(report.loaded) == len(state.arrays) == 405
+  assert [report.new, report.dropped] == [[], []]
+  back = exporter.in_layout(state)
+  assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in state.arrays.items()}

@@ -4,6 +4,7 @@ In float64 to 1e-5, which leaves nothing but the rounding of the golden files, m
 same on every processor. In float32, as models are used, to 5e-5: processors round differently.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -213,6 +214,34 @@ def test_fast_itpn(name, options, dtype):
   golden.check_gradients(grads, layout=fast_itpn.split)
   keys = np.split(grads['blocks'][5]['attn']['qkv']['bias'], 3)[1]
   assert np.abs(keys).max() < 1e-5 * np.abs(arrays['grad/blocks.5.attn.q_bias']).max()
+
+
+@cases(('itpn_clip', {}), ('itpn_clip', SCAN_REMAT))
+def test_classifier_of_itpn_clip(name, options, dtype):
+  config, arrays = load_golden(f'{name}.npz')
+  start = 'classifier/'
+  heads = {k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)}
+  unused = {
+    key.removeprefix('param/')
+    for key in arrays
+    if re.match(r'param/(?!patch_embed|blocks|absolute_pos_embed)', key)
+  }
+  options = options | {key: config[key] for key in ('embed_dim', 'num_heads', 'num_classes')}
+  options |= {'depths': (2, 1, config['depth']), 'layer_scale': 0.5, 'img_size': 64}
+  options['stem_blocks'] = config['mlp_depth1'], config['mlp_depth2']
+  encoder = {k: v for k, v in arrays.items() if k.startswith(('param/', 'image'))}
+  golden = Golden('hivit_tiny', options, encoder | heads, dtype, unused)
+
+  def loss(model):
+    logits = model(golden.images)
+    return (logits * heads['logit_weights']).sum(), (logits, model.stages(golden.images))
+
+  grads, (logits, stages) = golden.gradients(loss)
+  golden.check('stage1', to_rows_and_columns(stages[0]))
+  golden.check('stage2', to_rows_and_columns(stages[1]))
+  golden.check('tokens', stages[2])
+  golden.check('logits', logits)
+  golden.check_gradients(grads)
 
 
 def test_sincos():

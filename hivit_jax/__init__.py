@@ -69,6 +69,9 @@ def create_model(
       level_norms.
     mae_hivit_*: as hivit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
       mask_ratio, norm_pix_loss, hifeat.
+    backbone_itpn_*: as hivit_* up to scan; fpn_dim, fpn_depth, join_stages.
+    mae_itpn_*: as hivit_* up to scan; fpn_dim, fpn_depth, decoder_embed_dim, decoder_depth,
+      decoder_num_heads, mask_ratio, norm_pix_loss, position_overhang.
     fast_itpn_*: embed_dim, depths, num_heads, stem_mlp_ratio, mlp_ratio, layer_scale, scan,
       num_classes, head_std, head_batch_norm.
     backbone_fast_itpn_*: as fast_itpn_* up to scan; window_size, global_blocks, level_norms.

@@ -85,10 +85,11 @@ def in_layout(
   arrays = {k: v for k, v in state.arrays.items() if not k.endswith((_INDEX, _MASK))}
   arrays = _without_batch_norm(arrays)
   if layout == 'backbone':
-    encoder = mismatch.ENCODER + (r'|norm\..*' if base in ('vit', 'swin') else r'|fpn.*')
+    own = r'norm\..*' if base in ('vit', 'swin') else rf'fpn\d.*|{mismatch.PYRAMID}'
+    encoder = f'{mismatch.ENCODER}|{own}'
     arrays = {name: value for name, value in arrays.items() if re.fullmatch(encoder, name)}
     prefix = 'backbone.' if prefix is None else prefix
-  if layout == 'mae' and 'norm.weight' not in arrays:
+  if layout == 'mae' and base == 'hivit' and 'norm.weight' not in arrays:
     # In every official MAE, but without hifeat never applied: what it starts as.
     width = arrays['absolute_pos_embed'].shape[2]
     arrays |= {'norm.weight': np.ones(width, np.float32), 'norm.bias': np.zeros(width, np.float32)}

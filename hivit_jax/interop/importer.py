@@ -29,11 +29,7 @@ _SHOWN = 4  # names of a kind, in the log
 _IGNORED = (
   (r'head_norm\.num_batches_tracked', None, 'a counter'),
   (r'(.*\.)?(relative_position_index|attn_mask)', None, 'a constant, computed when needed'),
-  (
-    r'(align_dim_\w+|fpn_modules|split_\d+to\d+|block_\d+to\d+)\..*',
-    None,
-    "the feature pyramid of iTPN's pretraining",
-  ),
+  (mismatch.PYRAMID, None, "the feature pyramid of iTPN's pretraining"),
   (
     r'norm\.(weight|bias)',
     lambda shapes: shapes['decoder_embed.weight'][1] == shapes['absolute_pos_embed'][2],

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hivit_jax.errors import UserError, flag
-from hivit_jax.interop import carried, infer, layer_scale
+from hivit_jax.interop import carried, infer, layer_scale, shapes
 from hivit_jax.interop.files import StateDict
 
 # A partial load must still bring all of these.
 ENCODER = r'(patch_embed|blocks|layers)\..*|absolute_pos_embed|pos_embed|cls_token'
+PYRAMID = r'(align_dim_\w+|fpn_modules|split_\d+to\d+|block_\d+to\d+)\..*'  # of iTPN
 _DECODER = r'decoder_(embed|blocks|norm|pred)\..*'
 _TABLE = 'relative_position_bias_table'
 _SHOWN = 6  # names in an error message
@@ -39,7 +40,7 @@ def check_decoder(wanted: Mapping[str, Any], state: StateDict, partial: bool) ->
   """
   if 'decoder_pred.weight' not in wanted:
     return
-  other = _other_decoder(state)
+  other = _other_decoder(state, wanted)
   if other:
     raise UserError(
       f'{state.source} does not fit a masked autoencoder: its decoder {other[1]} ({other[0]}). '
@@ -48,7 +49,7 @@ def check_decoder(wanted: Mapping[str, Any], state: StateDict, partial: bool) ->
   ours, theirs = (
     {name for name in names if re.fullmatch(_DECODER, name)} for names in (wanted, state.arrays)
   )
-  if partial and theirs and ours != theirs:
+  if theirs and ours != theirs and (partial or 'decoder_embed.0.1.weight' in wanted):
     depths = [
       len({name.split('.')[1] for name in names if '_blocks.' in name}) for names in (theirs, ours)
     ]
@@ -60,11 +61,11 @@ def check_decoder(wanted: Mapping[str, Any], state: StateDict, partial: bool) ->
     raise UserError(f'{state.source} has another decoder than this model: {way}')
 
 
-def _other_decoder(state: StateDict) -> tuple[str, str] | None:
+def _other_decoder(state: StateDict, wanted: Mapping[str, Any]) -> tuple[str, str] | None:
   """A name that shows that the decoder is another model's, and what that decoder does."""
   for pattern, what in _OTHER_DECODERS:
     for name in state.arrays:
-      if re.fullmatch(pattern, name):
+      if name not in wanted and re.fullmatch(pattern, name):
         return name, what
   return None
 
@@ -152,26 +153,36 @@ def _cause(
     described = infer.describe(state.arrays, state.source, **known)
   except UserError as error:
     return str(error)
-  if base != infer.architecture(wanted):
+  if {base, infer.architecture(wanted)} not in ({base}, {'hivit', 'itpn'}):  # one encoder
     return f'This is {described.name}, which is another kind of model'
   differ = {}
-  for key in ('embed_dim', 'depth', 'depths', 'stem_blocks'):
+  told = shapes.pyramid({name: value.shape for name, value in state.arrays.items()})
+  told |= described.arguments
+  if base in ('hivit', 'itpn'):
+    told.setdefault('stem_blocks', tuple(2 * count for count in told['depths'][:2]))
+  for key in ('embed_dim', 'depth', 'depths', 'stem_blocks', 'fpn_dim', 'fpn_depth'):
     ours = getattr(model, key, getattr(getattr(model, 'settings', None), key, None))
-    theirs = described.arguments.get(key, ours if key == 'stem_blocks' else None)
+    theirs = told.get(key, ours if key in ('stem_blocks', 'fpn_dim', 'fpn_depth') else None)
     if ours is not None and theirs != ours:
       differ[key] = theirs, ours
   if 'depths' in differ and 'stem_blocks' not in described.arguments:
     differ.pop('stem_blocks', None)  # follows from the depths
   scales = layer_scale.has(state.arrays)
   if differ and scales != layer_scale.has(wanted):
-    differ['layer_scale'] = (infer.LAYER_SCALE, None) if scales else (None, infer.LAYER_SCALE)
+    differ['layer_scale'] = (shapes.LAYER_SCALE, None) if scales else (None, shapes.LAYER_SCALE)
   if differ:
     settings = ', '.join(f'{key}={theirs}, not {ours}' for key, (theirs, ours) in differ.items())
     flags = ' '.join(flag(f'model.{key}', theirs) for key, (theirs, _) in differ.items())
     return f'The weights have {settings}: create the model so, or start with {flags}'
+  if there == 'backbone' and base in ('hivit', 'fast_itpn') and there != infer.family(wanted):
+    return (
+      f'This is {described.name}, an encoder: it must be complete, and nothing may be left over'
+    )
   if there != infer.family(wanted) and not partial:
     # Of ViT and Swin there is no model without a head.
-    whole = (there != 'backbone' or base in ('hivit', 'fast_itpn')) and not _other_decoder(state)
+    whole = there != 'backbone' and not _other_decoder(
+      state, state.arrays if base == 'itpn' else {}
+    )
     return (
       f'This is {infer.KINDS[there][0]}: '
       + (f'load it into {described.name}, or ' if whole else '')
@@ -184,7 +195,7 @@ def _cause(
       )
     return (
       f'The weights have scales of residual branches: create the model with layer_scale='
-      f'{infer.LAYER_SCALE}, or for inference make them part of the weights, fold_layer_scale=True'
+      f'{shapes.LAYER_SCALE}, or for inference make them part of the weights, fold_layer_scale=True'
     )
   if any(name.endswith(_TABLE) for name in names):
     return (

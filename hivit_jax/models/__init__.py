@@ -15,6 +15,12 @@ from hivit_jax.models.fast_itpn import (
   FastITPNClassifierSettings,
 )
 from hivit_jax.models.hivit import HiViT, HiViTClassifierSettings
+from hivit_jax.models.itpn import (
+  ITPNBackbone,
+  ITPNBackboneSettings,
+  ITPNMAESettings,
+  ITPNMaskedAutoencoder,
+)
 from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
 from hivit_jax.models.simmim import SimMIM, SimMIMSettings
 from hivit_jax.models.swin import Swin, SwinClassifierSettings
@@ -31,7 +37,12 @@ _HIVIT: _Sizes = {
   'large': {'embed_dim': 768, 'depths': (2, 2, 40), 'num_heads': 12},
 }
 
-# The authors' models of the names. `depths` are blocks, not pairs.
+# The authors' models of the names.
+_ITPN: _Sizes = {
+  'base': {'embed_dim': 512, 'depths': (2, 2, 24), 'stem_blocks': (3, 3), 'num_heads': 8},
+  'large': {'embed_dim': 768, 'depths': (1, 1, 40), 'num_heads': 12},
+}
+# Here `depths` are blocks, not pairs of them.
 _FAST_ITPN: _Sizes = {
   'tiny': {'embed_dim': 384, 'depths': (1, 1, 12), 'num_heads': 6},
   'small': {'embed_dim': 384, 'depths': (2, 2, 20), 'num_heads': 6},
@@ -67,6 +78,8 @@ _FAMILIES: tuple[tuple[str, type[nnx.Module], type[Settings], _Sizes], ...] = (
   ('hivit', HiViT, HiViTClassifierSettings, _HIVIT),
   ('backbone_hivit', HiViTBackbone, BackboneSettings, _HIVIT),
   ('mae_hivit', HiViTMaskedAutoencoder, HiViTMAESettings, _HIVIT),
+  ('backbone_itpn', ITPNBackbone, ITPNBackboneSettings, _ITPN),
+  ('mae_itpn', ITPNMaskedAutoencoder, ITPNMAESettings, _ITPN),
   ('fast_itpn', FastITPN, FastITPNClassifierSettings, _FAST_ITPN),
   ('backbone_fast_itpn', FastITPNBackbone, FastITPNBackboneSettings, _FAST_ITPN),
   ('vit', ViT, ViTClassifierSettings, _VIT),

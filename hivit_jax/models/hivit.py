@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import UserError
@@ -25,9 +26,9 @@ from hivit_jax.models.patches import PatchEmbed, PatchMerge
 from hivit_jax.models.units import (
   PATCH,
   UNIT,
-  join_units,
+  pool_cells,
   split_units,
-  to_rows_and_columns,
+  to_map,
   unit_grid,
   unit_patches,
 )
@@ -186,7 +187,7 @@ class HiViTEncoder(Encoder):
       UserError: images of another size, type or other channels.
     """
     self._check(images)
-    units, position = split_units(images), getattr(self, self.position_name)[...]
+    units, position = split_units(images), self._position(ids is not None)
     if ids is not None:
       units = self.ops.gather_units(units, ids)  # (B, K, 16, 16, channels)
       position = self.ops.gather_shared(position[0], ids)  # (B, K, C)
@@ -196,6 +197,11 @@ class HiViTEncoder(Encoder):
     scan = self.settings.scan
     x = self._run(self.blocks[first + 2 :], first, x, drop_path_noise, ids, self.grid, scan=scan)
     return stem.stage1, stem.stage2, x
+
+  def _position(self, some: bool) -> jax.Array:
+    """(1, N, C) position embedding, of which only `some` units are kept or all."""
+    del some
+    return getattr(self, self.position_name)[...]
 
   def _stem(self, units: jax.Array, drop_path_noise: jax.Array | None) -> Stem:
     first, second = self.stem_blocks
@@ -261,6 +267,20 @@ class HiViTEncoder(Encoder):
     self._check(images, any_size=True)
     grid = unit_grid((images.shape[1], images.shape[2]))
     self._check_features(levels, grid, window_size, global_blocks)
+    stem, x = self._of_any_size(images, window_size, global_blocks, drop_path_noise)
+    maps = {level: to_map(tap, grid) for level, tap in enumerate(self._taps(stem), 1)} | {3: x}
+    maps[4] = pool_cells(x, jnp.max)
+    return tuple(maps[level] for level in levels)
+
+  def _of_any_size(
+    self,
+    images: jax.Array,
+    window_size: int | None,
+    global_blocks: Sequence[int],
+    drop_path_noise: jax.Array | None,
+  ) -> tuple[Stem, jax.Array]:
+    """The first two stages and the map (B, rows, columns, C) of the last; see `features`."""
+    grid = unit_grid((images.shape[1], images.shape[2]))
     stem = self._stem(split_units(images), drop_path_noise)
     position = resize.position_embedding(
       getattr(self, self.position_name)[...], self.grid, grid, overhang=self.overhang
@@ -281,11 +301,7 @@ class HiViTEncoder(Encoder):
         cut = windows.split_windows(x, window_size)  # (B, windows, side * side, C)
         cut = self._run(blocks, start, cut, drop_path_noise, None, grid, scan=scan)
         x = windows.join_windows(cut, grid, window_size)
-    maps = {level: _to_map(tap, grid) for level, tap in enumerate(self._taps(stem), 1)} | {3: x}
-    rows, columns = grid[0] // 2, grid[1] // 2
-    cells = x[:, : 2 * rows, : 2 * columns].reshape(len(x), rows, 2, columns, 2, -1)
-    maps[4] = cells.max(axis=(2, 4))
-    return tuple(maps[level] for level in levels)
+    return stem, x
 
   def _taps(self, stem: Stem) -> tuple[jax.Array, jax.Array]:
     """Levels 1 and 2 of `features`, cells in merge order."""
@@ -312,11 +328,6 @@ class HiViTEncoder(Encoder):
         'window attention has no relative position bias: create the model with rpe=False, '
         'or leave out window_size'
       )
-
-
-def _to_map(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """Cells of all units in merge order, (B, N, cells, C), to a (B, h, w, C) map."""
-  return join_units(to_rows_and_columns(x), grid)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

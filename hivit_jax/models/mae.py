@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,13 +60,14 @@ class MaskedAutoencoder(Encoder):
   latent: Callable[..., jax.Array]  # what the decoder gets, (images, ids, drop_path_noise)
   grid: tuple[int, int]
   class_tokens = 0  # before the units, in the latents and in `decoder_pos_embed`
+  mask_tokens = 1  # their sum stands for a removed unit
 
   def _add_decoder(self, settings: MAESettings, width: int, *, rngs: nnx.Rngs) -> None:
     """Adds the decoder's parameters, for latents of `width` channels."""
     self.mask_ratio = settings.mask_ratio
     self.norm_pix_loss = settings.norm_pix_loss
     c, options = settings.decoder_embed_dim, {'rngs': rngs, 'dtype': settings.dtype}
-    self.decoder_embed = linear(width, c, **options)
+    self.decoder_embed = self._decoder_embed(width, c, **options)
     self.mask_token = nnx.Param(initializers.normal(0.02)(rngs.params(), (1, 1, c)))
     # Fixed: `decode` stops its gradient and the optimizers freeze it by name.
     self.decoder_pos_embed = nnx.Param(positions.sincos_2d(c, self.grid, self.class_tokens))
@@ -75,6 +77,13 @@ class MaskedAutoencoder(Encoder):
     )
     self.decoder_norm = layer_norm(c, **options)
     self.decoder_pred = linear(c, UNIT * UNIT * self.channels, **options)
+
+  def _decoder_embed(self, width: int, features: int, **options: Any) -> Any:
+    return linear(width, features, **options)
+
+  def _embed(self, latent: Any) -> jax.Array:
+    """Latents -> (B, K, channels of the decoder)."""
+    return self.decoder_embed(latent)
 
   def __call__(
     self,
@@ -137,19 +146,20 @@ class MaskedAutoencoder(Encoder):
     """Uniform numbers that decide which units of a batch are kept: (batch, N)."""
     return jax.random.uniform(rng, (batch, self.grid[0] * self.grid[1]))
 
-  def decode(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
+  def decode(self, latent: Any, ids_restore: jax.Array) -> jax.Array:
     """Latents of the kept units -> (B, N, 16 * 16 * channels) float32 pixels.
 
     Args:
-      latent: (B, K, width), class tokens before the units.
+      latent: of the method of that name, class tokens before the units.
       ids_restore: (B, N), see `random_masking`.
     """
-    x = self.decoder_embed(latent)
+    x = self._embed(latent)
     others, x = x[:, : self.class_tokens], x[:, self.class_tokens :]
     b, k, c = x.shape
     n = ids_restore.shape[1]
     # Repeated before it is rounded, so that its gradient is summed in float32.
-    token = jnp.broadcast_to(self.mask_token[...], (b, n - k, c)).astype(x.dtype)
+    token = self.mask_tokens * self.mask_token[...]
+    token = jnp.broadcast_to(token, (b, n - k, c)).astype(x.dtype)
     x = self.ops.gather_units(jnp.concatenate([x, token], axis=1), ids_restore)  # (B, N, c)
     if self.class_tokens:
       x = jnp.concatenate([others, x], axis=1)

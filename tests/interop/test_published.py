@@ -368,3 +368,71 @@ def test_the_decoder_of_std_has_the_depth_of_its_file():
   assert [report.new, report.dropped] == [[], []]
   back = exporter.in_layout(state)
   assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in state.arrays.items()}
+
+
+# iTPN: an encoder, its feature pyramid and a decoder that reads it
+
+
+@pytest.mark.parametrize(
+  ('start', 'name', 'width'),
+  [
+    ('iTPN pixel base, pretrained (fpn 256)', 'mae_itpn_base', 256),
+    ('iTPN pixel base, pretrained (fpn 512', 'mae_itpn_base', 512),
+    ('iTPN pixel large, pretrained', 'mae_itpn_large', 256),
+  ],
+)
+def test_itpn_is_told_from_its_files(start, name, width):
+  state = published(start)
+  described = carried.model_of(state)
+  assert described.name == name
+  arguments = described.arguments
+  assert [arguments[key] for key in ('fpn_dim', 'fpn_depth', 'decoder_depth')] == [width, 2, 8]
+  report = fitted(state, name, **arguments)
+  assert [report.new, report.dropped, report.ignored] == [[], [], {}]
+  back = exporter.in_layout(state)
+  assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in state.arrays.items()}
+  encoder = {key: arguments[key] for key in ('depths',)}
+  classifier = f'hivit_{name.split("_")[-1]}'
+  stem = arguments.get('stem_blocks')
+  with pytest.raises(UserError, match=f'This is an MAE .*: load it into {name}, or take its enc'):
+    fitted(state, classifier, **encoder, stem_blocks=stem)
+  model = nnx.merge(*abstract_model(classifier, **encoder, stem_blocks=stem))
+  report = importer.fit(model, state, partial=True)[1]
+  assert set(report.new) == HEAD | tables(report)
+  kept = {key: arguments[key] for key in ('fpn_dim', 'depths')}
+  model = nnx.merge(*abstract_model(f'backbone_itpn_{name.split("_")[-1]}', **kept))
+  report = importer.fit(model, state, partial=True)[1]
+  assert not report.new
+  assert {re.sub(r'\d', '', name.split('.')[0]) for name in report.dropped} == {
+    'mask_token', 'decoder_embed', 'decoder_blocks', 'decoder_norm', 'decoder_pred',
+    'decoder_pos_embed',
+  }  # fmt: skip
+
+
+def test_itpn_there_and_back_to_the_bit(tmp_path):
+  state = golden_state('itpn_pixel')
+  files.write(tmp_path / 'x.safetensors', state)
+  model = hivit_jax.create_model(
+    weights=tmp_path / 'x.safetensors', **HEADS, decoder_num_heads=4, position_overhang=0.1
+  )
+  _, arrays = load_golden('itpn_pixel.npz')
+  images, noise = arrays['image_nchw'].transpose(0, 2, 3, 1), arrays['noise']
+  assert_close(quick_jit(lambda x: model(x, noise=noise).pred)(images), arrays['pred'])
+  out = exporter.state_dict(model)
+  assert {k: v.tobytes() for k, v in out.items()} == {k: v.tobytes() for k, v in state.items()}
+  backbone = exporter.state_dict(model, 'backbone', prefix='')
+  assert set(backbone) == {k for k in state if 'decoder' not in k and k != 'mask_token'}
+
+
+def test_other_decoders_than_itpns_are_told(encoder):
+  options = TINY_MAE | {'fpn_dim': 24, 'fpn_depth': 2}
+  model = hivit_jax.create_model('mae_itpn_base', **options)
+  with pytest.raises(UserError, match='has another decoder than this model'):
+    importer.load_into(model, StateDict(golden_state('mae_hifeat_normpix'), 'FILE', {}))
+  with pytest.raises(UserError, match=r'stem_blocks=\(2, 2\), not \(3, 3\): create the model so'):
+    importer.load_into(model, StateDict(encoder, 'FILE', {}))
+  model = hivit_jax.create_model('mae_itpn_base', **options | {'stem_blocks': (2, 2)})
+  assert 'align_dim_16to8.weight' in importer.load_into(model, StateDict(encoder, 'FILE', {})).new
+  narrow = nnx.merge(*abstract_model('mae_itpn_base', **options | {'fpn_dim': 12}))
+  with pytest.raises(UserError, match='The weights have fpn_dim=24, not 12: create the model so'):
+    importer.fit(narrow, StateDict(golden_state('itpn_pixel'), 'FILE', {}))

@@ -20,10 +20,12 @@ def test_models_are_listed():
     'backbone_fast_itpn_base', 'backbone_fast_itpn_large', 'backbone_fast_itpn_small',
     'backbone_fast_itpn_tiny',
     'backbone_hivit_base', 'backbone_hivit_large', 'backbone_hivit_small', 'backbone_hivit_tiny',
+    'backbone_itpn_base', 'backbone_itpn_large',
     'fast_itpn_base', 'fast_itpn_large', 'fast_itpn_small', 'fast_itpn_tiny',
     'hivit_base', 'hivit_large', 'hivit_small', 'hivit_tiny',
     'mae_hivit_base', 'mae_hivit_large', 'mae_hivit_small', 'mae_hivit_tiny',
-    'mae_vit_base', 'mae_vit_large', 'simmim_swin_base', 'simmim_swin_small', 'simmim_swin_tiny',
+    'mae_itpn_base', 'mae_itpn_large', 'mae_vit_base', 'mae_vit_large',
+    'simmim_swin_base', 'simmim_swin_small', 'simmim_swin_tiny',
     'swin_base', 'swin_base_global', 'swin_base_mlp_stem', 'swin_base_three_stages',
     'swin_small', 'swin_tiny', 'vit_base', 'vit_large',
   ]  # fmt: skip

@@ -244,6 +244,60 @@ def test_classifier_of_itpn_clip(name, options, dtype):
   golden.check_gradients(grads)
 
 
+def _itpn_options(config):
+  options = {key: config[key] for key in ('embed_dim', 'num_heads', 'fpn_dim', 'fpn_depth')}
+  return options | {'depths': (2, 2, config['depth']), 'stem_blocks': (3, 3), 'img_size': 64}
+
+
+def _order(levels):
+  return [to_rows_and_columns(level) for level in levels]
+
+
+@cases(('itpn_pixel', {}), ('itpn_pixel', SCAN_REMAT))
+def test_itpn(name, options, dtype):
+  config, arrays = load_golden(f'{name}.npz')
+  decoder = {k: config[k] for k in config if k.startswith('decoder')}
+  options = options | {'position_overhang': 0.1}  # made on a CPU
+  golden = Golden('mae_itpn_base', _itpn_options(config) | decoder | options, arrays, dtype)
+
+  def loss(model):
+    out = model(golden.images, noise=arrays['noise'])
+    stages = model.stages(golden.images, out.ids_keep)
+    everything = model.stages(golden.images)
+    pyramids = _order(model.pyramid(*stages)), _order(model.pyramid(*everything))
+    return out.loss, (out, stages, everything[2], pyramids)
+
+  grads, (out, stages, tokens, pyramids) = golden.gradients(loss)
+  np.testing.assert_array_equal(out.ids_keep, arrays['ids_keep'])
+  for key, stage in zip(('stage1', 'stage2'), stages, strict=False):
+    golden.check(key, to_rows_and_columns(stage))
+  golden.check('tokens', stages[2])
+  golden.check('full/tokens', tokens)  # the position embedding as it is
+  for prefix, levels in zip(('', 'full/'), pyramids, strict=True):
+    for stride, level in zip((16, 8, 4), levels, strict=True):
+      golden.check(f'{prefix}pyramid_{stride}', level)
+  golden.check('pred', out.pred)
+  golden.check('loss', out.loss)
+  golden.check_gradients(grads, unused={'decoder_pos_embed'})
+
+
+@pytest.mark.parametrize('kind', ['detector', 'segmenter'])
+@pytest.mark.parametrize('dtype', list(TOLERANCE))
+def test_itpns_maps(kind, dtype):
+  config, arrays = load_golden('itpn_pixel.npz')
+  own = r'param/(patch_embed|blocks|absolute_pos_embed|align|split|block_|fpn).*'
+  params = {k: v for k, v in arrays.items() if re.fullmatch(own, k)}
+  options = _itpn_options(config)
+  if kind == 'segmenter':
+    params['param/absolute_pos_embed'] = arrays['dense/segmenter_absolute_pos_embed']
+    options |= {'join_stages': True, 'img_size': 224}
+  dense = {k.removeprefix('dense/'): v for k, v in arrays.items() if k.startswith('dense/')}
+  golden = Golden('backbone_itpn_base', options, params | dense, dtype)
+  _, maps = golden.gradients(lambda model: ((maps := model(golden.images))[0].sum(), maps))
+  for level, x in enumerate(maps):
+    golden.check(f'{kind}_stride_{4 << level}', x.transpose(0, 3, 1, 2))
+
+
 def test_sincos():
   with np.load(GOLDEN / 'sincos_pos_embed.npz') as file:
     for name, value in file.items():

@@ -27,6 +27,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.stem_blocks = config_dict.placeholder(tuple)  # MLPs of the first two stages (iTPN)
   config.model.rpe = config_dict.placeholder(bool)  # relative position bias
   config.model.layer_scale = config_dict.placeholder(float)  # initial (iTPN-CLIP, Fast-iTPN)
+  config.model.fpn_dim = config_dict.placeholder(int)  # channels of iTPN's pyramid
+  config.model.fpn_depth = config_dict.placeholder(int)  # its blocks
   config.model.drop_path_rate = 0.0
   config.model.num_classes = config_dict.placeholder(int)  # None: as many as the data set has
   config.model.head_std = config_dict.placeholder(float)  # of a new head, even if init has one

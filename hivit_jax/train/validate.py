@@ -95,6 +95,7 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
 _OPTIONAL = (
   'max_steps model.name model.embed_dim model.depth model.depths model.window_size '
   'model.mlp_stages model.num_heads model.stem_blocks model.rpe model.layer_scale '
+  'model.fpn_dim model.fpn_depth '
   'model.num_classes model.head_std '
   'model.head_batch_norm model.decoder_embed_dim model.decoder_depth model.decoder_num_heads '
   'model.mask_ratio model.norm_pix_loss model.hifeat model.scan '

@@ -433,6 +433,7 @@ def test_other_decoders_than_itpns_are_told(encoder):
     importer.load_into(model, StateDict(encoder, 'FILE', {}))
   model = hivit_jax.create_model('mae_itpn_base', **options | {'stem_blocks': (2, 2)})
   assert 'align_dim_16to8.weight' in importer.load_into(model, StateDict(encoder, 'FILE', {})).new
-  narrow = nnx.merge(*abstract_model('mae_itpn_base', **options | {'fpn_dim': 12}))
+  options |= {'fpn_dim': 12, 'depths': (2, 2, 2)}
+  narrow = nnx.merge(*abstract_model('mae_itpn_base', **options))
   with pytest.raises(UserError, match='The weights have fpn_dim=24, not 12: create the model so'):
     importer.fit(narrow, StateDict(golden_state('itpn_pixel'), 'FILE', {}))

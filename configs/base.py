@@ -38,6 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.decoder_num_heads = config_dict.placeholder(int)
   config.model.mask_ratio = config_dict.placeholder(float)  # share of the units removed
   config.model.norm_pix_loss = config_dict.placeholder(bool)  # predict pixels normalised per unit
+  config.model.target = config_dict.placeholder(str)  # pixels; saratrx, saratrx_v2: of SAR images
   config.model.hifeat = config_dict.placeholder(bool)  # decode from all three stages
   config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
   config.model.attention = 'auto'  # xla; on NVIDIA GPUs auto: cudnn where it is faster; triton

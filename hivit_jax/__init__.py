@@ -68,16 +68,16 @@ def create_model(
     backbone_hivit_*: as hivit_* up to scan; bias_image_size, window_size, global_blocks,
       level_norms.
     mae_hivit_*: as hivit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
-      mask_ratio, norm_pix_loss, hifeat.
+      mask_ratio, norm_pix_loss, target, hifeat.
     backbone_itpn_*: as hivit_* up to scan; fpn_dim, fpn_depth, join_stages.
     mae_itpn_*: as hivit_* up to scan; fpn_dim, fpn_depth, decoder_embed_dim, decoder_depth,
-      decoder_num_heads, mask_ratio, norm_pix_loss, position_overhang.
+      decoder_num_heads, mask_ratio, norm_pix_loss, target, position_overhang.
     fast_itpn_*: embed_dim, depths, num_heads, stem_mlp_ratio, mlp_ratio, layer_scale, scan,
       num_classes, head_std, head_batch_norm.
     backbone_fast_itpn_*: as fast_itpn_* up to scan; window_size, global_blocks, level_norms.
     vit_*: embed_dim, depth, num_heads, mlp_ratio, scan, num_classes, head_std, head_batch_norm.
     mae_vit_*: as vit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
-      mask_ratio, norm_pix_loss.
+      mask_ratio, norm_pix_loss, target.
     swin_*: embed_dim, depths, num_heads, window_size, mlp_ratio, mlp_stages, global_stages,
       num_classes, head_std, head_batch_norm.
     simmim_swin_*: as swin_* up to global_stages; mask_ratio.

@@ -12,7 +12,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import fast_itpn, files, importer, infer, mismatch, torch_names
 from hivit_jax.interop.files import StateDict, normal_names
 from hivit_jax.interop.infer import Described
-from hivit_jax.models import swin
+from hivit_jax.models import swin, targets
 from hivit_jax.ops import relative_position
 from hivit_jax.ops.modules import BATCH_NORM_EPS
 
@@ -53,7 +53,8 @@ def state_dict(
     prefix: instead of the layout's, such as '' for a bare backbone.
   """
   arrays = named_arrays(nnx.to_pure_dict(nnx.state(model)))
-  state = StateDict(arrays, 'the model', {'image_size': model.image_size})
+  metadata = {'image_size': model.image_size, 'target': getattr(model, 'predicts', None)}
+  state = StateDict(arrays, 'the model', metadata)
   return in_layout(state, layout, prefix=prefix)
 
 
@@ -93,6 +94,8 @@ def in_layout(
     # In every official MAE, but without hifeat never applied: what it starts as.
     width = arrays['absolute_pos_embed'].shape[2]
     arrays |= {'norm.weight': np.ones(width, np.float32), 'norm.bias': np.zeros(width, np.float32)}
+  if layout == 'mae' and state.metadata.get('target') == targets.SARATRX:
+    arrays |= _saratrx_masks()
   if base == 'fast_itpn':
     arrays = fast_itpn.split(arrays)
   elif base == 'swin':
@@ -150,6 +153,18 @@ def _indices(
   if every_block:
     names += [f'{name.rpartition(".")[0]}.{_INDEX}' for name in tables]
   return {name: np.array(index) for name in names}  # safetensors refuses shared memory
+
+
+def _saratrx_masks() -> dict[str, np.ndarray]:
+  """Constants of SARATR-X: the halves of its windows, left, right, above and below."""
+  result = {}
+  for i, radius in enumerate(targets.RADII, 1):
+    left = np.zeros((1, 1, 2 * radius + 1, 2 * radius + 1), np.float32)
+    left[..., : radius + 1] = 1
+    above = left.swapaxes(2, 3)
+    halves = {'x1': left, 'x2': left[..., ::-1], 'y1': above, 'y2': above[:, :, ::-1]}
+    result |= {f'sarfeature{i}.weight_{k}': np.ascontiguousarray(v) for k, v in halves.items()}
+  return result
 
 
 def _swin_buffers(arrays: Mapping[str, np.ndarray], state: StateDict) -> dict[str, np.ndarray]:

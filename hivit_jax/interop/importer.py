@@ -29,6 +29,11 @@ _SHOWN = 4  # names of a kind, in the log
 _IGNORED = (
   (r'head_norm\.num_batches_tracked', None, 'a counter'),
   (r'(.*\.)?(relative_position_index|attn_mask)', None, 'a constant, computed when needed'),
+  (
+    r'(sarfeature\d|hogs\.SAR_Lay\w*)\.weight_\w+',
+    None,
+    'constants of the target, computed when needed',
+  ),
   (mismatch.PYRAMID, None, "the feature pyramid of iTPN's pretraining"),
   (
     r'norm\.(weight|bias)',
@@ -163,7 +168,7 @@ def fit(
   wanted = {
     _torch_name(path, leaf).removeprefix('encoder.'): (path, leaf) for path, leaf in leaves.items()
   }
-  mismatch.check_decoder(wanted, state, partial)
+  mismatch.check_decoder(model, wanted, state, partial)
   mismatch.check_heads(model, state)
   arrays = dict(state.arrays)
   report = LoadReport(state.source)
@@ -182,6 +187,8 @@ def fit(
       report.redrawn[name] = redraw[name]
       continue
     value, how = sizes.resized(name, arrays.pop(name), leaf)
+    if name == 'patch_embed.proj.weight' and value.ndim == 4:
+      value, how = _channels(value, leaf.shape[2])
     if how:
       report.resized[name] = how
     value = torch_names.from_torch(path, value) if value.ndim in (2, 4) else value
@@ -318,6 +325,19 @@ class _Sizes:
       f'{self._source} is for images of {units} units, which is no square: give its size, '
       'image_size=(height, width) or --image_size=HEIGHTxWIDTH'
     )
+
+
+def _channels(kernel: np.ndarray, channels: int) -> tuple[np.ndarray, str | None]:
+  """A patch embedding (C, channels, h, w) for images of other channels, and what was done.
+
+  From three to one: the same function of grey images. From three to twice three, of an image and
+  another one as trackers have them: the mean of both.
+  """
+  if kernel.shape[1] == 3 and channels == 1:
+    return kernel.sum(axis=1, keepdims=True), 'from 3 channels to 1: their sum, for grey images'
+  if kernel.shape[1] == 3 and channels == 6:
+    return np.concatenate([kernel, kernel], axis=1) / 2, 'from 3 channels to 6: half for each three'
+  return kernel, None
 
 
 def _text(grid: Grid) -> str:

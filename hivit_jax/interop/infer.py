@@ -110,6 +110,7 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
         'decoder_embed_dim': shape[embed][0],
         'decoder_depth': 1 + shapes.last(shape, r'decoder_blocks\.(\d+)\.'),
         'decoder_num_heads': told['decoder_num_heads'] or _PRETRAINED_DECODER_HEADS,
+        'target': shapes.target(shape),
       }
   except KeyError as error:
     some = ', '.join(sorted(arrays)[:4])

@@ -7,6 +7,7 @@ from typing import Any
 from hivit_jax.errors import UserError, flag
 from hivit_jax.interop import carried, infer, layer_scale, shapes
 from hivit_jax.interop.files import StateDict
+from hivit_jax.models import targets
 
 # A partial load must still bring all of these.
 ENCODER = r'(patch_embed|blocks|layers)\..*|absolute_pos_embed|pos_embed|cls_token'
@@ -23,29 +24,34 @@ _LEFTOVERS = (
   r'cls_pt_layers\..*'
 )
 
-# Names that only files with another decoder have -> what that does. Shapes do not show it.
-_OTHER_DECODERS = (
-  (r'(sarfeature\d|hogs)\..*', 'predicts gradient features of SAR images, not pixels'),
-  (r'decoder_embed\.\d\..*', 'reads the feature pyramid of iTPN'),
-)
+# Target of an autoencoder -> what its decoder does.
+_TARGETS = {
+  targets.PIXELS: 'predicts pixels',
+  targets.SARATRX: 'predicts gradient features of SAR images, not pixels',
+  targets.SARATRX_V2: 'predicts fused features of SAR images, not pixels',
+}
 
 
-def check_decoder(wanted: Mapping[str, Any], state: StateDict, partial: bool) -> None:
+def check_decoder(model: Any, wanted: Mapping[str, Any], state: StateDict, partial: bool) -> None:
   """UserError unless a masked autoencoder gets its whole decoder from the weights, or nothing.
 
   Args:
-    wanted: the model's names.
+    model: from `create_model`.
+    wanted: its names.
     state: the weights.
     partial: whether names may be left out.
   """
   if 'decoder_pred.weight' not in wanted:
     return
-  other = _other_decoder(state, wanted)
-  if other:
-    raise UserError(
-      f'{state.source} does not fit a masked autoencoder: its decoder {other[1]} ({other[0]}). '
-      'Its encoder alone goes into a classifier or backbone, with partial=True (--partial)'
-    )
+  embeds = [name for name in state.arrays if re.fullmatch(r'decoder_embed\.\d\..*', name)]
+  if embeds and embeds[0] not in wanted:
+    raise UserError(_other(state, f'reads the feature pyramid of iTPN ({embeds[0]})'))
+  target = _target(state)
+  if 'decoder_pred.weight' in state.arrays and target != model.predicts:
+    names = [name for name in state.arrays if re.fullmatch(r'(sarfeature\d|hogs)\..*', name)]
+    shown = f' ({names[0]})' if names else ''
+    way = f'; for its decoder create the model with target={target}'
+    raise UserError(_other(state, _TARGETS[target] + shown) + way)
   ours, theirs = (
     {name for name in names if re.fullmatch(_DECODER, name)} for names in (wanted, state.arrays)
   )
@@ -61,13 +67,18 @@ def check_decoder(wanted: Mapping[str, Any], state: StateDict, partial: bool) ->
     raise UserError(f'{state.source} has another decoder than this model: {way}')
 
 
-def _other_decoder(state: StateDict, wanted: Mapping[str, Any]) -> tuple[str, str] | None:
-  """A name that shows that the decoder is another model's, and what that decoder does."""
-  for pattern, what in _OTHER_DECODERS:
-    for name in state.arrays:
-      if name not in wanted and re.fullmatch(pattern, name):
-        return name, what
-  return None
+def _target(state: StateDict) -> str:
+  """What the decoder of the weights predicts: they carry it, or constants show it."""
+  told = carried.read(state.metadata)
+  known = told.arguments.get('target') if told else None
+  return known or shapes.target(state.arrays)
+
+
+def _other(state: StateDict, what: str) -> str:
+  return (
+    f'{state.source} does not fit this autoencoder: its decoder {what}. Its encoder alone goes '
+    'into a classifier or backbone, with partial=True (--partial)'
+  )
 
 
 def check_heads(model: Any, state: StateDict) -> None:
@@ -180,9 +191,7 @@ def _cause(
     )
   if there != infer.family(wanted) and not partial:
     # Of ViT and Swin there is no model without a head.
-    whole = there != 'backbone' and not _other_decoder(
-      state, state.arrays if base == 'itpn' else {}
-    )
+    whole = there != 'backbone' and _target(state) == targets.PIXELS
     return (
       f'This is {infer.KINDS[there][0]}: '
       + (f'load it into {described.name}, or ' if whole else '')

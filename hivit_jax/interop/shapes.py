@@ -7,6 +7,7 @@ from typing import Any
 
 from hivit_jax.errors import UserError
 from hivit_jax.interop import fast_itpn as joined_names
+from hivit_jax.models import targets
 
 _HEAD_WIDTH = 64  # channels of an attention head in every published HiViT and ViT
 LAYER_SCALE = 0.1  # what the published scales started as
@@ -84,6 +85,15 @@ def hivit(shape: Shapes, source: str, heads: int | None, size: Size | None) -> d
 
 def itpn(shape: Shapes, source: str, heads: int | None, size: Size | None) -> dict[str, Any]:
   return hivit(shape, source, heads, size) | pyramid(shape)
+
+
+def target(arrays: Mapping[str, Any]) -> str:
+  """What an autoencoder predicts, by the constants that its code keeps beside its parameters."""
+  if any(name.startswith('hogs.') for name in arrays):
+    return targets.SARATRX_V2
+  if any(name.startswith('sarfeature') for name in arrays):
+    return targets.SARATRX
+  return targets.PIXELS
 
 
 def pyramid(shape: Shapes) -> dict[str, int]:

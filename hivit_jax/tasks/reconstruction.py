@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 
+from hivit_jax.errors import UserError
+from hivit_jax.models import targets
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.masking import NORM_PIX_EPS, unit_moments
 from hivit_jax.models.simmim import SimMIM
@@ -169,6 +171,11 @@ class Reconstructor:
   def __call__(self, params: Any, images: np.ndarray, *, seed: int) -> Reconstruction:
     """(B, H, W, C) uint8 images -> pictures; the same seed draws the same masks."""
     model = nnx.merge(self._graphdef, params)
+    predicts = getattr(model, 'predicts', targets.PIXELS)
+    if predicts != targets.PIXELS:
+      raise UserError(
+        f'there is nothing to draw: the target of this model is {predicts}, not pixels'
+      )
     shape = (len(images), math.prod(model.grid))
     noise = np.random.default_rng(seed).random(shape, np.float32)
     pixels, mask = jax.device_get(self._predict(params, images, noise))

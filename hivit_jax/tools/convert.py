@@ -121,9 +121,8 @@ def _to_torch(path: str, out: pathlib.Path) -> None:
   state = weights.read(path, ema=_EMA.value)
   _check_finite(state.arrays, path)
   described = carried.model_of(state, **_known())
-  state = state._replace(
-    metadata=state.metadata | {'image_size': described.arguments['image_size']}
-  )
+  known = {key: described.arguments.get(key) for key in ('image_size', 'target')}
+  state = state._replace(metadata=state.metadata | known)
   arrays = exporter.in_layout(state, _LAYOUT.value, prefix=_PREFIX.value)
   layout = _LAYOUT.value or exporter.default_layout(state)
   what, key = exporter.LAYOUTS[layout]

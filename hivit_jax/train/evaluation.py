@@ -10,6 +10,7 @@ from flax import nnx
 
 from hivit_jax.data.sources.subset import Subset
 from hivit_jax.errors import UserError
+from hivit_jax.models import targets
 from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.runtime import distributed
 from hivit_jax.tasks import knn, reconstruction
@@ -141,6 +142,8 @@ def pictures(
   config, options = setup.config, setup.config.pictures
   if not assemble.is_pretraining(config) or not options.every_epochs:
     return []
+  if config.model.target not in (None, targets.PIXELS):
+    return []  # there are none of features
   source = Subset(setup.eval_source, options.count)
   # Pictures are one process's business: its whole batch, no part of a global one.
   with inputs.eval_batches(config, source, len(source), alone=True) as batches:

@@ -17,7 +17,7 @@ TRUST_COEFFICIENT = 1e-3  # of LARS
 # embedding and the mask token included.
 PRETRAIN_RULES: Rules = (
   ('(decoder_)?pos_embed', 'frozen'),
-  (r'(.*/)?(bias|scale|gamma_[12])', 'no_decay'),
+  (r'(.*/)?(bias|scale|gamma_[12])|hogs/simple_weights', 'no_decay'),
   (r'(.*/)?kernel', 'decay'),
   (r'absolute_pos_embed|cls_token|mask_token|.*/relative_position_bias_table', 'decay'),
 )

@@ -16,6 +16,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, exporter, files, importer
 from hivit_jax.interop.files import StateDict
 from hivit_jax.models.units import join_units, to_rows_and_columns
+from hivit_jax.tasks import reconstruction
 from tests.helpers import (
   GOLDEN,
   TINY,
@@ -437,3 +438,99 @@ def test_other_decoders_than_itpns_are_told(encoder):
   narrow = nnx.merge(*abstract_model('mae_itpn_base', **options))
   with pytest.raises(UserError, match='The weights have fpn_dim=24, not 12: create the model so'):
     importer.fit(narrow, StateDict(golden_state('itpn_pixel'), 'FILE', {}))
+
+
+# SARATR-X: autoencoders of grey images that predict features
+
+
+def test_saratrx_is_told_from_its_constants_and_refused_as_one_of_pixels():
+  state = published('SARATR-X: ')
+  described = carried.model_of(state)
+  assert described.name == 'mae_hivit_base'
+  assert described.arguments['target'] == 'saratrx'
+  report = fitted(state, described.name, **described.arguments)
+  assert [report.new, report.dropped] == [[], []]
+  assert {name.split('.')[0] for name in report.ignored} == {f'sarfeature{i}' for i in (1, 2, 3)}
+  for partial in (False, True):
+    with pytest.raises(UserError, match='create the model with target=saratrx'):
+      importer.fit(nnx.merge(*abstract_model('mae_hivit_base')), state, partial=partial)
+  model = nnx.merge(*abstract_model('mae_hivit_base', target='saratrx'))
+  with pytest.raises(UserError, match=r'its decoder predicts pixels.* with target=pixels'):
+    importer.fit(model, published('STD'))
+  report = fitted(published('official'), 'mae_hivit_base', target='saratrx')  # as its code starts
+  assert {name.split('.')[0] for name in report.new} == {
+    'decoder_embed', 'decoder_blocks', 'decoder_norm', 'decoder_pred', 'decoder_pos_embed'
+  }  # fmt: skip
+  model = nnx.merge(*abstract_model('hivit_base'))
+  report = importer.fit(model, state, partial=True)[1]
+  assert set(report.new) == HEAD | tables(report)
+
+
+@pytest.mark.parametrize(('size', 'decoder'), [('base', 512), ('large', 768)])
+def test_saratrx_v2_is_told_from_its_constants(size, decoder):
+  state = published(f'SARATR-X-v2 {size}')
+  described = carried.model_of(state)
+  assert described.name == f'mae_itpn_{size}'
+  arguments = described.arguments
+  assert (arguments['target'], arguments['decoder_embed_dim']) == ('saratrx_v2', decoder)
+  report = fitted(state, described.name, **arguments)
+  assert [report.new, report.dropped] == [[], []]
+  assert 'hogs.simple_weights' in report.loaded
+  assert {name.split('.')[0] for name in report.ignored} == {'hogs'}
+
+
+@pytest.fixture
+def saratrx():
+  """The tiny golden model as its code has it, with constants, images and results."""
+  _, arrays = load_golden('saratrx_target.npz')
+  state = {k.removeprefix('param/'): v for k, v in arrays.items() if k.startswith('param/')}
+  return state, arrays
+
+
+def test_saratrx_there_and_back_with_its_constants(saratrx, tmp_path):
+  state, arrays = saratrx
+  path = tmp_path / 'x.safetensors'
+  constants = {f'sarfeature{i}.weight_x1': np.ones((1, 1, 3, 3), np.float32) for i in (1, 2, 3)}
+  files.write(path, state | constants)
+  known = {'num_heads': 2, 'decoder_num_heads': 2}
+  model = hivit_jax.create_model(weights=path, **known)
+  images, noise = arrays['image_nchw'].transpose(0, 2, 3, 1), arrays['noise']
+  loss = quick_jit(lambda model, x: model(x, noise=noise).loss)
+  assert_close(loss(model, images.repeat(3, axis=3)), arrays['loss'])
+  out = exporter.state_dict(model)
+  assert set(out) - set(state) == {
+    f'sarfeature{i}.weight_{half}' for i in (1, 2, 3) for half in ('x1', 'x2', 'y1', 'y2')
+  }
+  assert out['sarfeature2.weight_y1'].shape == (1, 1, 27, 27)
+  assert [out[f'sarfeature1.weight_{k}'].sum() for k in ('x1', 'x2', 'y1', 'y2')] == [190] * 4
+  assert all(out[name].tobytes() == value.tobytes() for name, value in state.items())
+  files.write(path, out)
+  again = hivit_jax.create_model(weights=path, **known, channels=1)
+  assert_close(loss(again, images), arrays['loss'], relative=2e-5)
+
+
+def test_channels_of_the_patch_embedding(saratrx):
+  """One: the same function of grey images. Six: the mean of two images."""
+  state, _ = saratrx
+  shapes = {'embed_dim': 16, 'depths': (1, 1, 1), 'num_heads': 2, 'image_size': 64, 'rpe': False}
+  images, other = random_images(2, 64, 64, 1).repeat(3, axis=3), random_images(2, 64, 64, 3, seed=1)
+  encoder = StateDict({k: v for k, v in state.items() if 'decoder' not in k}, 'FILE', {})
+  models = {}
+  for channels in (1, 3, 6):
+    models[channels] = hivit_jax.create_model('backbone_hivit_tiny', **shapes, channels=channels)
+    report = importer.load_into(models[channels], encoder)
+    assert ('patch_embed.proj.weight' in report.resized) == (channels != 3)
+  run = quick_jit(lambda model, x: model.forward_features(x))
+  assert_close(run(models[1], images[..., :1]), run(models[3], images), relative=5e-6)
+  pair = np.concatenate([images, other], axis=3)
+  assert_close(run(models[6], pair), run(models[3], (images + other) / 2), relative=5e-6)
+  assert 'from 3 channels to 6: half for each three' in str(report)
+  with pytest.raises(UserError, match=r'patch_embed.proj.weight is \(4, 3, 4, 4\) there, \(4, 2'):
+    importer.load_into(hivit_jax.create_model('backbone_hivit_tiny', **shapes, channels=2), encoder)
+
+
+def test_nothing_is_drawn_of_features():
+  graphdef, params = random_model('mae_hivit_tiny', **TINY_MAE, target='saratrx')
+  draw = reconstruction.Reconstructor(graphdef, mean=(0,) * 3, std=(1,) * 3)
+  with pytest.raises(UserError, match='nothing to draw: the target of this model is saratrx'):
+    draw(params, np.zeros((1, 64, 64, 3), np.uint8), seed=0)

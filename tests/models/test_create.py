@@ -106,6 +106,7 @@ def test_all_of_a_model_has_the_operations_asked_for(name):
     ('hivit_tiny', {'drop_path_rate': 1.0}, 'drop_path_rate .* below 1, got 1.0'),
     ('hivit_tiny', {'drop_path_rate': -0.1}, 'drop_path_rate .* below 1, got -0.1'),
     ('mae_hivit_tiny', {'image_size': 16}, 'mask_ratio 0.75 keeps 0 of 1 units'),
+    ('mae_hivit_tiny', {'target': 'hog'}, 'target="hog" is not one of pixels, saratrx, saratrx_v2'),
     ('mae_hivit_tiny', {'decoder_num_heads': 7}, 'decoder_num_heads=7 does not divide decoder_emb'),
     ('mae_hivit_tiny', {'decoder_embed_dim': 30}, 'decoder_embed_dim=30 is not a multiple of 4'),
     (

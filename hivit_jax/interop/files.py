@@ -15,9 +15,10 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import fast_itpn
 
 _SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')
-_WRAPPED = ('model', 'state_dict', 'module')
+_WRAPPED = ('model', 'state_dict', 'module', 'net')  # DeepSpeed's is the third, trackers' the last
 _WRAPPED_EMA = ('model_ema', 'state_dict_ema', 'ema_state_dict')
-_PREFIXES = ('module.', 'backbone.', 'encoder.', 'model.')  # the last one is Lightning's
+# `model.` is Lightning's, `encoder.body.` that of trackers.
+_PREFIXES = ('module.', 'backbone.', 'encoder.', 'body.', 'model.')
 _METADATA_KEY = 'hivit_jax'
 
 # Names of other code -> the official ones. Only for files with HiViT's patch embedding.

@@ -1,6 +1,5 @@
 """State dicts into models: what fits, what is resized, and what is wrong when it does not fit."""
 
-import dataclasses
 import logging
 import math
 import re
@@ -13,8 +12,9 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.interop import files, infer, mismatch, torch_names
+from hivit_jax.interop import files, infer, mismatch, shapes, torch_names
 from hivit_jax.interop.files import StateDict
+from hivit_jax.interop.report import LoadReport
 from hivit_jax.models import positions, resize
 from hivit_jax.models.classifier import Classifier
 
@@ -23,7 +23,6 @@ _log = logging.getLogger(__name__)
 Path = torch_names.Path
 Grid = tuple[int, int]
 _UNIT = 16  # pixels
-_SHOWN = 4  # names of a kind, in the log
 
 # What other code's files have and no model here needs: (names, condition, reason).
 _IGNORED = (
@@ -34,6 +33,11 @@ _IGNORED = (
     None,
     'constants of the target, computed when needed',
   ),
+  (
+    r'cls_token|search_token|template_\w+_token',
+    lambda shapes: 'search_token' in shapes,
+    "a tracker's tokens",
+  ),
   (mismatch.PYRAMID, None, "the feature pyramid of iTPN's pretraining"),
   (
     r'norm\.(weight|bias)',
@@ -42,54 +46,6 @@ _IGNORED = (
   ),
 )
 _TABLE = 'relative_position_bias_table'
-
-
-@dataclasses.dataclass
-class LoadReport:
-  """What `load_weights` did, by the PyTorch names.
-
-  Attributes:
-    source: where the weights came from.
-    loaded: names taken.
-    resized: names among them that were resized to the model's image size, with how.
-    ignored: names that no model needs, with why.
-    dropped: names that this model has no place for.
-    new: names that keep the model's initialisation.
-    zeroed: names among them that were set to zero, so that the encoder computes what it did.
-    redrawn: names that keep the model's initialisation although the file has them, with why.
-  """
-
-  source: str
-  loaded: list[str] = dataclasses.field(default_factory=list)
-  resized: dict[str, str] = dataclasses.field(default_factory=dict)
-  ignored: dict[str, str] = dataclasses.field(default_factory=dict)
-  dropped: list[str] = dataclasses.field(default_factory=list)
-  new: list[str] = dataclasses.field(default_factory=list)
-  zeroed: list[str] = dataclasses.field(default_factory=list)
-  redrawn: dict[str, str] = dataclasses.field(default_factory=dict)
-
-  def __str__(self) -> str:
-    lines = [f'loaded {len(self.loaded)} parameters from {self.source}']
-    sizes: dict[str, list[str]] = {}
-    for name, how in self.resized.items():
-      sizes.setdefault(f'{name.split(".")[-1]} {how}', []).append(name)
-    lines += [f'  resized {what} ({len(names)})' for what, names in sizes.items()]
-    for reason in dict.fromkeys(self.ignored.values()):
-      names = [name for name, why in self.ignored.items() if why == reason]
-      more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
-      lines.append(f'  left out, {reason}: {", ".join(names[:_SHOWN])}{more}')
-    if self.dropped:
-      lines.append(f'  dropped, no place in this model: {", ".join(self.dropped)}')
-    for reason in dict.fromkeys(self.redrawn.values()):
-      names = [name for name, why in self.redrawn.items() if why == reason]
-      lines.append(f'  drawn anew, not taken from the file: {", ".join(names)} ({reason})')
-    if self.new:
-      lines.append(f'  new, not in the file: {", ".join(self.new)}')
-    if self.zeroed:
-      lines.append(
-        f'  of these at zero, so that the encoder is unchanged: {len(self.zeroed)} tables'
-      )
-    return '\n'.join(lines)
 
 
 def load_new(
@@ -239,12 +195,12 @@ def _shape(path: Path, value: Any) -> tuple[int, ...]:
 
 
 def _ignored(arrays: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> dict[str, str]:
-  shapes = {name: value.shape for name, value in arrays.items()}
+  sizes = {name: value.shape for name, value in arrays.items()}
   result = {}
   for pattern, condition, reason in _IGNORED:
     names = [name for name in arrays if name not in wanted and re.fullmatch(pattern, name)]
     try:
-      applies = not names or condition is None or condition(shapes)
+      applies = not names or condition is None or condition(sizes)
     except KeyError:  # the condition is about names that this file does not have
       applies = False
     result |= dict.fromkeys(names if applies else (), reason)
@@ -269,16 +225,20 @@ class _Sizes:
     self._bicubic_tables = classifier and infer.family(state.arrays) != 'simmim'
     embedding = state.arrays.get('absolute_pos_embed', state.arrays.get('pos_embed'))
     self._units = 0 if embedding is None else embedding.shape[1]
+    self._search = shapes.search_units({k: v.shape for k, v in state.arrays.items()})
 
   def resized(self, name: str, value: np.ndarray, leaf: Any) -> tuple[np.ndarray, str | None]:
     """Returns the value for the model's image size, and what was done to it."""
     if name in ('absolute_pos_embed', 'pos_embed') and self._grid and value.ndim == 3:
+      part = ''
+      if self._search is not None:
+        value, part = value[:, : self._search], "the search region's, "
       first, units = np.split(value.astype(np.float32, copy=False), [self._class_tokens], axis=1)
       source = self._source_grid(units.shape[1], self._grid)
       if source == self._grid:
-        return value, None
+        return value, part.rstrip(', ') or None
       units = resize.position_embedding(units, source, self._grid)
-      how = f'from {_text(source)} to {_text(self._grid)} units, bicubic'
+      how = f'{part}from {_text(source)} to {_text(self._grid)} units, bicubic'
       return np.concatenate([first, units], axis=1), how
     if name == 'decoder_pos_embed' and self._grid and value.shape[1:] != leaf.shape[1:]:
       if value.shape[2] != leaf.shape[2]:

@@ -20,7 +20,7 @@ _SHOWN = 6  # names in an error message
 # the file the mask token and the norm before it; what predicts CLIP's features in iTPN-CLIP and
 # Fast-iTPN.
 _LEFTOVERS = (
-  r'mask_token|norm(_cls)?\.(weight|bias)|decoder_embed\.\d\.\d\..*|lm_(cls_)?head\.(weight|bias)|'
+  r'mask_token|(fc_)?norm(_cls)?\.(weight|bias)|decoder_embed\.\d\.\d\..*|lm_(cls_)?head\.(weight|bias)|'
   r'cls_pt_layers\..*'
 )
 

@@ -111,7 +111,7 @@ def fast_itpn(shape: Shapes, source: str, heads: int | None, size: Size | None) 
   stages = _stages(shape)
   main = sum(stages[:2]) + 2
   arguments: dict[str, Any] = {
-    'image_size': size or _square(shape['pos_embed'][1], source),
+    'image_size': size or _square(search_units(shape) or shape['pos_embed'][1], source),
     'channels': shape['patch_embed.proj.weight'][1],
     'embed_dim': width,
     'depths': stages,
@@ -124,6 +124,22 @@ def fast_itpn(shape: Shapes, source: str, heads: int | None, size: Size | None) 
   if family(shape) == 'backbone':
     arguments['level_norms'] = 'fpn1.weight' in shape
   return arguments
+
+
+def search_units(shape: Shapes) -> int | None:
+  """Units of a tracker's search region, whose positions come before those of its template.
+
+  Returns:
+    Their number where a file is a tracker's, both regions are square, and one is larger.
+  """
+  if 'search_token' not in shape or 'pos_embed' not in shape:
+    return None
+  units = shape['pos_embed'][1]
+  for side in range(math.isqrt(units), 0, -1):
+    rest = units - side * side
+    if 0 < rest < side * side and math.isqrt(rest) ** 2 == rest:
+      return side * side
+  return None
 
 
 def vit(shape: Shapes, source: str, heads: int | None, size: Size | None) -> dict[str, Any]:

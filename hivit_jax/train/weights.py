@@ -13,6 +13,7 @@ from flax import nnx
 from hivit_jax import models
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, exporter, files, importer, layer_scale
+from hivit_jax.interop.report import LoadReport
 from hivit_jax.train.checkpoint import load_params
 
 _EMA_KEY = 'ema'  # of the training state
@@ -78,7 +79,7 @@ def load_weights(
   ema: bool = False,
   fold_layer_scale: bool = False,
   image_size: tuple[int, int] | None = None,
-) -> importer.LoadReport:
+) -> LoadReport:
   """Loads weights into a model, in place.
 
   Position embeddings and relative position bias tables are resized when the model's image size is

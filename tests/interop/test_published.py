@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import math
+import pathlib
 import re
 
 import jax
@@ -15,6 +16,8 @@ import hivit_jax
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, exporter, files, importer
 from hivit_jax.interop.files import StateDict
+from hivit_jax.interop.report import LoadReport
+from hivit_jax.models import resize
 from hivit_jax.models.units import join_units, to_rows_and_columns
 from hivit_jax.tasks import reconstruction
 from tests.helpers import (
@@ -45,7 +48,7 @@ def published(start: str) -> StateDict:
   return StateDict(files.normal_names(arrays), 'FILE', {})
 
 
-def fitted(state: StateDict, name: str, **options) -> importer.LoadReport:
+def fitted(state: StateDict, name: str, **options) -> LoadReport:
   """The report of a load into a full-size model, of which nothing is computed."""
   return importer.fit(nnx.merge(*abstract_model(name, **options)), state)[1]
 
@@ -534,3 +537,44 @@ def test_nothing_is_drawn_of_features():
   draw = reconstruction.Reconstructor(graphdef, mean=(0,) * 3, std=(1,) * 3)
   with pytest.raises(UserError, match='nothing to draw: the target of this model is saratrx'):
     draw(params, np.zeros((1, 64, 64, 3), np.uint8), seed=0)
+
+
+# Trackers
+
+
+def test_the_encoder_of_sutrack_is_told():
+  state = published('SUTrack')
+  described = carried.model_of(state)
+  assert described.name == 'backbone_fast_itpn_base'
+  arguments = described.arguments
+  assert (arguments['channels'], arguments['image_size']) == (6, (224, 224))
+  report = fitted(state, described.name, **arguments)
+  assert [report.new, report.dropped] == [[], ['fc_norm.weight', 'fc_norm.bias']]
+  assert report.resized == {'pos_embed': "the search region's"}
+  assert len(report.ignored) == 4
+
+
+def test_a_trackers_file_gives_its_encoder(tmp_path, caplog):
+  torch = pytest.importorskip('torch')
+  state = {k: v for k, v in _fast_itpn().items() if k not in HEAD}
+  search = state['pos_embed']
+  own = dict(state)
+  own['pos_embed'] = np.concatenate([search, np.full_like(search[:, :4], 9)], axis=1)
+  own['patch_embed.proj.weight'] = state['patch_embed.proj.weight'].repeat(2, axis=1) / 2
+  own |= {f'template_{kind}ground_token': np.ones(32, np.float32) for kind in ('back', 'fore')}
+  own |= {'search_token': np.ones(32, np.float32), 'cls_token': np.ones((1, 1, 32), np.float32)}
+  net = tensors(own, 'encoder.body.') | {'box_head.conv.weight': torch.ones(3)}
+  path = save(tmp_path / 'x.pth.tar', {'net': net, 'epoch': 3})
+  path = path.rename(tmp_path / 'x.pth')
+  with pytest.raises(UserError, match=r'unused: box_head\.conv\.weight'):
+    hivit_jax.create_model(weights=path, **HEADS)
+  with caplog.at_level(logging.INFO):
+    model = hivit_jax.create_model(weights=path, **HEADS, partial=True)
+  assert "left out, a tracker's tokens: " in caplog.text
+  assert model.channels == 6
+  np.testing.assert_array_equal(model.pos_embed[...], search)
+  wider = hivit_jax.create_model(weights=path, **HEADS, partial=True, image_size=128)
+  expected = resize.position_embedding(search, (4, 4), (8, 8))
+  np.testing.assert_array_equal(wider.pos_embed[...], expected)
+  with pytest.raises(UserError, match='asks to run'):
+    files.read(save(tmp_path / 'y.pth', {'net': net, 'stats': pathlib.PurePath('x')}))

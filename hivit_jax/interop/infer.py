@@ -8,7 +8,7 @@ import numpy as np
 
 from hivit_jax import settings
 from hivit_jax.errors import UserError
-from hivit_jax.interop import shapes
+from hivit_jax.interop import likeliest, shapes
 from hivit_jax.interop.shapes import KINDS, architecture, family
 from hivit_jax.models import MODELS, settings_of
 
@@ -19,13 +19,13 @@ INVISIBLE = ('mask_ratio', 'norm_pix_loss')
 COMPUTATION = frozenset(('dtype', 'attention', 'ops', 'remat', 'scan'))
 
 
-# Architecture -> how it is called, what tells its arguments, side of its patches.
+# Architecture -> what tells its arguments, side of its patches.
 _TELL = {
-  'hivit': ('HiViT', shapes.hivit, 4),
-  'itpn': ('iTPN', shapes.itpn, 4),
-  'fast_itpn': ('Fast-iTPN', shapes.fast_itpn, 4),
-  'vit': ('ViT', shapes.vit, 16),
-  'swin': ('Swin', shapes.swin, 4),
+  'hivit': (shapes.hivit, 4),
+  'itpn': (shapes.itpn, 4),
+  'fast_itpn': (shapes.fast_itpn, 4),
+  'vit': (shapes.vit, 16),
+  'swin': (shapes.swin, 4),
 }
 
 
@@ -89,16 +89,13 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
     UserError: it is none of the models here, or an argument cannot be inferred.
   """
   kind, base = family(arrays), architecture(arrays)
-  label, tell, patch = _TELL[base]
+  tell, patch = _TELL[base]
   shape = {name: tuple(value.shape) for name, value in arrays.items()}
   told = {key: known.pop(key, None) for key in ('num_heads', 'decoder_num_heads', 'image_size')}
   try:
     sides = shape['patch_embed.proj.weight'][2:]
     if sides != (patch, patch):
-      raise UserError(
-        f'{source} has patches of {"x".join(map(str, sides))} pixels; {label} has them of '
-        f'{patch}x{patch} here'
-      )
+      raise KeyError('patches')
     arguments = tell(shape, source, told['num_heads'], told['image_size'])
     if kind == 'classifier':
       arguments['num_classes'] = shape['head.weight'][0]
@@ -112,10 +109,12 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
         'decoder_num_heads': told['decoder_num_heads'] or _PRETRAINED_DECODER_HEADS,
         'target': shapes.target(shape),
       }
-  except KeyError as error:
-    some = ', '.join(sorted(arrays)[:4])
+  except UserError:
+    raise
+  except (KeyError, IndexError, ValueError):
     raise UserError(
-      f'{source} is not a {label} checkpoint: it has no {error.args[0]}; it has {some}, ...'
+      f'{source} is none of the layouts known here. The likeliest, and what differs: '
+      + likeliest.three(shape)
     ) from None
   if kind == 'backbone' and base in ('vit', 'swin'):
     kind = 'classifier'

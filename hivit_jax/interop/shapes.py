@@ -1,4 +1,7 @@
-"""Arguments of models, from the names and shapes of their parameters."""
+"""Arguments of models, from the names and shapes of their parameters.
+
+What a layout must have and a file has not, raises a KeyError or ValueError here.
+"""
 
 import math
 import re
@@ -49,9 +52,7 @@ def hivit(shape: Shapes, source: str, heads: int | None, size: Size | None) -> d
   patch, channels, *_ = shape['patch_embed.proj.weight']
   width = shape['absolute_pos_embed'][2]
   if patch * 4 != width:
-    raise UserError(
-      f'{source} is not a HiViT checkpoint: its stages have {patch}, {width} channels'
-    )
+    raise ValueError('widths of the stages')
   stages = _stages(shape)
   main = sum(stages[:2]) + 2  # index of the first main block
   table = shape.get(f'blocks.{main}.attn.relative_position_bias_table')
@@ -108,6 +109,8 @@ def pyramid(shape: Shapes) -> dict[str, int]:
 
 def fast_itpn(shape: Shapes, source: str, heads: int | None, size: Size | None) -> dict[str, Any]:
   width = shape['pos_embed'][2]
+  if shape['patch_embed.proj.weight'][0] * 4 != width:
+    raise ValueError('widths of the stages')
   stages = _stages(shape)
   main = sum(stages[:2]) + 2
   arguments: dict[str, Any] = {

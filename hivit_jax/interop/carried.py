@@ -50,6 +50,16 @@ def model_of(state: StateDict, **overrides: Any) -> Described:
   return described
 
 
+def as_classifier(described: Described) -> Described:
+  """The classifier of an encoder alone, which then has a head of its own; others stay."""
+  name = described.name.removeprefix('backbone_')
+  accepted = infer.defaults(name)
+  if name == described.name or not accepted:
+    return described
+  arguments = {key: value for key, value in described.arguments.items() if key in accepted}
+  return described._replace(name=name, arguments=arguments)
+
+
 def read(metadata: Mapping[str, Any]) -> Described | None:
   """The model in the metadata of a conversion or file (`model`) or of a run (`config`), if any."""
   guessed: tuple[str, ...] = ()

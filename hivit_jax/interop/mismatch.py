@@ -167,8 +167,8 @@ def _cause(
   if {base, infer.architecture(wanted)} not in ({base}, {'hivit', 'itpn'}):  # one encoder
     return f'This is {described.name}, which is another kind of model'
   differ = {}
-  told = shapes.pyramid({name: value.shape for name, value in state.arrays.items()})
-  told |= described.arguments
+  sizes = {name: value.shape for name, value in state.arrays.items()}
+  told: dict[str, Any] = {**shapes.pyramid(sizes), **described.arguments}
   if base in ('hivit', 'itpn'):
     told.setdefault('stem_blocks', tuple(2 * count for count in told['depths'][:2]))
   for key in ('embed_dim', 'depth', 'depths', 'stem_blocks', 'fpn_dim', 'fpn_depth'):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 from flax import nnx
 
-from hivit_jax.models.encoder import Encoder, TokenSettings
+from hivit_jax.models.encoder import Encoder, FeatureInfo, TokenSettings
 from hivit_jax.models.hivit import HiViTEncoder, HiViTSettings
 from hivit_jax.models.units import unit_grid
 from hivit_jax.ops.modules import layer_norm
@@ -58,6 +58,7 @@ class Backbone(Encoder):
   """
 
   features: Callable[..., tuple[jax.Array, ...]]
+  feature_info: Sequence[FeatureInfo]
 
   def _add_level_norms(self, settings: DenseSettings, *, rngs: nnx.Rngs) -> None:
     if settings.level_norms:

@@ -63,7 +63,10 @@ def create_model(
     state = layer_scale.folded(state)
   told = carried.read(state.metadata)
   if name is None or (told and told.name == name):
-    name, overrides, _ = carried.model_of(state, **overrides)
+    described = carried.model_of(state, **overrides)
+    if 'num_classes' in overrides:
+      described = carried.as_classifier(described)
+    name, overrides, _ = described
 
   def create():
     return models.create_model(name, seed=seed, attention=attention, **overrides)

@@ -112,6 +112,7 @@ def _write_checkpoint(out: pathlib.Path, params: dict, metadata: dict) -> None:
 
 def _to_torch(path: str, out: pathlib.Path) -> None:
   from hivit_jax.interop import carried, exporter, files
+  from hivit_jax.models import targets
   from hivit_jax.reporting.console import setup_logging
   from hivit_jax.train import weights
 
@@ -133,6 +134,8 @@ def _to_torch(path: str, out: pathlib.Path) -> None:
     sorted(set(state.arrays) & {'fc_norm.weight', 'fc_norm.bias'}) if layout == 'mmpretrain' else []
   )
   note = f'; left out, mmpretrain has no place for it: {", ".join(lost)}' if lost else ''
+  if layout == 'mae' and described.arguments.get('target') == targets.SARATRX_V2:
+    note += '; left out, constants of its code: hogs.SAR_Lay*, load with strict=False'
   print(f'wrote {len(arrays)} arrays, {_size(arrays)}, for {what} to {out}{note}')
 
 

@@ -114,7 +114,7 @@ def _predictor(
   state: files.StateDict, described: infer.Described, *, batch_size: int
 ) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
   """Returns a function from up to `batch_size` images to (B, classes) probabilities."""
-  told, config = infer.pixels(state.metadata), state.metadata.get('config')
+  told, config = carried.pixels(state, described), state.metadata.get('config')
   statistics = {key: tuple(told.get(key, value)) for key, value in _IMAGENET.items()}
   dtype = assemble.compute_dtype(ml_collections.ConfigDict(config)) if config else 'float32'
   create = functools.partial(models.create_model, described.name, **described.arguments)

@@ -601,3 +601,25 @@ def test_a_trackers_file_gives_its_encoder(tmp_path, caplog):
   np.testing.assert_array_equal(wider.pos_embed[...], expected)
   with pytest.raises(UserError, match='asks to run'):
     files.read(save(tmp_path / 'y.pth', {'net': net, 'stats': pathlib.PurePath('x')}))
+
+
+# Pixel statistics
+
+
+@pytest.mark.parametrize(
+  ('start', 'expected'),
+  [
+    ('iTPN-CLIP base, finetuned', {'mean': (0.5,) * 3, 'std': (0.5,) * 3}),
+    ('SARATR-X: ', {'mean': (0.0,) * 3, 'std': (1.0,) * 3}),
+    ('SARATR-X-v2 base', {'mean': (0.2109,) * 3, 'std': (0.2178,) * 3}),
+    ('iTPN pixel base, finetuned', {}),
+    ('Fast-iTPN tiny, finetuned', {}),
+  ],
+)
+def test_other_pixel_statistics_than_imagenets_are_known(start, expected):
+  state = published(start)
+  described = carried.model_of(state)
+  assert carried.pixels(state, described) == expected
+  assert carried.metadata(described, state)['data'] == expected
+  own = {'mean': [0.1] * 3, 'std': [0.2] * 3}
+  assert carried.pixels(state._replace(metadata={'data': own}), described) == own

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 import jax
 from flax import nnx
 
-from hivit_jax.models.encoder import Encoder, FeatureInfo, TokenSettings
+from hivit_jax.models.encoder import Encoder, FeatureInfo, Settings
 from hivit_jax.models.hivit import HiViTEncoder, HiViTSettings
 from hivit_jax.models.units import unit_grid
 from hivit_jax.ops.modules import layer_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DenseSettings(TokenSettings):
+class DenseSettings(Settings):
   """Settings of a backbone in addition to its encoder's.
 
   Attributes:

@@ -74,10 +74,10 @@ def pixels(state: StateDict, described: Described) -> dict[str, Any]:
   if 'model' in state.metadata or 'config' in state.metadata:
     return {}
   arguments = described.arguments
-  target, channels = arguments.get('target'), arguments['channels']
-  mean, std = _PIXELS.get(target, (None, None))
+  mean, std = _PIXELS.get(arguments.get('target', ''), (None, None))
   if described.name.split('_')[-2] == 'hivit' and arguments.get('layer_scale'):
     mean, std = 0.5, 0.5  # iTPN-CLIP
+  channels = arguments['channels']
   return {} if mean is None else {'mean': (mean,) * channels, 'std': (std,) * channels}
 
 

@@ -29,6 +29,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.num_heads = config_dict.placeholder(int)
   config.model.stem_blocks = config_dict.placeholder(tuple)  # MLPs of the first two stages (iTPN)
   config.model.rpe = config_dict.placeholder(bool)  # relative position bias
+  config.model.layer_scale = config_dict.placeholder(float)  # initial (iTPN-CLIP, Fast-iTPN)
+  config.model.fpn_dim = config_dict.placeholder(int)  # channels of iTPN's pyramid
+  config.model.fpn_depth = config_dict.placeholder(int)  # its blocks
   config.model.drop_path_rate = 0.0
   config.model.num_classes = config_dict.placeholder(int)  # None: as many as the data set has
   config.model.head_std = config_dict.placeholder(float)  # of a new head, even if init has one
@@ -38,6 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.decoder_num_heads = config_dict.placeholder(int)
   config.model.mask_ratio = config_dict.placeholder(float)  # share of the units removed
   config.model.norm_pix_loss = config_dict.placeholder(bool)  # predict pixels normalised per unit
+  config.model.target = config_dict.placeholder(str)  # pixels; saratrx, saratrx_v2: of SAR images
   config.model.hifeat = config_dict.placeholder(bool)  # decode from all three stages
   config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
   config.model.attention = 'auto'  # on NVIDIA GPUs the fastest for each shape; cudnn; xla

@@ -24,6 +24,7 @@ def create_model(
   weights: Any = None,
   partial: bool = False,
   ema: bool = False,
+  fold_layer_scale: bool = False,
   **overrides: Any,
 ) -> Any:
   """Builds a model, with fresh parameters or with given ones.
@@ -34,10 +35,10 @@ def create_model(
     forward = jax.jit(lambda model, images: model(images))
     logits = forward(model, images)
 
-  Classifiers (`hivit_*`, `vit_*`, `swin_*`) give (B, num_classes) logits, autoencoders (`mae_*`,
-  `simmim_*`) a loss, predictions and a mask, backbones feature maps. All of them have
-  `forward_features(images)`, what the last stage gives; `pooled(images)`, (B, C) its mean; and
-  `feature_info`, channels and strides.
+  Classifiers (`hivit_*`, `fast_itpn_*`, `vit_*`, `swin_*`) give (B, num_classes) logits,
+  autoencoders (`mae_*`, `simmim_*`) a loss, predictions and a mask, backbones feature maps. All of
+  them have `forward_features(images)`, what the last stage gives; `pooled(images)`, (B, C) its
+  mean; and `feature_info`, channels and strides.
 
   Args:
     name: one of `list_models()`; None: the model that `weights` are for. If `weights` carry that
@@ -48,6 +49,7 @@ def create_model(
     weights: path of a file, workdir or checkpoint, see `load_weights`.
     partial: see `load_weights`.
     ema: see `load_weights`.
+    fold_layer_scale: see `load_weights`.
     **overrides: settings instead of the named model's or the weights', see below. `dtype`,
       `attention`, `ops`, `remat` and `scan` never come with weights. `ops='plain'`, which
       is no setting of a family, computes every operation by its definition, see `ops.choice`.
@@ -60,15 +62,22 @@ def create_model(
     remat: recompute activations in the backward pass: less memory, more time.
 
   Settings of a family; the classes of `hivit_jax.models` explain them:
-    hivit_*: embed_dim, depths, num_heads, stem_blocks, stem_mlp_ratio, mlp_ratio, rpe, scan,
-      num_classes (0: no head, the model gives the features before it), head_std, head_batch_norm.
+    hivit_*: embed_dim, depths, num_heads, stem_blocks, stem_mlp_ratio, mlp_ratio, rpe, layer_scale,
+      scan, num_classes (0: no head, the model gives the features before it), head_std,
+      head_batch_norm.
     backbone_hivit_*: as hivit_* up to scan; bias_image_size, window_size, global_blocks,
       level_norms.
     mae_hivit_*: as hivit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
-      mask_ratio, norm_pix_loss, hifeat.
+      mask_ratio, norm_pix_loss, target, hifeat.
+    backbone_itpn_*: as hivit_* up to scan; fpn_dim, fpn_depth, join_stages.
+    mae_itpn_*: as hivit_* up to scan; fpn_dim, fpn_depth, decoder_embed_dim, decoder_depth,
+      decoder_num_heads, mask_ratio, norm_pix_loss, target, position_overhang.
+    fast_itpn_*: embed_dim, depths, num_heads, stem_mlp_ratio, mlp_ratio, layer_scale, scan,
+      num_classes, head_std, head_batch_norm.
+    backbone_fast_itpn_*: as fast_itpn_* up to scan; window_size, global_blocks, level_norms.
     vit_*: embed_dim, depth, num_heads, mlp_ratio, scan, num_classes, head_std, head_batch_norm.
     mae_vit_*: as vit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
-      mask_ratio, norm_pix_loss.
+      mask_ratio, norm_pix_loss, target.
     swin_*: embed_dim, depths, num_heads, window_size, mlp_ratio, mlp_stages, global_stages,
       num_classes, head_std, head_batch_norm.
     simmim_swin_*: as swin_* up to global_stages; mask_ratio.
@@ -92,9 +101,8 @@ def create_model(
     return models.create_model(name, seed=seed, attention=attention, **overrides)
   from hivit_jax.train import weights as reader
 
-  return reader.create_model(
-    name, weights, seed=seed, attention=attention, partial=partial, ema=ema, **overrides
-  )
+  options: dict[str, Any] = {'partial': partial, 'ema': ema, 'fold_layer_scale': fold_layer_scale}
+  return reader.create_model(name, weights, seed=seed, attention=attention, **options, **overrides)
 
 
 def load_weights(model: Any, path: Any, **options: Any) -> Any:

@@ -8,6 +8,10 @@ from hivit_jax import settings
 from hivit_jax.interop import infer
 from hivit_jax.interop.files import StateDict
 from hivit_jax.interop.infer import Described
+from hivit_jax.models import targets
+
+# Mean and standard deviation of grey pixels, by the target that is computed from them.
+_PIXELS = {targets.SARATRX: (0.0, 1.0), targets.SARATRX_V2: (0.2109, 0.2178)}
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +54,33 @@ def model_of(state: StateDict, **overrides: Any) -> Described:
   return described
 
 
+def as_classifier(described: Described) -> Described:
+  """The classifier of an encoder alone, which then has a head of its own; others stay."""
+  name = described.name.removeprefix('backbone_')
+  accepted = infer.defaults(name)
+  if name == described.name or not accepted:
+    return described
+  arguments = {key: value for key, value in described.arguments.items() if key in accepted}
+  return described._replace(name=name, arguments=arguments)
+
+
+def pixels(state: StateDict, described: Described) -> dict[str, Any]:
+  """Pixel statistics that weights were trained with: what they carry, or what their code has.
+
+  {} for files of other code that has ImageNet's.
+  """
+  if known := infer.pixels(state.metadata):
+    return known
+  if 'model' in state.metadata or 'config' in state.metadata:
+    return {}
+  arguments = described.arguments
+  mean, std = _PIXELS.get(arguments.get('target', ''), (None, None))
+  if described.name.split('_')[-2] == 'hivit' and arguments.get('layer_scale'):
+    mean, std = 0.5, 0.5  # iTPN-CLIP
+  channels = arguments['channels']
+  return {} if mean is None else {'mean': (mean,) * channels, 'std': (std,) * channels}
+
+
 def read(metadata: Mapping[str, Any]) -> Described | None:
   """The model in the metadata of a conversion or file (`model`) or of a run (`config`), if any."""
   guessed: tuple[str, ...] = ()
@@ -81,7 +112,7 @@ def metadata(described: Described, state: StateDict, **more: Any) -> dict[str, A
   return {
     'model': described._asdict(),
     'image_size': described.arguments['image_size'],
-    'data': infer.pixels(state.metadata),
+    'data': pixels(state, described),
     'class_names': state.metadata.get('class_names'),
     **more,
   }

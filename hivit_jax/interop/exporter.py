@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.interop import files, importer, infer, mismatch, torch_names
+from hivit_jax.interop import fast_itpn, files, importer, infer, mismatch, torch_names
 from hivit_jax.interop.files import StateDict, normal_names
 from hivit_jax.interop.infer import Described
-from hivit_jax.models import swin
+from hivit_jax.models import swin, targets
 from hivit_jax.ops import relative_position
 from hivit_jax.ops.modules import BATCH_NORM_EPS
 
@@ -53,7 +53,8 @@ def state_dict(
     prefix: instead of the layout's, such as '' for a bare backbone.
   """
   arrays = named_arrays(nnx.to_pure_dict(nnx.state(model)))
-  state = StateDict(arrays, 'the model', {'image_size': model.image_size})
+  metadata = {'image_size': model.image_size, 'target': getattr(model, 'predicts', None)}
+  state = StateDict(arrays, 'the model', metadata)
   return in_layout(state, layout, prefix=prefix)
 
 
@@ -85,14 +86,19 @@ def in_layout(
   arrays = {k: v for k, v in state.arrays.items() if not k.endswith((_INDEX, _MASK))}
   arrays = _without_batch_norm(arrays)
   if layout == 'backbone':
-    encoder = mismatch.ENCODER + (r'|fpn.*' if base == 'hivit' else r'|norm\..*')
+    own = r'norm\..*' if base in ('vit', 'swin') else rf'fpn\d.*|{mismatch.PYRAMID}'
+    encoder = f'{mismatch.ENCODER}|{own}'
     arrays = {name: value for name, value in arrays.items() if re.fullmatch(encoder, name)}
     prefix = 'backbone.' if prefix is None else prefix
-  if layout == 'mae' and 'norm.weight' not in arrays:
+  if layout == 'mae' and base == 'hivit' and 'norm.weight' not in arrays:
     # In every official MAE, but without hifeat never applied: what it starts as.
     width = arrays['absolute_pos_embed'].shape[2]
     arrays |= {'norm.weight': np.ones(width, np.float32), 'norm.bias': np.zeros(width, np.float32)}
-  if base == 'swin':
+  if layout == 'mae' and state.metadata.get('target') == targets.SARATRX:
+    arrays |= _saratrx_masks()
+  if base == 'fast_itpn':
+    arrays = fast_itpn.split(arrays)
+  elif base == 'swin':
     arrays |= _swin_buffers(arrays, state)
   else:
     arrays |= _indices(arrays, state, every_block=layout == 'mmpretrain')
@@ -147,6 +153,18 @@ def _indices(
   if every_block:
     names += [f'{name.rpartition(".")[0]}.{_INDEX}' for name in tables]
   return {name: np.array(index) for name in names}  # safetensors refuses shared memory
+
+
+def _saratrx_masks() -> dict[str, np.ndarray]:
+  """Constants of SARATR-X: the halves of its windows, left, right, above and below."""
+  result = {}
+  for i, radius in enumerate(targets.RADII, 1):
+    left = np.zeros((1, 1, 2 * radius + 1, 2 * radius + 1), np.float32)
+    left[..., : radius + 1] = 1
+    above = left.swapaxes(2, 3)
+    halves = {'x1': left, 'x2': left[..., ::-1], 'y1': above, 'y2': above[:, :, ::-1]}
+    result |= {f'sarfeature{i}.weight_{k}': np.ascontiguousarray(v) for k, v in halves.items()}
+  return result
 
 
 def _swin_buffers(arrays: Mapping[str, np.ndarray], state: StateDict) -> dict[str, np.ndarray]:

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hivit_jax.errors import UserError
+from hivit_jax.interop import fast_itpn
 
 _SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')
-_WRAPPED = ('model', 'state_dict', 'module')
+_WRAPPED = ('model', 'state_dict', 'module', 'net')  # DeepSpeed's is the third, trackers' the last
 _WRAPPED_EMA = ('model_ema', 'state_dict_ema', 'ema_state_dict')
-_PREFIXES = ('module.', 'backbone.', 'encoder.', 'model.')  # the last one is Lightning's
+# `model.` is Lightning's, `encoder.body.` that of trackers.
+_PREFIXES = ('module.', 'backbone.', 'encoder.', 'body.', 'model.')
 _METADATA_KEY = 'hivit_jax'
 
 # Names of other code -> the official ones. Only for files with HiViT's patch embedding.
@@ -32,7 +34,7 @@ class StateDict(NamedTuple):
   """A PyTorch state dict.
 
   Attributes:
-    arrays: name -> array in PyTorch's layout, prefixes removed and names made the official ones.
+    arrays: name -> array in PyTorch's layout, with the names of the models here.
     source: where it comes from, for messages.
     metadata: what `write` was given, or {}.
   """
@@ -113,7 +115,7 @@ def write(
 
 
 def normal_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Removes the prefixes of wrappers and makes mmpretrain's names the official ones.
+  """Removes the prefixes of wrappers and gives parameters the names of the models here.
 
   Raises:
     UserError: two names become one.
@@ -135,7 +137,7 @@ def normal_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if short in result:
       raise UserError(f'{short} is there twice under different prefixes, the second time as {name}')
     result[short] = arrays[name]
-  return result
+  return fast_itpn.joined(result)
 
 
 def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

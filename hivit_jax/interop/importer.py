@@ -1,10 +1,9 @@
 """State dicts into models: what fits, what is resized, and what is wrong when it does not fit."""
 
-import dataclasses
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -13,8 +12,9 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.interop import files, infer, mismatch, torch_names
+from hivit_jax.interop import files, infer, mismatch, shapes, torch_names
 from hivit_jax.interop.files import StateDict
+from hivit_jax.interop.report import LoadReport
 from hivit_jax.models import positions, resize
 from hivit_jax.models.classifier import Classifier
 
@@ -29,10 +29,16 @@ _IGNORED = (
   (r'head_norm\.num_batches_tracked', None, 'a counter'),
   (r'(.*\.)?(relative_position_index|attn_mask)', None, 'a constant, computed when needed'),
   (
-    r'(align_dim_\w+|fpn_modules|split_\d+to\d+|block_\d+to\d+)\..*',
+    r'(sarfeature\d|hogs\.SAR_Lay\w*)\.weight_\w+',
     None,
-    "the feature pyramid of iTPN's pretraining",
+    'constants of the target, computed when needed',
   ),
+  (
+    r'cls_token|search_token|template_\w+_token',
+    lambda shapes: 'search_token' in shapes,
+    "a tracker's tokens",
+  ),
+  (mismatch.PYRAMID, None, "the feature pyramid of iTPN's pretraining"),
   (
     r'norm\.(weight|bias)',
     lambda shapes: shapes['decoder_embed.weight'][1] == shapes['absolute_pos_embed'][2],
@@ -42,48 +48,21 @@ _IGNORED = (
 _TABLE = 'relative_position_bias_table'
 
 
-@dataclasses.dataclass
-class LoadReport:
-  """What `load_weights` did, by the PyTorch names.
+def load_new(
+  create: Callable[[], nnx.Module], state: StateDict, **options: Any
+) -> tuple[nnx.Module, LoadReport]:
+  """A model with the parameters of a state dict, drawn anew only where there are none.
 
-  Attributes:
-    source: where the weights came from.
-    loaded: names taken.
-    resized: names among them that were resized to the model's image size, with how.
-    ignored: names that no model needs, with why.
-    dropped: names that this model has no place for (partial loads only).
-    new: names that keep the model's initialisation (partial loads only).
-    zeroed: names among them that were set to zero, so that the encoder computes what it did.
-    redrawn: names that keep the model's initialisation although the file has them, with why.
+  Args:
+    create: makes the model, from `create_model`.
+    state: the weights.
+    **options: see `load_into`.
   """
-
-  source: str
-  loaded: list[str] = dataclasses.field(default_factory=list)
-  resized: dict[str, str] = dataclasses.field(default_factory=dict)
-  ignored: dict[str, str] = dataclasses.field(default_factory=dict)
-  dropped: list[str] = dataclasses.field(default_factory=list)
-  new: list[str] = dataclasses.field(default_factory=list)
-  zeroed: list[str] = dataclasses.field(default_factory=list)
-  redrawn: dict[str, str] = dataclasses.field(default_factory=dict)
-
-  def __str__(self) -> str:
-    lines = [f'loaded {len(self.loaded)} parameters from {self.source}']
-    sizes: dict[str, list[str]] = {}
-    for name, how in self.resized.items():
-      sizes.setdefault(f'{name.split(".")[-1]} {how}', []).append(name)
-    lines += [f'  resized {what} ({len(names)})' for what, names in sizes.items()]
-    if self.dropped:
-      lines.append(f'  dropped, no place in this model: {", ".join(self.dropped)}')
-    for reason in dict.fromkeys(self.redrawn.values()):
-      names = [name for name, why in self.redrawn.items() if why == reason]
-      lines.append(f'  drawn anew, not taken from the file: {", ".join(names)} ({reason})')
-    if self.new:
-      lines.append(f'  new, not in the file: {", ".join(self.new)}')
-    if self.zeroed:
-      lines.append(
-        f'  of these at zero, so that the encoder is unchanged: {len(self.zeroed)} tables'
-      )
-    return '\n'.join(lines)
+  model = nnx.eval_shape(create)
+  values, report = fit(model, state, **options)
+  if len(values) < len(torch_names.flatten(nnx.to_pure_dict(nnx.state(model)))):
+    model = create()
+  return model, _put(model, state, values, report)
 
 
 def load_into(
@@ -97,9 +76,10 @@ def load_into(
   """Puts a state dict into a model, in place; warns of NaN and infinite numbers.
 
   Args:
-    model: from `create_model`, or its `nnx.eval_shape` when nothing stays new.
+    model: from `create_model`.
     state: the weights.
-    partial: allow names that only one side has, outside the encoder.
+    partial: allow names that only one side has, outside the encoder. An encoder alone needs no
+      permission: whatever is missing beside it is new.
     image_size: (height, width) of the weights, where it was not square and nothing else tells it.
     redraw: names that keep the model's initialisation, with why.
 
@@ -107,6 +87,12 @@ def load_into(
     UserError: missing, unused or mis-shaped names, all with the likely cause.
   """
   values, report = fit(model, state, partial=partial, image_size=image_size, redraw=redraw)
+  return _put(model, state, values, report)
+
+
+def _put(
+  model: nnx.Module, state: StateDict, values: dict[Path, np.ndarray], report: LoadReport
+) -> LoadReport:
   if bad := files.not_finite({'.'.join(path): value for path, value in values.items()}):
     _log.warning(
       '%s: %d parameters hold NaN or infinite numbers, the first is %s, and so will the model',
@@ -138,7 +124,7 @@ def fit(
   wanted = {
     _torch_name(path, leaf).removeprefix('encoder.'): (path, leaf) for path, leaf in leaves.items()
   }
-  mismatch.check_decoder(wanted, state, partial)
+  mismatch.check_decoder(model, wanted, state, partial)
   mismatch.check_heads(model, state)
   arrays = dict(state.arrays)
   report = LoadReport(state.source)
@@ -157,11 +143,13 @@ def fit(
       report.redrawn[name] = redraw[name]
       continue
     value, how = sizes.resized(name, arrays.pop(name), leaf)
+    if name == 'patch_embed.proj.weight' and value.ndim == 4:
+      value, how = _channels(value, leaf.shape[2])
     if how:
       report.resized[name] = how
     value = torch_names.from_torch(path, value) if value.ndim in (2, 4) else value
     if value.shape != leaf.shape:
-      if partial and name.startswith('head.'):
+      if mismatch.may_be_new(name, state, partial):
         report.new.append(name)
         report.dropped.append(name)
         continue
@@ -207,12 +195,12 @@ def _shape(path: Path, value: Any) -> tuple[int, ...]:
 
 
 def _ignored(arrays: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> dict[str, str]:
-  shapes = {name: value.shape for name, value in arrays.items()}
+  sizes = {name: value.shape for name, value in arrays.items()}
   result = {}
   for pattern, condition, reason in _IGNORED:
     names = [name for name in arrays if name not in wanted and re.fullmatch(pattern, name)]
     try:
-      applies = not names or condition is None or condition(shapes)
+      applies = not names or condition is None or condition(sizes)
     except KeyError:  # the condition is about names that this file does not have
       applies = False
     result |= dict.fromkeys(names if applies else (), reason)
@@ -235,18 +223,22 @@ class _Sizes:
     # As the official classifiers at another size. Dense models do as BEiT, and so does SimMIM.
     classifier = isinstance(model, Classifier)
     self._bicubic_tables = classifier and infer.family(state.arrays) != 'simmim'
-    embedding = state.arrays.get('absolute_pos_embed')
+    embedding = state.arrays.get('absolute_pos_embed', state.arrays.get('pos_embed'))
     self._units = 0 if embedding is None else embedding.shape[1]
+    self._search = shapes.search_units({k: v.shape for k, v in state.arrays.items()})
 
   def resized(self, name: str, value: np.ndarray, leaf: Any) -> tuple[np.ndarray, str | None]:
     """Returns the value for the model's image size, and what was done to it."""
     if name in ('absolute_pos_embed', 'pos_embed') and self._grid and value.ndim == 3:
+      part = ''
+      if self._search is not None:
+        value, part = value[:, : self._search], "the search region's, "
       first, units = np.split(value.astype(np.float32, copy=False), [self._class_tokens], axis=1)
       source = self._source_grid(units.shape[1], self._grid)
       if source == self._grid:
-        return value, None
+        return value, part.rstrip(', ') or None
       units = resize.position_embedding(units, source, self._grid)
-      how = f'from {_text(source)} to {_text(self._grid)} units, bicubic'
+      how = f'{part}from {_text(source)} to {_text(self._grid)} units, bicubic'
       return np.concatenate([first, units], axis=1), how
     if name == 'decoder_pos_embed' and self._grid and value.shape[1:] != leaf.shape[1:]:
       if value.shape[2] != leaf.shape[2]:
@@ -293,6 +285,19 @@ class _Sizes:
       f'{self._source} is for images of {units} units, which is no square: give its size, '
       'image_size=(height, width) or --image_size=HEIGHTxWIDTH'
     )
+
+
+def _channels(kernel: np.ndarray, channels: int) -> tuple[np.ndarray, str | None]:
+  """A patch embedding (C, channels, h, w) for images of other channels, and what was done.
+
+  From three to one: the same function of grey images. From three to twice three, of an image and
+  another one as trackers have them: the mean of both.
+  """
+  if kernel.shape[1] == 3 and channels == 1:
+    return kernel.sum(axis=1, keepdims=True), 'from 3 channels to 1: their sum, for grey images'
+  if kernel.shape[1] == 3 and channels == 6:
+    return np.concatenate([kernel, kernel], axis=1) / 2, 'from 3 channels to 6: half for each three'
+  return kernel, None
 
 
 def _text(grid: Grid) -> str:

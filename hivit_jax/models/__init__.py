@@ -8,7 +8,19 @@ from flax import nnx
 from hivit_jax.errors import UserError, suggest
 from hivit_jax.models.backbone import BackboneSettings, HiViTBackbone
 from hivit_jax.models.encoder import Settings
+from hivit_jax.models.fast_itpn import (
+  FastITPN,
+  FastITPNBackbone,
+  FastITPNBackboneSettings,
+  FastITPNClassifierSettings,
+)
 from hivit_jax.models.hivit import HiViT, HiViTClassifierSettings
+from hivit_jax.models.itpn import (
+  ITPNBackbone,
+  ITPNBackboneSettings,
+  ITPNMAESettings,
+  ITPNMaskedAutoencoder,
+)
 from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
 from hivit_jax.models.simmim import SimMIM, SimMIMSettings
 from hivit_jax.models.swin import Swin, SwinClassifierSettings
@@ -22,6 +34,19 @@ _HIVIT: _Sizes = {
   'tiny': {'embed_dim': 384, 'depths': (1, 1, 10), 'num_heads': 6},
   'small': {'embed_dim': 384, 'depths': (2, 2, 20), 'num_heads': 6},
   'base': {'embed_dim': 512, 'depths': (2, 2, 20), 'num_heads': 8},
+  'large': {'embed_dim': 768, 'depths': (2, 2, 40), 'num_heads': 12},
+}
+
+# The authors' models of the names.
+_ITPN: _Sizes = {
+  'base': {'embed_dim': 512, 'depths': (2, 2, 24), 'stem_blocks': (3, 3), 'num_heads': 8},
+  'large': {'embed_dim': 768, 'depths': (1, 1, 40), 'num_heads': 12},
+}
+# Here `depths` are blocks, not pairs of them.
+_FAST_ITPN: _Sizes = {
+  'tiny': {'embed_dim': 384, 'depths': (1, 1, 12), 'num_heads': 6},
+  'small': {'embed_dim': 384, 'depths': (2, 2, 20), 'num_heads': 6},
+  'base': {'embed_dim': 512, 'depths': (3, 3, 24), 'num_heads': 8},
   'large': {'embed_dim': 768, 'depths': (2, 2, 40), 'num_heads': 12},
 }
 
@@ -53,6 +78,10 @@ _FAMILIES: tuple[tuple[str, type[nnx.Module], type[Settings], _Sizes], ...] = (
   ('hivit', HiViT, HiViTClassifierSettings, _HIVIT),
   ('backbone_hivit', HiViTBackbone, BackboneSettings, _HIVIT),
   ('mae_hivit', HiViTMaskedAutoencoder, HiViTMAESettings, _HIVIT),
+  ('backbone_itpn', ITPNBackbone, ITPNBackboneSettings, _ITPN),
+  ('mae_itpn', ITPNMaskedAutoencoder, ITPNMAESettings, _ITPN),
+  ('fast_itpn', FastITPN, FastITPNClassifierSettings, _FAST_ITPN),
+  ('backbone_fast_itpn', FastITPNBackbone, FastITPNBackboneSettings, _FAST_ITPN),
   ('vit', ViT, ViTClassifierSettings, _VIT),
   ('mae_vit', ViTMaskedAutoencoder, ViTMAESettings, _VIT),
   ('swin', Swin, SwinClassifierSettings, _SWIN),

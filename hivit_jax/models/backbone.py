@@ -1,18 +1,33 @@
 """HiViT as the backbone of a detector or a segmenter."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
 
+from hivit_jax.models.encoder import Encoder, FeatureInfo, Settings
 from hivit_jax.models.hivit import HiViTEncoder, HiViTSettings
 from hivit_jax.models.units import unit_grid
 from hivit_jax.ops.modules import layer_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BackboneSettings(HiViTSettings):
+class DenseSettings(Settings):
+  """Settings of a backbone in addition to its encoder's.
+
+  Attributes:
+    window_size, global_blocks: see `HiViTEncoder.features`.
+    level_norms: LayerNorm on every level.
+  """
+
+  window_size: int | None = None
+  global_blocks: tuple[int, ...] = ()
+  level_norms: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneSettings(DenseSettings, HiViTSettings):
   """Settings of HiViT as a backbone.
 
   The published detector (COCO) has `window_size=14, global_blocks=(4, 9, 14, 19),
@@ -21,15 +36,10 @@ class BackboneSettings(HiViTSettings):
 
   Attributes:
     bias_image_size: (height, width) that the bias tables are for when it is not `image_size`.
-    window_size, global_blocks: see `HiViTEncoder.features`.
-    level_norms: LayerNorm on every level.
   """
 
   rpe: bool = False
   bias_image_size: tuple[int, int] | None = None
-  window_size: int | None = None
-  global_blocks: tuple[int, ...] = ()
-  level_norms: bool = False
 
   @property
   def bias_grid(self) -> tuple[int, int] | None:
@@ -41,14 +51,16 @@ class _MaxPool(nnx.Module):
   """Has no parameters; in the reference the fourth norm is the second part of a sequence."""
 
 
-class HiViTBackbone(HiViTEncoder):
-  """HiViT encoder whose output are the feature maps of strides 4, 8, 16 and 32.
+class Backbone(Encoder):
+  """An encoder whose output are the feature maps of strides 4, 8, 16 and 32.
 
   Images may have any size that is a multiple of 16; `image_size` is that of the position embedding.
   """
 
-  def __init__(self, settings: BackboneSettings, *, rngs: nnx.Rngs):
-    super().__init__(settings, rngs=rngs)
+  features: Callable[..., tuple[jax.Array, ...]]
+  feature_info: Sequence[FeatureInfo]
+
+  def _add_level_norms(self, settings: DenseSettings, *, rngs: nnx.Rngs) -> None:
     if settings.level_norms:
       self.fpn1, self.fpn2, self.fpn3, last = (
         layer_norm(info.channels, rngs=rngs, dtype=settings.dtype) for info in self.feature_info
@@ -74,3 +86,11 @@ class HiViTBackbone(HiViTEncoder):
       return maps
     norms = {1: self.fpn1, 2: self.fpn2, 3: self.fpn3, 4: self.fpn4[1]}
     return tuple(norms[level](x) for level, x in zip(levels, maps, strict=True))
+
+
+class HiViTBackbone(HiViTEncoder, Backbone):
+  """HiViT as a backbone."""
+
+  def __init__(self, settings: BackboneSettings, *, rngs: nnx.Rngs):
+    super().__init__(settings, rngs=rngs)
+    self._add_level_norms(settings, rngs=rngs)

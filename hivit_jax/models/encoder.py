@@ -107,7 +107,7 @@ class Encoder(nnx.Module):
     forward_features(images, ids=None, drop_path_noise=None): what the last stage gives.
     pooled(images, drop_path_noise=None): (B, C) its mean over an image.
     stages(images, ...): the outputs of all stages.
-    feature_info: channels and stride of each level, the last of C channels.
+    feature_info: channels and stride of each level, the last of C channels where it is a stage's.
     drop_path_noise(rng, batch): the numbers that switch drop path on; without them it is off.
 
   Images are (B, H, W, channels), normalised floating point numbers. `ids` (B, K) are the units that

@@ -13,9 +13,10 @@ see `units.unit_patches`.
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import UserError
@@ -25,9 +26,9 @@ from hivit_jax.models.patches import PatchEmbed, PatchMerge
 from hivit_jax.models.units import (
   PATCH,
   UNIT,
-  join_units,
+  pool_cells,
   split_units,
-  to_rows_and_columns,
+  to_map,
   unit_grid,
   unit_patches,
 )
@@ -38,27 +39,57 @@ OVERHANG = 0.1  # units: of the published dense models, see `resize.position_emb
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HiViTSettings(TokenSettings):
+class StagesSettings(TokenSettings):
+  """Settings of HiViT's encoder and of what was made of it.
+
+  Attributes:
+    depths: blocks of the three stages: MLP blocks, MLP blocks, transformer blocks.
+    stem_mlp_ratio: hidden width of the MLP blocks, as a multiple of their channels.
+  """
+
+  depths: tuple[int, int, int]
+  stem_mlp_ratio: float = 3.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_counts('depths', self.depths, 3)
+
+  @property
+  def stem(self) -> tuple[int, int]:
+    """MLP blocks of the first two stages."""
+    return self.depths[0], self.depths[1]
+
+  @property
+  def bias_grid(self) -> tuple[int, int] | None:
+    """(rows, columns) of units that the bias tables are for, if there are any."""
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HiViTSettings(StagesSettings):
   """Settings of HiViT's encoder.
 
   Attributes:
     depths: twice depths[0] MLP blocks, twice depths[1] MLP blocks, depths[2] transformer blocks.
     stem_blocks: MLP blocks of the first two stages when `depths` does not say it, as in iTPN with
       its odd numbers.
-    stem_mlp_ratio: hidden width of the MLP blocks, as a multiple of their channels.
     rpe: learn a relative position bias in every transformer block.
+    layer_scale: what scales of all residual branches start as (LayerScale), as in iTPN-CLIP; None:
+      there are none.
   """
 
-  depths: tuple[int, int, int]
   stem_blocks: tuple[int, int] | None = None
-  stem_mlp_ratio: float = 3.0
   rpe: bool = True
+  layer_scale: float | None = None
 
   def __post_init__(self):
     super().__post_init__()
-    for key, value, count in (('depths', self.depths, 3), ('stem_blocks', self.stem_blocks, 2)):
-      if value is not None and (isinstance(value, int) or len(value) != count):
-        raise UserError(f'{key}={value}: expected {count} numbers, one for each stage')
+    check_counts('stem_blocks', self.stem_blocks, 2)
+
+  @property
+  def stem(self) -> tuple[int, int]:
+    """See `StagesSettings`."""
+    return self.stem_blocks or (2 * self.depths[0], 2 * self.depths[1])
 
   @property
   def bias_grid(self) -> tuple[int, int] | None:
@@ -66,7 +97,13 @@ class HiViTSettings(TokenSettings):
     return self.grid if self.rpe else None
 
 
-class _Stem(NamedTuple):
+def check_counts(key: str, value: Any, count: int) -> None:
+  """UserError unless a setting is None or has `count` numbers."""
+  if value is not None and (isinstance(value, int) or len(value) != count):
+    raise UserError(f'{key}={value}: expected {count} numbers, one for each stage')
+
+
+class Stem(NamedTuple):
   """What the two stages of MLP blocks give, cells in merge order."""
 
   middle: jax.Array  # (B, K, 16, C / 4), in the middle of the first stage
@@ -88,33 +125,45 @@ class HiViTEncoder(Encoder):
     position: (1, N, C), what the position embedding starts as; None: normal.
   """
 
-  def __init__(self, settings: HiViTSettings, *, rngs: nnx.Rngs, position: jax.Array | None = None):
-    self.stem_blocks = settings.stem_blocks or (2 * settings.depths[0], 2 * settings.depths[1])
+  patch_norm = True  # after the patch embedding
+  position_name = 'absolute_pos_embed'
+  overhang = OVERHANG  # units: of `features`, see `resize.position_embedding`
+
+  def __init__(
+    self, settings: StagesSettings, *, rngs: nnx.Rngs, position: jax.Array | None = None
+  ):
+    self.stem_blocks = settings.stem
     super().__init__(settings, sum(self.stem_blocks) + settings.depths[2])
     self.grid = settings.grid
     width, options = settings.embed_dim, {'rngs': rngs, 'dtype': settings.dtype}
-    self.patch_embed = PatchEmbed(PATCH, settings.channels, width // 4, norm=True, **options)
+    norm = self.patch_norm
+    self.patch_embed = PatchEmbed(PATCH, settings.channels, width // 4, norm=norm, **options)
     if position is None:
       shape = (1, self.grid[0] * self.grid[1], width)
       position = initializers.normal(0.02)(rngs.params(), shape)
-    self.absolute_pos_embed = nnx.Param(position)
+    setattr(self, self.position_name, nnx.Param(position))
     blocks: list[nnx.Module] = []
     for count, channels in zip(self.stem_blocks, (width // 4, width // 2), strict=True):
-      ratio = settings.stem_mlp_ratio
-      blocks += [layers.MlpBlock(channels, mlp_ratio=ratio, **options) for _ in range(count)]
-      blocks.append(PatchMerge(channels, **options))
-    self.blocks = nnx.List(
-      blocks
-      + [
-        layers.Block(
-          width,
-          settings.num_heads,
-          mlp_ratio=settings.mlp_ratio,
-          grid=settings.bias_grid,
-          **options,
-        )
-        for _ in range(settings.depths[2])
-      ]
+      blocks += [self._stem_block(settings, channels, **options) for _ in range(count)]
+      blocks.append(self._merge(channels, **options))
+    blocks += [self._main_block(settings, **options) for _ in range(settings.depths[2])]
+    self.blocks = nnx.List(blocks)
+
+  def _stem_block(self, settings: Any, channels: int, **options: Any) -> nnx.Module:
+    ratio, scale = settings.stem_mlp_ratio, settings.layer_scale
+    return layers.MlpBlock(channels, mlp_ratio=ratio, layer_scale=scale, **options)
+
+  def _merge(self, channels: int, **options: Any) -> nnx.Module:
+    return PatchMerge(channels, **options)
+
+  def _main_block(self, settings: Any, **options: Any) -> nnx.Module:
+    return layers.Block(
+      settings.embed_dim,
+      settings.num_heads,
+      mlp_ratio=settings.mlp_ratio,
+      grid=settings.bias_grid,
+      layer_scale=settings.layer_scale,
+      **options,
     )
 
   def stages(
@@ -138,7 +187,7 @@ class HiViTEncoder(Encoder):
       UserError: images of another size, type or other channels.
     """
     self._check(images)
-    units, position = split_units(images), self.absolute_pos_embed[...]
+    units, position = split_units(images), self._position(ids is not None)
     if ids is not None:
       units = self.ops.gather_units(units, ids)  # (B, K, 16, 16, channels)
       position = self.ops.gather_shared(position[0], ids)  # (B, K, C)
@@ -149,7 +198,12 @@ class HiViTEncoder(Encoder):
     x = self._run(self.blocks[first + 2 :], first, x, drop_path_noise, ids, self.grid, scan=scan)
     return stem.stage1, stem.stage2, x
 
-  def _stem(self, units: jax.Array, drop_path_noise: jax.Array | None) -> _Stem:
+  def _position(self, some: bool) -> jax.Array:
+    """(1, N, C) position embedding, of which only `some` units are kept or all."""
+    del some
+    return getattr(self, self.position_name)[...]
+
+  def _stem(self, units: jax.Array, drop_path_noise: jax.Array | None) -> Stem:
     first, second = self.stem_blocks
     half = first // 2
     merge1, merge2 = self.blocks[first], self.blocks[first + 1 + second]
@@ -158,7 +212,7 @@ class HiViTEncoder(Encoder):
     stage1 = self._run(self.blocks[half:first], half, middle, drop_path_noise)
     merged = merge1(stage1)
     stage2 = self._run(self.blocks[first + 1 : first + 1 + second], first, merged, drop_path_noise)
-    return _Stem(middle, stage1, merged, stage2, merge2(stage2)[:, :, 0])
+    return Stem(middle, stage1, merged, stage2, merge2(stage2)[:, :, 0])
 
   def forward_features(
     self,
@@ -213,9 +267,23 @@ class HiViTEncoder(Encoder):
     self._check(images, any_size=True)
     grid = unit_grid((images.shape[1], images.shape[2]))
     self._check_features(levels, grid, window_size, global_blocks)
+    stem, x = self._of_any_size(images, window_size, global_blocks, drop_path_noise)
+    maps = {level: to_map(tap, grid) for level, tap in enumerate(self._taps(stem), 1)} | {3: x}
+    maps[4] = pool_cells(x, jnp.max)
+    return tuple(maps[level] for level in levels)
+
+  def _of_any_size(
+    self,
+    images: jax.Array,
+    window_size: int | None,
+    global_blocks: Sequence[int],
+    drop_path_noise: jax.Array | None,
+  ) -> tuple[Stem, jax.Array]:
+    """The first two stages and the map (B, rows, columns, C) of the last; see `features`."""
+    grid = unit_grid((images.shape[1], images.shape[2]))
     stem = self._stem(split_units(images), drop_path_noise)
     position = resize.position_embedding(
-      self.absolute_pos_embed[...], self.grid, grid, overhang=OVERHANG
+      getattr(self, self.position_name)[...], self.grid, grid, overhang=self.overhang
     )
     x = layers.add_parameter(stem.tokens, position)
     x = x.reshape(len(x), *grid, -1)  # (B, rows, columns, C)
@@ -233,11 +301,11 @@ class HiViTEncoder(Encoder):
         cut = windows.split_windows(x, window_size)  # (B, windows, side * side, C)
         cut = self._run(blocks, start, cut, drop_path_noise, None, grid, scan=scan)
         x = windows.join_windows(cut, grid, window_size)
-    maps = {1: _to_map(stem.middle, grid), 2: _to_map(stem.merged, grid), 3: x}
-    rows, columns = grid[0] // 2, grid[1] // 2
-    cells = x[:, : 2 * rows, : 2 * columns].reshape(len(x), rows, 2, columns, 2, -1)
-    maps[4] = cells.max(axis=(2, 4))
-    return tuple(maps[level] for level in levels)
+    return stem, x
+
+  def _taps(self, stem: Stem) -> tuple[jax.Array, jax.Array]:
+    """Levels 1 and 2 of `features`, cells in merge order."""
+    return stem.middle, stem.merged
 
   def _check_features(self, levels, grid, window_size, global_blocks) -> None:
     if not set(levels) <= {1, 2, 3, 4}:
@@ -255,16 +323,11 @@ class HiViTEncoder(Encoder):
         f'window_size must be positive and global_blocks within 0..{depth - 1}, '
         f'got {window_size} and {tuple(global_blocks)}'
       )
-    if self.settings.rpe:
+    if self.settings.bias_grid:
       raise UserError(
         'window attention has no relative position bias: create the model with rpe=False, '
         'or leave out window_size'
       )
-
-
-def _to_map(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """Cells of all units in merge order, (B, N, cells, C), to a (B, h, w, C) map."""
-  return join_units(to_rows_and_columns(x), grid)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

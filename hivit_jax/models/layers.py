@@ -126,22 +126,60 @@ class Attention(nnx.Module):
     return self.proj(self.ops.attend(self.qkv(x), self.heads, bias))
 
 
-class MlpBlock(nnx.Module):
-  """Pre-norm residual MLP without attention: the block of HiViT's first two stages."""
+def scaled(x: jax.Array, gamma: nnx.Param | None) -> jax.Array:
+  """LayerScale (arXiv 2103.17239): `x` times a parameter (C,), in the type of `x`."""
+  return x if gamma is None else (widen(x) * gamma[...]).astype(x.dtype)
 
-  def __init__(self, features: int, *, mlp_ratio: float, rngs: nnx.Rngs, dtype: Any):
+
+class MlpBlock(nnx.Module):
+  """Pre-norm residual MLP without attention: the block of HiViT's first two stages.
+
+  Args:
+    features: channels.
+    mlp_ratio: hidden width, as a multiple of them.
+    mlp: class of the MLP.
+    layer_scale: see `Block`.
+  """
+
+  gamma_2: nnx.Param | None = None
+
+  def __init__(
+    self,
+    features: int,
+    *,
+    mlp_ratio: float,
+    rngs: nnx.Rngs,
+    dtype: Any,
+    mlp: Callable = Mlp,
+    layer_scale: float | None = None,
+  ):
+    if layer_scale is not None:
+      self.gamma_2 = nnx.Param(jnp.full(features, layer_scale))
     self.norm2 = layer_norm(features, rngs=rngs, dtype=dtype)
-    self.mlp = Mlp(features, int(features * mlp_ratio), rngs=rngs, dtype=dtype)
+    self.mlp = mlp(features, int(features * mlp_ratio), rngs=rngs, dtype=dtype)
 
   def __call__(
     self, x: jax.Array, *, rate: jax.Array | float = 0.0, noise: jax.Array | None = None
   ) -> jax.Array:
     """x: (B, ..., C) -> the same shape; `rate` and `noise` (B, 2) are for `drop_path`."""
-    return x + drop_path(self.mlp(self.norm2(x)), rate, None if noise is None else noise[:, 1])
+    noise2 = None if noise is None else noise[:, 1]
+    return x + drop_path(scaled(self.mlp(self.norm2(x)), self.gamma_2), rate, noise2)
 
 
 class Block(nnx.Module):
-  """Pre-norm transformer block: attention and MLP, each residual."""
+  """Pre-norm transformer block: attention and MLP, each residual.
+
+  Args:
+    features: channels C, a multiple of `heads`.
+    heads: of the attention.
+    mlp_ratio: hidden width of the MLP, as a multiple of C.
+    grid, table_init: see `Attention`.
+    mlp: class of the MLP.
+    layer_scale: what the scales of both branches start as; None: no scales.
+  """
+
+  gamma_1: nnx.Param | None = None
+  gamma_2: nnx.Param | None = None
 
   def __init__(
     self,
@@ -153,11 +191,16 @@ class Block(nnx.Module):
     dtype: Any,
     grid: tuple[int, int] | None = None,
     table_init: Callable = _normal,
+    mlp: Callable = Mlp,
+    layer_scale: float | None = None,
   ):
+    if layer_scale is not None:
+      self.gamma_1 = nnx.Param(jnp.full(features, layer_scale))
+      self.gamma_2 = nnx.Param(jnp.full(features, layer_scale))
     self.norm1 = layer_norm(features, rngs=rngs, dtype=dtype)
     self.attn = Attention(features, heads, rngs=rngs, dtype=dtype, grid=grid, table_init=table_init)
     self.norm2 = layer_norm(features, rngs=rngs, dtype=dtype)
-    self.mlp = Mlp(features, int(features * mlp_ratio), rngs=rngs, dtype=dtype)
+    self.mlp = mlp(features, int(features * mlp_ratio), rngs=rngs, dtype=dtype)
 
   def __call__(
     self,
@@ -173,8 +216,8 @@ class Block(nnx.Module):
     `ids` and `grid` are as for `Attention`; `rate` and `noise` (B, 2) are for `drop_path`.
     """
     noise1, noise2 = (None, None) if noise is None else (noise[:, 0], noise[:, 1])
-    x = x + drop_path(self.attn(self.norm1(x), ids, grid), rate, noise1)
-    return x + drop_path(self.mlp(self.norm2(x)), rate, noise2)
+    x = x + drop_path(scaled(self.attn(self.norm1(x), ids, grid), self.gamma_1), rate, noise1)
+    return x + drop_path(scaled(self.mlp(self.norm2(x)), self.gamma_2), rate, noise2)
 
 
 def apply_blocks(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.models import layers, positions
+from hivit_jax.models import layers, positions, targets
 from hivit_jax.models.encoder import Encoder, TokenSettings
 from hivit_jax.models.hivit import HiViTEncoder, HiViTSettings
 from hivit_jax.models.masking import (
@@ -19,7 +20,7 @@ from hivit_jax.models.masking import (
   pixel_target,
   random_masking,
 )
-from hivit_jax.models.units import UNIT, to_rows_and_columns
+from hivit_jax.models.units import to_rows_and_columns
 from hivit_jax.ops import initializers
 from hivit_jax.ops.modules import layer_norm, linear
 from hivit_jax.ops.precision import widen
@@ -35,6 +36,7 @@ class MAESettings(TokenSettings):
     decoder_num_heads: heads of each.
     mask_ratio: share of units removed; `int(N * (1 - mask_ratio))` are kept.
     norm_pix_loss: predict pixels normalised per unit.
+    target: what is predicted, see `targets`: 'pixels', or 'saratrx' or 'saratrx_v2' of SAR images.
   """
 
   decoder_embed_dim: int = 512
@@ -42,10 +44,12 @@ class MAESettings(TokenSettings):
   decoder_num_heads: int = 16
   mask_ratio: float = 0.75
   norm_pix_loss: bool = True
+  target: str = targets.PIXELS
 
   def __post_init__(self):
     super().__post_init__()
     kept_units(self.grid[0] * self.grid[1], self.mask_ratio)
+    targets.check(self.target)
     width, heads = self.decoder_embed_dim, self.decoder_num_heads
     if width % 4:
       raise UserError(f'decoder_embed_dim={width} is not a multiple of 4')
@@ -59,13 +63,15 @@ class MaskedAutoencoder(Encoder):
   latent: Callable[..., jax.Array]  # what the decoder gets, (images, ids, drop_path_noise)
   grid: tuple[int, int]
   class_tokens = 0  # before the units, in the latents and in `decoder_pos_embed`
+  mask_tokens = 1  # their sum stands for a removed unit
 
   def _add_decoder(self, settings: MAESettings, width: int, *, rngs: nnx.Rngs) -> None:
     """Adds the decoder's parameters, for latents of `width` channels."""
     self.mask_ratio = settings.mask_ratio
     self.norm_pix_loss = settings.norm_pix_loss
+    self.predicts = settings.target
     c, options = settings.decoder_embed_dim, {'rngs': rngs, 'dtype': settings.dtype}
-    self.decoder_embed = linear(width, c, **options)
+    self.decoder_embed = self._decoder_embed(width, c, **options)
     self.mask_token = nnx.Param(initializers.normal(0.02)(rngs.params(), (1, 1, c)))
     # Fixed: `decode` stops its gradient and the optimizers freeze it by name.
     self.decoder_pos_embed = nnx.Param(positions.sincos_2d(c, self.grid, self.class_tokens))
@@ -74,7 +80,16 @@ class MaskedAutoencoder(Encoder):
       for _ in range(settings.decoder_depth)
     )
     self.decoder_norm = layer_norm(c, **options)
-    self.decoder_pred = linear(c, UNIT * UNIT * self.channels, **options)
+    numbers = targets.width(settings.target, self.channels)
+    self.decoder_pred = linear(c, numbers, **options)
+    self.hogs = targets.Fusion() if settings.target == targets.SARATRX_V2 else None
+
+  def _decoder_embed(self, width: int, features: int, **options: Any) -> Any:
+    return linear(width, features, **options)
+
+  def _embed(self, latent: Any) -> jax.Array:
+    """Latents -> (B, K, channels of the decoder)."""
+    return self.decoder_embed(latent)
 
   def __call__(
     self,
@@ -137,19 +152,20 @@ class MaskedAutoencoder(Encoder):
     """Uniform numbers that decide which units of a batch are kept: (batch, N)."""
     return jax.random.uniform(rng, (batch, self.grid[0] * self.grid[1]))
 
-  def decode(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
-    """Latents of the kept units -> (B, N, 16 * 16 * channels) float32 pixels.
+  def decode(self, latent: Any, ids_restore: jax.Array) -> jax.Array:
+    """Latents of the kept units -> (B, N, numbers) float32, 16 * 16 * channels of them for pixels.
 
     Args:
-      latent: (B, K, width), class tokens before the units.
+      latent: of the method of that name, class tokens before the units.
       ids_restore: (B, N), see `random_masking`.
     """
-    x = self.decoder_embed(latent)
+    x = self._embed(latent)
     others, x = x[:, : self.class_tokens], x[:, self.class_tokens :]
     b, k, c = x.shape
     n = ids_restore.shape[1]
     # Repeated before it is rounded, so that its gradient is summed in float32.
-    token = jnp.broadcast_to(self.mask_token[...], (b, n - k, c)).astype(x.dtype)
+    token = self.mask_tokens * self.mask_token[...]
+    token = jnp.broadcast_to(token, (b, n - k, c)).astype(x.dtype)
     x = self.ops.gather_units(jnp.concatenate([x, token], axis=1), ids_restore)  # (B, N, c)
     if self.class_tokens:
       x = jnp.concatenate([others, x], axis=1)
@@ -166,7 +182,11 @@ class MaskedAutoencoder(Encoder):
     return widen(self.decoder_pred(x))
 
   def target(self, images: jax.Array) -> jax.Array:
-    """(B, H, W, channels) normalised images -> (B, N, 16 * 16 * channels), see `pixel_target`."""
+    """(B, H, W, channels) normalised images -> (B, N, numbers) that `decode` should give."""
+    if self.predicts == targets.SARATRX:
+      return targets.saratrx(images)
+    if self.hogs is not None:
+      return targets.saratrx_v2(images, self.hogs.simple_weights[...], self.norm_pix_loss)
     return pixel_target(images, self.norm_pix_loss)
 
 

@@ -98,7 +98,10 @@ def pixel_target(images: jax.Array, norm_pix_loss: bool) -> jax.Array:
   """(B, H, W, channels) normalised images -> (B, N, 16 * 16 * channels) what `pred` should be."""
   units = split_units(widen(images))
   target = units.reshape(*units.shape[:2], -1)
-  if norm_pix_loss:
-    mean, variance = unit_moments(target)
-    target = (target - mean) * jax.lax.rsqrt(variance + NORM_PIX_EPS)
-  return target
+  return normalized_units(target) if norm_pix_loss else target
+
+
+def normalized_units(target: jax.Array) -> jax.Array:
+  """(B, N, P), each unit with mean 0 and variance 1, see `unit_moments`."""
+  mean, variance = unit_moments(target)
+  return (target - mean) * jax.lax.rsqrt(variance + NORM_PIX_EPS)

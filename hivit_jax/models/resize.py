@@ -30,8 +30,13 @@ def position_embedding(
     (1, rows * columns, C) for `target`: what PyTorch's `interpolate(size=target, mode='bicubic',
     align_corners=False)` gives; the same array when the grids are equal.
   """
-  if source == target:
-    return embedding
+  return embedding if source == target else resampled(embedding, source, target, overhang)
+
+
+def resampled(
+  embedding: Any, source: tuple[int, int], target: tuple[int, int], overhang: float
+) -> Any:
+  """As `position_embedding`, but with an overhang the samples of an equal grid move, too."""
   rows, columns = (_bicubic_matrix(*sides, overhang) for sides in zip(source, target, strict=True))
   return apply_separable(rows, columns, embedding)
 

@@ -1,5 +1,7 @@
 """Units: the squares of 16x16 pixels that an image is cut into."""
 
+from collections.abc import Callable
+
 import jax
 
 from hivit_jax.errors import UserError
@@ -68,3 +70,15 @@ def to_rows_and_columns(x: jax.Array) -> jax.Array:
   if cells == 4:
     return x.reshape(b, k, 2, 2, c).swapaxes(2, 3)
   return x.reshape(b, k, 1, 1, c)
+
+
+def pool_cells(x: jax.Array, reduce: Callable) -> jax.Array:
+  """2x2 cells to one: (B, h, w, C) -> (B, h // 2, w // 2, C); an odd last row is dropped."""
+  rows, columns = x.shape[1] // 2, x.shape[2] // 2
+  cells = x[:, : 2 * rows, : 2 * columns].reshape(len(x), rows, 2, columns, 2, -1)
+  return reduce(cells, axis=(2, 4))
+
+
+def to_map(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+  """Cells of all units in merge order, (B, N, cells, C), to a (B, h, w, C) map."""
+  return join_units(to_rows_and_columns(x), grid)

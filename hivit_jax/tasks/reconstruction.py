@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 
+from hivit_jax.errors import UserError
+from hivit_jax.models import targets
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.masking import NORM_PIX_EPS, unit_moments
 from hivit_jax.models.simmim import SimMIM
@@ -170,6 +172,11 @@ class Reconstructor:
   def __call__(self, params: Any, images: np.ndarray, *, seed: int) -> Reconstruction:
     """(B, H, W, C) uint8 images -> pictures; the same seed draws the same masks."""
     model = nnx.merge(self._graphdef, params)
+    predicts = getattr(model, 'predicts', targets.PIXELS)
+    if predicts != targets.PIXELS:
+      raise UserError(
+        f'there is nothing to draw: the target of this model is {predicts}, not pixels'
+      )
     shape = (len(images), math.prod(model.grid))
     noise = np.random.default_rng(seed).random(shape, np.float32)
     pixels, mask = jax.device_get(self._predict(params, images, noise))
@@ -177,6 +184,7 @@ class Reconstructor:
 
 
 NAME = 'reconstructions'  # of the pictures' directory
+_DRAWN = (None, targets.PIXELS)  # there are no pictures of features
 
 
 def evaluators(context: Context, *, mean: Sequence[float], std: Sequence[float]) -> list[Evaluator]:
@@ -187,7 +195,7 @@ def evaluators(context: Context, *, mean: Sequence[float], std: Sequence[float])
     mean, std: per channel, of pixels in [0, 1].
   """
   every = context.every('pictures')
-  if every is None or not context.draws:
+  if every is None or not context.draws or context.setting('model.target') not in _DRAWN:
     return []
   source = context.some(next(iter(context.sets.values())), context.setting('pictures.count'))
   images = context.examples(source)['image']

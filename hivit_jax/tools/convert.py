@@ -79,7 +79,10 @@ def _from_torch(path: str, out: pathlib.Path) -> None:
     model, state, partial=_PARTIAL.value, image_size=arguments['image_size']
   )
   if report.new:
-    raise UserError(f'{path} has no {", ".join(report.new[:6])}, which {name} needs')
+    raise UserError(
+      f'{path} has no {", ".join(report.new[:6])}, which {name} needs: leave out --model to '
+      f'convert what is there; a training takes the file as it is, --config.init={path}'
+    )
   _check_finite(dict(torch_names.to_torch(*item) for item in values.items()), path)
   guessed = tuple(key for key in guessed if key in arguments)
   described = described._replace(name=name, arguments=arguments, guessed=guessed)
@@ -109,6 +112,7 @@ def _write_checkpoint(out: pathlib.Path, params: dict, metadata: dict) -> None:
 
 def _to_torch(path: str, out: pathlib.Path) -> None:
   from hivit_jax.interop import carried, exporter, files
+  from hivit_jax.models import targets
   from hivit_jax.reporting.console import setup_logging
   from hivit_jax.train import weights
 
@@ -118,9 +122,8 @@ def _to_torch(path: str, out: pathlib.Path) -> None:
   state = weights.read(path, ema=_EMA.value)
   _check_finite(state.arrays, path)
   described = carried.model_of(state, **_known())
-  state = state._replace(
-    metadata=state.metadata | {'image_size': described.arguments['image_size']}
-  )
+  known = {key: described.arguments.get(key) for key in ('image_size', 'target')}
+  state = state._replace(metadata=state.metadata | known)
   arrays = exporter.in_layout(state, _LAYOUT.value, prefix=_PREFIX.value)
   layout = _LAYOUT.value or exporter.default_layout(state)
   what, key = exporter.LAYOUTS[layout]
@@ -131,6 +134,8 @@ def _to_torch(path: str, out: pathlib.Path) -> None:
     sorted(set(state.arrays) & {'fc_norm.weight', 'fc_norm.bias'}) if layout == 'mmpretrain' else []
   )
   note = f'; left out, mmpretrain has no place for it: {", ".join(lost)}' if lost else ''
+  if layout == 'mae' and described.arguments.get('target') == targets.SARATRX_V2:
+    note += '; left out, constants of its code: hogs.SAR_Lay*, load with strict=False'
   print(f'wrote {len(arrays)} arrays, {_size(arrays)}, for {what} to {out}{note}')
 
 

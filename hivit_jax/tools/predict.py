@@ -44,6 +44,7 @@ _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object an image.')
 _SAVE = flags.DEFINE_string('save', None, 'Picture to write: the images with their classes.')
 
 _BATCH_SIZE = 32
+_RECIPES = ('hivit', 'vit', 'swin')  # that configs/ has to finetune
 # Of pixels in [0, 1]: what weights without a config were trained with.
 _IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 
@@ -61,10 +62,11 @@ def main(argv: list[str]) -> None:
   state = weights.read(source, ema=_EMA.value)
   described = carried.model_of(state)
   if infer.family(state.arrays) != 'classifier':
+    base = infer.architecture(state.arrays)
+    config = f'--config=configs/finetune_{base}_b.py' if base in _RECIPES else '--config=...'
     raise UserError(
       f'{state.source} is {described.name}: it has nothing to classify with. Finetune it first: '
-      f'python main.py --config=configs/finetune_{infer.architecture(state.arrays)}_b.py '
-      f'--config.init={shlex.quote(str(source))}'
+      f'python main.py {config} --config.init={shlex.quote(str(source))}'
     )
   labels = _labels(state)
   predict = _predictor(state, described, batch_size=min(_BATCH_SIZE, len(paths)))
@@ -115,12 +117,11 @@ def _predictor(
   state: files.StateDict, described: infer.Described, *, batch_size: int
 ) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
   """Returns a function from up to `batch_size` images to (B, classes) probabilities."""
-  told, config = infer.pixels(state.metadata), state.metadata.get('config')
+  told, config = carried.pixels(state, described), state.metadata.get('config')
   statistics = {key: tuple(told.get(key, value)) for key, value in _IMAGENET.items()}
   dtype = assemble.compute_dtype(ml_collections.ConfigDict(config)) if config else 'float32'
   create = functools.partial(models.create_model, described.name, **described.arguments)
-  model = nnx.eval_shape(functools.partial(create, dtype=dtype))
-  importer.load_into(model, state)
+  model, _ = importer.load_new(functools.partial(create, dtype=dtype), state)
   graphdef, params = nnx.split(model)
 
   @jax.jit

@@ -144,5 +144,5 @@ def _as_inferred(
   # Swin has a number of heads for each stage; other arguments have no setting.
   with config.model.ignore_type(), config.model.unlocked():
     config.model.update({k: v for k, v in described.arguments.items() if k in accepted})
-  pixels = infer.tuples(infer.pixels(state.metadata))
+  pixels = infer.tuples(carried.pixels(state, described))
   config.data.update({k: v for k, v in pixels.items() if f'data.{k}' not in given})

@@ -158,8 +158,7 @@ def _evaluated(setup: Setup, state: files.StateDict) -> tuple[nnx.GraphDef, Any]
   """Static half and parameters, on the devices, of the model that weights are for."""
   partial = setup.task.needs_classes and not has_head(state)  # for their features
   create = assemble.model_creator(setup.config, list(setup.mesh.devices.flat))
-  model = create() if partial else nnx.eval_shape(create)
-  importer.load_into(model, state, partial=partial)
+  model, _ = importer.load_new(create, state, partial=partial)
   graphdef, params = nnx.split(model)
   params = nnx.to_pure_dict(params)
   return graphdef, sharding.put(params, sharding.state_shardings(params, setup.mesh))

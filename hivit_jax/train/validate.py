@@ -106,9 +106,10 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
 # What may be None; everything else always has a value.
 _OPTIONAL = (
   'steps max_steps model.name model.embed_dim model.depth model.depths model.window_size '
-  'model.mlp_stages model.num_heads model.stem_blocks model.rpe model.num_classes model.head_std '
+  'model.mlp_stages model.num_heads model.stem_blocks model.rpe model.layer_scale model.fpn_dim '
+  'model.fpn_depth model.num_classes model.head_std '
   'model.head_batch_norm model.decoder_embed_dim model.decoder_depth model.decoder_num_heads '
-  'model.mask_ratio model.norm_pix_loss model.hifeat model.scan '
+  'model.mask_ratio model.norm_pix_loss model.target model.hifeat model.scan '
   'init data.data_dir data.eval_crop augment.rand_augment augment.mix_group optim.lr optim.end_lr '
   'optim.warmup_start_lr optim.warmup_steps optim.layer_decay optim.clip_norm ema_decay '
   'checkpoint.keep_best'

@@ -12,7 +12,8 @@ from flax import nnx
 
 from hivit_jax import models
 from hivit_jax.errors import UserError
-from hivit_jax.interop import carried, exporter, files, importer
+from hivit_jax.interop import carried, exporter, files, importer, layer_scale
+from hivit_jax.interop.report import LoadReport
 from hivit_jax.train import manifest
 from hivit_jax.train.checkpoint import load_params
 
@@ -54,21 +55,24 @@ def create_model(
   attention: str = 'xla',
   partial: bool = False,
   ema: bool = False,
+  fold_layer_scale: bool = False,
   **overrides: Any,
 ) -> nnx.Module:
   """Builds a model with weights from a path; arguments as for `hivit_jax.create_model`."""
   state = read(path, ema=ema)
+  if fold_layer_scale:
+    state = layer_scale.folded(state)
   told = carried.read(state.metadata)
   if name is None or (told and told.name == name):
-    name, overrides, _ = carried.model_of(state, **overrides)
+    described = carried.model_of(state, **overrides)
+    if 'num_classes' in overrides:
+      described = carried.as_classifier(described)
+    name, overrides, _ = described
 
   def create():
     return models.create_model(name, seed=seed, attention=attention, **overrides)
 
-  # Whatever is loaded need not be initialised before.
-  model = create() if partial else nnx.eval_shape(create)
-  importer.load_into(model, state, partial=partial)
-  return model
+  return importer.load_new(create, state, partial=partial)[0]
 
 
 def load_weights(
@@ -77,8 +81,9 @@ def load_weights(
   *,
   partial: bool = False,
   ema: bool = False,
+  fold_layer_scale: bool = False,
   image_size: tuple[int, int] | None = None,
-) -> importer.LoadReport:
+) -> LoadReport:
   """Loads weights into a model, in place.
 
   Position embeddings and relative position bias tables are resized when the model's image size is
@@ -87,9 +92,12 @@ def load_weights(
   Args:
     model: from `create_model`.
     path: a `.pth` or `.safetensors` file, a workdir, or one of its checkpoints.
-    partial: take what fits, where a head or decoder is on one side only: pretrained encoders into
-      classifiers. The encoder must be complete, with or without relative position bias.
+    partial: take what fits, where a head or decoder is on one side only: pretrained autoencoders
+      into classifiers. The encoder must be complete, with or without relative position bias. A file
+      of an encoder alone loads into everything without it: heads and decoders are new.
     ema: the exponential moving average of the weights instead of the weights.
+    fold_layer_scale: make the scales of residual branches (LayerScale: iTPN-CLIP, Fast-iTPN) part
+      of the products before them, for a model of `layer_scale=None`; for inference only.
     image_size: (height, width) that the weights are for; needed only where that was not square
       and the file does not tell.
 
@@ -99,4 +107,7 @@ def load_weights(
   Raises:
     UserError: the weights cannot be read or do not fit; lists the names and the likely cause.
   """
-  return importer.load_into(model, read(path, ema=ema), partial=partial, image_size=image_size)
+  state = read(path, ema=ema)
+  if fold_layer_scale:
+    state = layer_scale.folded(state)
+  return importer.load_into(model, state, partial=partial, image_size=image_size)

@@ -1,11 +1,13 @@
 """Files of other pretrainings: refused where their decoder means something else."""
 
+import re
+
 import numpy as np
 import pytest
 
 from hivit_jax import models
 from hivit_jax.errors import UserError
-from hivit_jax.interop import importer
+from hivit_jax.interop import files, importer, infer
 from hivit_jax.interop.files import StateDict
 from tests.helpers import TINY, TINY_MAE
 from tests.interop_files import golden_state
@@ -72,3 +74,58 @@ def test_a_decoder_is_taken_as_a_whole_or_not_at_all():
     'decoder_embed', 'decoder_blocks', 'decoder_norm', 'decoder_pred', 'decoder_pos_embed'
   }  # fmt: skip
   assert 'mask_token' in report.loaded
+
+
+def _renamed(state: dict, pattern: str, replacement: str) -> dict:
+  return {re.sub(pattern, replacement, name): value for name, value in state.items()}
+
+
+def _fast_itpn() -> dict:
+  return files.normal_names(golden_state('fast_itpn'))
+
+
+@pytest.mark.parametrize(
+  ('state', 'likeliest', 'difference'),
+  [
+    # Fast-iTPN with patches of another side is no ViT, although it has a pos_embed.
+    (
+      lambda: _fast_itpn() | {'patch_embed.proj.weight': np.zeros((8, 3, 8, 8))},
+      'Fast-iTPN',
+      'patches of 8x8 pixels, not 4x4',
+    ),
+    (
+      lambda: {k: v for k, v in _fast_itpn().items() if 'reduction' not in k},
+      'Fast-iTPN',
+      r'0 merges \(blocks.N.reduction.weight\), not 2',
+    ),
+    (lambda: _renamed(golden_state('hivit_norpe'), 'absolute_', 'other_'), 'HiViT', 'no absolute'),
+    (
+      lambda: golden_state('hivit_norpe') | {'absolute_pos_embed': np.zeros((1, 16, 48))},
+      'HiViT',
+      'its stages have 8, 48 channels',
+    ),
+    (
+      lambda: _renamed(golden_state('vit_mae'), r'mlp.fc1', 'mlp.w12'),
+      "ViT's MAE",
+      'no blocks.0.mlp.fc1.weight',
+    ),
+    (lambda: _renamed(golden_state('swin'), 'bias_table', 'mlp'), 'Swin', 'no relative_position_b'),
+  ],
+)
+def test_a_file_of_no_known_layout_names_the_three_likeliest_and_what_differs(
+  state, likeliest, difference
+):
+  with pytest.raises(UserError) as error:
+    infer.describe(state(), 'FILE', num_heads=4)
+  text = str(error.value)
+  assert '\n' not in text
+  start = 'FILE is none of the layouts known here. The likeliest, and what differs: '
+  assert text.startswith(f'{start}{likeliest} (')
+  assert re.search(difference, text.removeprefix(start).split('; ')[0]), text
+  assert len(text.removeprefix(start).split('; ')) == 3
+
+
+def test_a_resnet_is_nothing_that_is_here():
+  state = {'conv1.weight': np.zeros((64, 3, 7, 7)), 'fc.weight': np.zeros((10, 512))}
+  with pytest.raises(UserError, match=r'none of the layouts known here.*no patch_embed\.proj'):
+    infer.describe(state, 'FILE')

@@ -242,7 +242,7 @@ def _without(state, *prefixes):
     ),
     (lambda s: s, {'depths': (1, 1, 3)}, r'depths=\(1, 1, 2\), not \(1, 1, 3\)'),
     (lambda s: s, {'embed_dim': 64}, 'embed_dim=32, not 64: .*--config.model.embed_dim=32'),
-    (lambda s: _without(s, 'patch_embed'), {}, 'not a HiViT checkpoint'),
+    (lambda s: _without(s, 'patch_embed'), {}, r'differs: HiViT \(no patch_embed'),
   ],
 )
 def test_what_does_not_fit_is_refused_with_names_and_cause(state, options, message, partial):
@@ -440,12 +440,11 @@ def test_an_encoder_without_head_and_other_patches():
   described = infer.describe(state, 'x', num_heads=4)
   assert (described.name, described.arguments['depth']) == ('vit_base', 2)
   classifier = nnx.merge(*random_model(described.name, **described.arguments))
-  with pytest.raises(UserError, match='This is a backbone without head: take its encoder alone'):
-    _load(classifier, state)
-  report = _load(classifier, state, partial=True)
+  report = _load(classifier, state)
   assert set(report.dropped) == {'norm.weight', 'norm.bias'}
+  assert set(report.new) == {'fc_norm.weight', 'fc_norm.bias', 'head.weight', 'head.bias'}
   state['patch_embed.proj.weight'] = np.zeros((32, 3, 14, 14), np.float32)
-  with pytest.raises(UserError, match=r'patches of 14x14 pixels; ViT has them of 16x16 here'):
+  with pytest.raises(UserError, match=r'differs: ViT \(patches of 14x14 pixels, not 16x16\); '):
     infer.describe(state, 'x')
 
 

@@ -27,11 +27,16 @@ FAMILIES = {
   'hivit_tiny': TINY | {'image_size': 32},
   'backbone_hivit_tiny': TINY | {'image_size': 32},
   'mae_hivit_tiny': TINY_MAE | {'image_size': 32},
+  'backbone_itpn_base': TINY | {'image_size': 32, 'fpn_dim': 12, 'join_stages': True},
+  'mae_itpn_base': TINY_MAE | {'image_size': 32, 'fpn_dim': 12},
+  'fast_itpn_tiny': TINY | {'image_size': 32},
+  'backbone_fast_itpn_tiny': TINY | {'image_size': 32},
   'vit_base': TINY_VIT | {'depth': 2},
   'mae_vit_base': TINY_VIT | _DECODER | {'depth': 2},
   'swin_tiny': TINY_SWIN,
   'simmim_swin_tiny': TINY_SWIN,
 }
+CHANNELS = {'backbone_itpn_base': TINY['embed_dim']}  # whose levels are not stages
 CLASS_TOKENS = {'vit_base': 1, 'mae_vit_base': 1}
 
 
@@ -63,7 +68,7 @@ def test_features_their_mean_and_their_channels(family):
     )
 
   features, pooled, dropped, dropped_pooled, last = run(images, noise)
-  channels = model.feature_info[-1].channels
+  channels = CHANNELS.get(name, model.feature_info[-1].channels)
   assert features.shape[-1] == channels
   first = CLASS_TOKENS.get(name, 0)
   for tokens, mean in ((features, pooled), (dropped, dropped_pooled)):
@@ -92,7 +97,7 @@ def test_only_the_units_asked_for(family):
     with pytest.raises(UserError, match='Swin computes all patches, it takes no ids'):
       encode()
   else:
-    width = model.feature_info[-1].channels
+    width = CHANNELS.get(name, model.feature_info[-1].channels)
     assert jax.eval_shape(encode).shape == (2, CLASS_TOKENS.get(name, 0) + 2, width)
 
 
@@ -112,7 +117,7 @@ def test_images_that_do_not_fit_are_refused_in_one_line(family, images, message)
   assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('name', ['hivit_tiny', 'vit_base', 'swin_tiny'])
+@pytest.mark.parametrize('name', ['hivit_tiny', 'fast_itpn_tiny', 'vit_base', 'swin_tiny'])
 def test_without_classes_a_classifier_gives_the_features_before_the_head(name):
   model = hivit_jax.create_model(name, **FAMILIES[name], num_classes=0, dtype='bfloat16')
   assert isinstance(model, Classifier)

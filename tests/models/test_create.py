@@ -17,10 +17,15 @@ from tests.helpers import abstract_model
 
 def test_models_are_listed():
   assert hivit_jax.list_models() == [
+    'backbone_fast_itpn_base', 'backbone_fast_itpn_large', 'backbone_fast_itpn_small',
+    'backbone_fast_itpn_tiny',
     'backbone_hivit_base', 'backbone_hivit_large', 'backbone_hivit_small', 'backbone_hivit_tiny',
+    'backbone_itpn_base', 'backbone_itpn_large',
+    'fast_itpn_base', 'fast_itpn_large', 'fast_itpn_small', 'fast_itpn_tiny',
     'hivit_base', 'hivit_large', 'hivit_small', 'hivit_tiny',
     'mae_hivit_base', 'mae_hivit_large', 'mae_hivit_small', 'mae_hivit_tiny',
-    'mae_vit_base', 'mae_vit_large', 'simmim_swin_base', 'simmim_swin_small', 'simmim_swin_tiny',
+    'mae_itpn_base', 'mae_itpn_large', 'mae_vit_base', 'mae_vit_large',
+    'simmim_swin_base', 'simmim_swin_small', 'simmim_swin_tiny',
     'swin_base', 'swin_base_global', 'swin_base_mlp_stem', 'swin_base_three_stages',
     'swin_small', 'swin_tiny', 'vit_base', 'vit_large',
   ]  # fmt: skip
@@ -101,6 +106,7 @@ def test_all_of_a_model_has_the_operations_asked_for(name):
     ('hivit_tiny', {'drop_path_rate': 1.0}, 'drop_path_rate .* below 1, got 1.0'),
     ('hivit_tiny', {'drop_path_rate': -0.1}, 'drop_path_rate .* below 1, got -0.1'),
     ('mae_hivit_tiny', {'image_size': 16}, 'mask_ratio 0.75 keeps 0 of 1 units'),
+    ('mae_hivit_tiny', {'target': 'hog'}, 'target="hog" is not one of pixels, saratrx, saratrx_v2'),
     ('mae_hivit_tiny', {'decoder_num_heads': 7}, 'decoder_num_heads=7 does not divide decoder_emb'),
     ('mae_hivit_tiny', {'decoder_embed_dim': 30}, 'decoder_embed_dim=30 is not a multiple of 4'),
     (

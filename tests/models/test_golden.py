@@ -4,17 +4,20 @@ In float64 to 1e-5, which leaves nothing but the rounding of the golden files, m
 same on every processor. In float32, as models are used, to 5e-5: processors round differently.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from hivit_jax.models import swin
+from hivit_jax.interop import fast_itpn
+from hivit_jax.models import swin, targets
 from hivit_jax.models.positions import sincos_2d
-from hivit_jax.models.units import to_rows_and_columns
+from hivit_jax.models.units import join_units, to_rows_and_columns
 from tests.helpers import (
   GOLDEN,
   abstract_model,
@@ -65,8 +68,9 @@ class Golden:
   def check(self, name: str, value: Any) -> None:
     assert_close(value, self.arrays[name], name=name, relative=TOLERANCE[self.dtype])
 
-  def check_gradients(self, grads: dict, unused=frozenset()) -> None:
-    grads = {f'grad/{name}': value for name, value in torch_gradients(grads).items()}
+  def check_gradients(self, grads: dict, unused=frozenset(), layout: Callable = dict) -> None:
+    """All but those of `unused`, which are zero; `layout` gives them the names of the file."""
+    grads = {f'grad/{name}': value for name, value in layout(torch_gradients(grads)).items()}
     unused = {f'grad/{name}' for name in unused}
     assert set(grads) - unused == {name for name in self.arrays if name.startswith('grad/')}
     for name, value in grads.items():
@@ -187,6 +191,160 @@ def test_simmim(name, options, dtype, monkeypatch):
   grads, value = golden.gradients(loss)
   golden.check('loss', value)
   golden.check_gradients(grads)
+
+
+@cases(('fast_itpn', {}), ('fast_itpn', SCAN_REMAT))
+def test_fast_itpn(name, options, dtype):
+  config, arrays = load_golden(f'{name}.npz')
+  state = {k.removeprefix('param/'): v for k, v in arrays.items() if k.startswith('param/')}
+  params = {f'param/{k}': v for k, v in fast_itpn.joined(state).items()}
+  others = {k: v for k, v in arrays.items() if not k.startswith(('param/', 'pretrain/'))}
+  options = options | {key: config[key] for key in ('embed_dim', 'num_heads', 'num_classes')}
+  options['img_size'] = config['img_size']
+  options['depths'] = tuple(config[key] for key in ('depth_stage1', 'depth_stage2', 'depth'))
+  golden = Golden('fast_itpn_tiny', options, params | others, dtype)
+
+  def loss(model):
+    logits = model(golden.images)
+    return (logits * arrays['logit_weights']).sum(), (logits, model.stages(golden.images))
+
+  grads, (logits, stages) = golden.gradients(loss)
+  for key, stage in zip(('stage1', 'stage2'), stages, strict=False):
+    golden.check(key, join_units(to_rows_and_columns(stage), (4, 4)).transpose(0, 3, 1, 2))
+  golden.check('tokens', stages[2])
+  golden.check('logits', logits)
+  golden.check_gradients(grads, layout=fast_itpn.split)
+  keys = np.split(grads['blocks'][5]['attn']['qkv']['bias'], 3)[1]
+  assert np.abs(keys).max() < 1e-5 * np.abs(arrays['grad/blocks.5.attn.q_bias']).max()
+
+
+@cases(('itpn_clip', {}), ('itpn_clip', SCAN_REMAT))
+def test_classifier_of_itpn_clip(name, options, dtype):
+  config, arrays = load_golden(f'{name}.npz')
+  start = 'classifier/'
+  heads = {k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)}
+  unused = {
+    key.removeprefix('param/')
+    for key in arrays
+    if re.match(r'param/(?!patch_embed|blocks|absolute_pos_embed)', key)
+  }
+  options = options | {key: config[key] for key in ('embed_dim', 'num_heads', 'num_classes')}
+  options |= {'depths': (2, 1, config['depth']), 'layer_scale': 0.5, 'img_size': 64}
+  options['stem_blocks'] = config['mlp_depth1'], config['mlp_depth2']
+  encoder = {k: v for k, v in arrays.items() if k.startswith(('param/', 'image'))}
+  golden = Golden('hivit_tiny', options, encoder | heads, dtype, unused)
+
+  def loss(model):
+    logits = model(golden.images)
+    return (logits * heads['logit_weights']).sum(), (logits, model.stages(golden.images))
+
+  grads, (logits, stages) = golden.gradients(loss)
+  golden.check('stage1', to_rows_and_columns(stages[0]))
+  golden.check('stage2', to_rows_and_columns(stages[1]))
+  golden.check('tokens', stages[2])
+  golden.check('logits', logits)
+  golden.check_gradients(grads)
+
+
+def _itpn_options(config):
+  options = {key: config[key] for key in ('embed_dim', 'num_heads', 'fpn_dim', 'fpn_depth')}
+  return options | {'depths': (2, 2, config['depth']), 'stem_blocks': (3, 3), 'img_size': 64}
+
+
+def _order(levels):
+  return [to_rows_and_columns(level) for level in levels]
+
+
+@cases(('itpn_pixel', {}), ('itpn_pixel', SCAN_REMAT))
+def test_itpn(name, options, dtype):
+  config, arrays = load_golden(f'{name}.npz')
+  decoder = {k: config[k] for k in config if k.startswith('decoder')}
+  options = options | {'position_overhang': 0.1}  # made on a CPU
+  golden = Golden('mae_itpn_base', _itpn_options(config) | decoder | options, arrays, dtype)
+
+  def loss(model):
+    out = model(golden.images, noise=arrays['noise'])
+    stages = model.stages(golden.images, out.ids_keep)
+    everything = model.stages(golden.images)
+    pyramids = _order(model.pyramid(*stages)), _order(model.pyramid(*everything))
+    return out.loss, (out, stages, everything[2], pyramids)
+
+  grads, (out, stages, tokens, pyramids) = golden.gradients(loss)
+  np.testing.assert_array_equal(out.ids_keep, arrays['ids_keep'])
+  for key, stage in zip(('stage1', 'stage2'), stages, strict=False):
+    golden.check(key, to_rows_and_columns(stage))
+  golden.check('tokens', stages[2])
+  golden.check('full/tokens', tokens)  # the position embedding as it is
+  for prefix, levels in zip(('', 'full/'), pyramids, strict=True):
+    for stride, level in zip((16, 8, 4), levels, strict=True):
+      golden.check(f'{prefix}pyramid_{stride}', level)
+  golden.check('pred', out.pred)
+  golden.check('loss', out.loss)
+  golden.check_gradients(grads, unused={'decoder_pos_embed'})
+
+
+@pytest.mark.parametrize('kind', ['detector', 'segmenter'])
+@pytest.mark.parametrize('dtype', list(TOLERANCE))
+def test_itpns_maps(kind, dtype):
+  config, arrays = load_golden('itpn_pixel.npz')
+  own = r'param/(patch_embed|blocks|absolute_pos_embed|align|split|block_|fpn).*'
+  params = {k: v for k, v in arrays.items() if re.fullmatch(own, k)}
+  options = _itpn_options(config)
+  if kind == 'segmenter':
+    params['param/absolute_pos_embed'] = arrays['dense/segmenter_absolute_pos_embed']
+    options |= {'join_stages': True, 'img_size': 224}
+  dense = {k.removeprefix('dense/'): v for k, v in arrays.items() if k.startswith('dense/')}
+  golden = Golden('backbone_itpn_base', options, params | dense, dtype)
+  _, maps = golden.gradients(lambda model: ((maps := model(golden.images))[0].sum(), maps))
+  for level, x in enumerate(maps):
+    golden.check(f'{kind}_stride_{4 << level}', x.transpose(0, 3, 1, 2))
+
+
+@cases(('saratrx_target', {}))
+def test_saratrx(name, options, dtype):
+  config, arrays = load_golden(f'{name}.npz')
+  keys = ('embed_dim', 'depths', 'num_heads', 'decoder_embed_dim', 'decoder_depth')
+  options = {key: config[key] for key in (*keys, 'decoder_num_heads', 'img_size')}
+  arrays = {k: v for k, v in arrays.items() if not k.startswith('v2/')}
+  golden = Golden('mae_hivit_tiny', options | {'target': 'saratrx'}, arrays, dtype)
+  images = golden.images.repeat(3, axis=3)
+
+  def loss(model):
+    out = model(images, noise=arrays['noise'])
+    return out.loss, (out, model.target(images))
+
+  grads, (out, target) = golden.gradients(loss)
+  np.testing.assert_array_equal(out.mask, arrays['mask'])
+  golden.check('target', target)
+  golden.check('pred', out.pred)
+  golden.check('loss', out.loss)
+  golden.check_gradients(grads, unused={'decoder_pos_embed'})
+
+
+@pytest.mark.parametrize('dtype', list(TOLERANCE))
+def test_targets_of_saratrx_v2(dtype):
+  _, arrays = load_golden('saratrx_target.npz')
+  removed = arrays['mask']
+  arrays = {k.removeprefix('v2/'): v for k, v in arrays.items() if k.startswith('v2/')}
+  images = arrays['image_nchw'].transpose(0, 2, 3, 1).astype(dtype)
+  pred = arrays['pred'].astype(dtype)
+
+  def loss(weights):
+    target = targets.saratrx_v2(images, weights, True)
+    error = jnp.square(pred - target).mean(axis=-1)
+    return (error * removed).sum() / removed.sum(), target
+
+  with jax.enable_x64(dtype == 'float64'):
+    weights = jnp.asarray(arrays['simple_weights'], dtype)
+    (value, target), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights)
+    features = jax.jit(targets.features_v2)(images)
+  relative = TOLERANCE[dtype]
+  for i, feature in enumerate(features, 1):
+    assert_close(feature, arrays[f'feature_{i}'][:, 0], relative=relative, name=f'feature_{i}')
+  assert_close(target, arrays['target'], relative=relative)
+  assert_close(value, arrays['loss'], relative=relative)
+  # Sums of 3072 terms that cancel, in the file's float32: float64 with its features is as far off.
+  assert_close(gradient, arrays['grad/simple_weights'], relative=1e-4)
 
 
 def test_sincos():

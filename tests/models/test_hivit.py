@@ -46,6 +46,20 @@ PARAMETERS = {
   'backbone_hivit_small': 37_053_216,
   'backbone_hivit_base': 65_788_288,
   'backbone_hivit_large': 289_591_872,
+  # With a feature pyramid; autoencoders as published.
+  'backbone_itpn_base': 82_604_160,
+  'backbone_itpn_large': 292_450_624,
+  'mae_itpn_base': 108_493_344,
+  'mae_itpn_large': 318_339_808,
+  # As published, beside the bias of the keys, C for each transformer block.
+  'fast_itpn_tiny': 24_219_976 + 12 * 384,
+  'fast_itpn_small': 39_902_920 + 20 * 384,
+  'fast_itpn_base': 84_825_192 + 24 * 512,
+  'fast_itpn_large': 312_063_400 - (256 - 196) * 768 + 40 * 768,  # published for 256 pixels
+  'backbone_fast_itpn_tiny': 23_838_816,
+  'backbone_fast_itpn_small': 39_524_832,
+  'backbone_fast_itpn_base': 84_323_456,
+  'backbone_fast_itpn_large': 311_277_504,
   # As published, with the fixed position embeddings of the autoencoders.
   'vit_base': 86_567_656,
   'vit_large': 304_326_632,

@@ -185,7 +185,7 @@ class MaskedAutoencoder(Encoder):
     """(B, H, W, channels) normalised images -> (B, N, numbers) that `decode` should give."""
     if self.predicts == targets.SARATRX:
       return targets.saratrx(images)
-    if self.hogs is not None:
+    if self.predicts == targets.SARATRX_V2:
       return targets.saratrx_v2(images, self.hogs.simple_weights[...], self.norm_pix_loss)
     return pixel_target(images, self.norm_pix_loss)
 

@@ -63,6 +63,7 @@ class MaskedAutoencoder(Encoder):
   latent: Callable[..., jax.Array]  # what the decoder gets, (images, ids, drop_path_noise)
   grid: tuple[int, int]
   class_tokens = 0  # before the units, in the latents and in `decoder_pos_embed`
+  hogs: Any  # of the target `saratrx_v2`, else None
   mask_tokens = 1  # their sum stands for a removed unit
 
   def _add_decoder(self, settings: MAESettings, width: int, *, rngs: nnx.Rngs) -> None:
@@ -185,7 +186,7 @@ class MaskedAutoencoder(Encoder):
     """(B, H, W, channels) normalised images -> (B, N, numbers) that `decode` should give."""
     if self.predicts == targets.SARATRX:
       return targets.saratrx(images)
-    if self.hogs is not None:
+    if self.predicts == targets.SARATRX_V2:
       return targets.saratrx_v2(images, self.hogs.simple_weights[...], self.norm_pix_loss)
     return pixel_target(images, self.norm_pix_loss)
 

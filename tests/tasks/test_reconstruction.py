@@ -26,6 +26,8 @@ def _photos(count: int, height: int, width: int, channels: int = 3) -> np.ndarra
 class _Perfect:
   """Predicts its target, which is what training would lead to in the end."""
 
+  predicts = 'pixels'
+
   def __init__(self, norm_pix_loss: bool, grid: tuple[int, int]):
     self.norm_pix_loss = norm_pix_loss
     self.grid = grid

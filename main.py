@@ -2,8 +2,8 @@
 
   python main.py --config=configs/demo.py --workdir=/tmp/hivit_demo
 
-Any setting of the config can be given on the command line: --config.batch_size=256. A config's
-variants follow a colon: --config=configs/mae_hivit_b.py:1600.
+The command line can override any setting: --config.batch_size=256. A variant of a config follows
+a colon: --config=configs/mae_hivit_b.py:1600.
 """
 
 import pathlib
@@ -25,7 +25,7 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, see conf
 _WORKDIR = flags.DEFINE_string(
   'workdir',
   None,
-  'Directory of checkpoints, metrics and pictures; a run that is in it already goes on. '
+  'Directory for checkpoints, metrics and pictures; a run that is in it already continues. '
   'Default: workdirs/<name of the config>_<variant>.',
 )
 _MODE = flags.DEFINE_enum(
@@ -39,11 +39,11 @@ _MODE = flags.DEFINE_enum(
 _COORDINATOR = flags.DEFINE_string(
   'coordinator_address',
   None,
-  'host:port of process 0. For runs of several processes where nothing else tells them: Slurm, '
-  'Open MPI 4 and Cloud TPUs do. JAX_COORDINATOR_ADDRESS and so on do the same.',
+  'host:port of process 0, for runs of several processes. Slurm, Open MPI 4 and Cloud TPUs need no '
+  'flags. The variables JAX_COORDINATOR_ADDRESS and so on do the same.',
 )
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'All of them; 1: look for no others.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'This one, from 0.')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many; 1: look for no others.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
 
 
 def main(argv: list[str]) -> None:

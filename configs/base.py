@@ -8,91 +8,92 @@ def get_config() -> ml_collections.ConfigDict:
   """Returns the defaults; the files beside this one change what differs."""
   config = ml_collections.ConfigDict()
 
-  config.seed = 0  # of parameters, data order, augmentation, masks
+  config.seed = 0  # decides parameters, data order, augmentation, masks
   # mae: masked autoencoding; simmim; classify; linear: train the last layer alone; or one of your
   # own, package.module:Name. model.name, data.name and evaluators take such names, too.
   config.task = 'mae'
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
-  config.channels = 3  # of the images: 3 (RGB) or 1 (greyscale)
+  config.channels = 3  # channels of the images: 3 (RGB) or 1 (greyscale)
   config.epochs = 300.0  # length of the run and of the learning rate's schedule
   config.steps = config_dict.placeholder(int)  # the same in steps; instead of epochs
   config.max_steps = config_dict.placeholder(int)  # end here; the schedule stays as it is
 
-  # Any argument of the model's class; those left at None have the named model's value.
+  # Any argument of the model's class; None means the named model's value.
   config.model = ml_collections.ConfigDict()
   config.model.name = config_dict.placeholder(str)  # see hivit_jax.list_models()
-  config.model.embed_dim = config_dict.placeholder(int)
-  config.model.depth = config_dict.placeholder(int)  # of ViT
-  config.model.depths = config_dict.placeholder(tuple)  # of HiViT and Swin, stage by stage
-  config.model.window_size = config_dict.placeholder(int)  # of Swin, in patches
-  config.model.mlp_stages = config_dict.placeholder(int)  # of Swin: the first ones, no attention
-  config.model.num_heads = config_dict.placeholder(int)
+  config.model.embed_dim = config_dict.placeholder(int)  # channels; Swin: of the first stage
+  config.model.depth = config_dict.placeholder(int)  # blocks of ViT
+  config.model.depths = config_dict.placeholder(tuple)  # blocks of HiViT and Swin, stage by stage
+  config.model.window_size = config_dict.placeholder(int)  # side of Swin's windows, in patches
+  config.model.mlp_stages = config_dict.placeholder(int)  # first stages of Swin without attention
+  config.model.num_heads = config_dict.placeholder(int)  # of every attention
   config.model.stem_blocks = config_dict.placeholder(tuple)  # MLPs of the first two stages (iTPN)
   config.model.rpe = config_dict.placeholder(bool)  # relative position bias
   config.model.layer_scale = config_dict.placeholder(float)  # initial (iTPN-CLIP, Fast-iTPN)
   config.model.fpn_dim = config_dict.placeholder(int)  # channels of iTPN's pyramid
   config.model.fpn_depth = config_dict.placeholder(int)  # its blocks
-  config.model.drop_path_rate = 0.0
+  config.model.drop_path_rate = 0.0  # of the last block; rises linearly from 0
   config.model.num_classes = config_dict.placeholder(int)  # None: as many as the data set has
-  config.model.head_std = config_dict.placeholder(float)  # of a new head, even if init has one
-  config.model.head_batch_norm = config_dict.placeholder(bool)  # before it: for linear probes
-  config.model.decoder_embed_dim = config_dict.placeholder(int)
-  config.model.decoder_depth = config_dict.placeholder(int)
-  config.model.decoder_num_heads = config_dict.placeholder(int)
+  config.model.head_std = config_dict.placeholder(float)  # of the weights of a head drawn anew
+  config.model.head_batch_norm = config_dict.placeholder(bool)  # BatchNorm before it (linear probe)
+  config.model.decoder_embed_dim = config_dict.placeholder(int)  # channels of MAE's decoder
+  config.model.decoder_depth = config_dict.placeholder(int)  # its blocks
+  config.model.decoder_num_heads = config_dict.placeholder(int)  # its heads
   config.model.mask_ratio = config_dict.placeholder(float)  # share of the units removed
   config.model.norm_pix_loss = config_dict.placeholder(bool)  # predict pixels normalised per unit
   config.model.target = config_dict.placeholder(str)  # pixels; saratrx, saratrx_v2: of SAR images
   config.model.hifeat = config_dict.placeholder(bool)  # decode from all three stages
-  config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
+  config.model.dtype = 'auto'  # of computations: float32 or bfloat16; auto: float32 on CPUs
   config.model.attention = 'auto'  # on NVIDIA GPUs the fastest for each shape; cudnn; xla
-  config.model.ops = 'fast'  # plain: by the definitions, to tell a kernel's fault from a model's
+  config.model.ops = 'fast'  # plain: by definition, to tell a kernel's fault from a model's
   config.model.remat = False  # recompute activations: less memory, about a third more time
   # HiViT and ViT: compile the main block once, not once a layer; slower on CPUs.
   config.model.scan = config_dict.placeholder(bool)
 
-  config.init = config_dict.placeholder(str)  # weights: .pth, .safetensors, checkpoint, workdir
-  config.init_ema = False  # take its averaged weights
+  config.init = config_dict.placeholder(str)  # to start from: a weight file, checkpoint, workdir
+  config.init_ema = False  # use the averaged weights of init
 
   config.data = ml_collections.ConfigDict()
   config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, or folder:/path
   config.data.data_dir = config_dict.placeholder(str)  # None: TFDS_DATA_DIR or TFDS's default
   config.data.train_split = 'train'  # may be cut: train[:90%]; see docs/guide/data.md
-  config.data.eval_split = 'validation'  # of accuracies and pictures
+  config.data.eval_split = 'validation'  # for accuracies and pictures
   # Share of the sides that the central crop of an evaluation keeps; None: 7/8 up to 224 pixels.
   config.data.eval_crop = config_dict.placeholder(float)  # 1: the whole image
   config.data.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
   config.data.std = (0.229, 0.224, 0.225)  # per channel, of pixels in [0, 1]
-  config.data.num_threads = 0  # that decode; 0: one per core, at most 16
+  config.data.num_threads = 0  # threads that decode; 0: one per core, at most 16
   config.data.num_workers = 0  # processes that decode; 0: threads of this one
   config.data.max_broken_fraction = 0.01  # more unreadable images than this stop the run
 
   config.augment = ml_collections.ConfigDict()
-  config.augment.crop_scale = (0.2, 1.0)  # RandomResizedCrop: share of the image's area
-  config.augment.crop_ratio = (3 / 4, 4 / 3)  # and width / height
+  config.augment.crop_scale = (0.2, 1.0)  # RandomResizedCrop: range of the area's share
+  config.augment.crop_ratio = (3 / 4, 4 / 3)  # range of the crop's width / height
   config.augment.crop_clamp = False  # cut a crop that does not fit: no second draw (probes)
-  config.augment.interpolation = 'bicubic'  # of the crop, or bilinear; RandAugment is bicubic
+  config.augment.interpolation = 'bicubic'  # of the crop, or bilinear; RandAugment: always bicubic
   config.augment.flip = True  # mirror every second image
-  config.augment.rand_augment = config_dict.placeholder(str)  # such as rand-m9-mstd0.5-inc1
-  config.augment.color_jitter = 0.0  # of brightness, contrast, saturation; without RandAugment
+  config.augment.rand_augment = config_dict.placeholder(str)  # rand-m9-mstd0.5-inc1; None: off
+  config.augment.color_jitter = 0.0  # of brightness, contrast, saturation; not with RandAugment
   # The rest is for classification, and happens on the device.
+
   config.augment.erase = 0.0  # share of the images with a rectangle of noise
   config.augment.mixup = 0.0  # alpha; 0: off
   config.augment.cutmix = 0.0  # alpha; 0: off
-  config.augment.switch_probability = 0.5  # of cutmix where mixup is on as well
+  config.augment.switch_probability = 0.5  # probability of cutmix where mixup is on, too
   # Consecutive images of a batch that share one draw of mixup or cutmix and are mixed together.
   config.augment.mix_group = config_dict.placeholder(int)  # None or 0: the whole batch
   config.augment.label_smoothing = 0.0  # share of the target spread over all classes
 
   config.batch_size = 4096  # over all devices and hosts
-  config.accumulate_steps = 1  # parts that a batch is computed in, one after the other
+  config.accumulate_steps = 1  # parts in which a batch is computed, one after the other
 
   config.optim = ml_collections.ConfigDict()
   config.optim.name = 'adamw'  # or lars
   config.optim.base_lr = 1e-4  # per 256 images of batch_size: lr = base_lr * batch_size / 256
   config.optim.lr = config_dict.placeholder(float)  # peak; instead of base_lr
   config.optim.base_end_lr = 0.0  # final rate of cosine and poly, per 256 images
-  config.optim.end_lr = config_dict.placeholder(float)  # for any batch; replaces base_end_lr
-  config.optim.base_warmup_start_lr = 0.0  # at the first step, per 256 images
+  config.optim.end_lr = config_dict.placeholder(float)  # for any batch; instead of base_end_lr
+  config.optim.base_warmup_start_lr = 0.0  # rate at the first step, per 256 images
   config.optim.warmup_start_lr = config_dict.placeholder(float)  # for any batch; replaces it
   config.optim.warmup_epochs = 40.0  # of linear rise, part of the run's length
   config.optim.warmup_steps = config_dict.placeholder(int)  # the same in steps; instead of epochs
@@ -104,32 +105,32 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.milestones = ()  # of step: epochs, or steps of a run in steps, where the rate falls
   config.optim.milestone_factor = 0.1  # to this share, again at each of them
   config.optim.b1 = 0.9  # AdamW: decay of the mean of the gradients
-  config.optim.b2 = 0.95  # and of the mean of their squares
-  config.optim.eps = 1e-8  # of AdamW
-  config.optim.momentum = 0.9  # of LARS
-  config.optim.layer_decay = config_dict.placeholder(float)  # of the rate, block by block; None: 1
+  config.optim.b2 = 0.95  # AdamW: decay of the mean of their squares
+  config.optim.eps = 1e-8  # epsilon of AdamW
+  config.optim.momentum = 0.9  # momentum of LARS
+  config.optim.layer_decay = config_dict.placeholder(float)  # of the rate, per block; None: 1
   config.optim.layer_decay_of = 'rate'  # scales the whole curve; peak: only the peak
-  config.optim.weight_decay = 0.05  # times the learning rate; not of biases and LayerNorms
-  config.optim.clip_norm = config_dict.placeholder(float)  # of the global gradient; None: off
+  config.optim.weight_decay = 0.05  # times the learning rate; not for biases and LayerNorms
+  config.optim.clip_norm = config_dict.placeholder(float)  # of the whole gradient; None: off
 
-  config.ema_decay = config_dict.placeholder(float)  # average the parameters; None: off
+  config.ema_decay = config_dict.placeholder(float)  # of averaged parameters; None: no average
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1  # devices that split the batch; -1: all of them, divided by fsdp
   config.mesh.fsdp = 1  # devices that share one copy of parameters, optimizer state and average
 
   config.checkpoint = ml_collections.ConfigDict()
-  config.checkpoint.every_epochs = 1.0  # save; 0: at the end only
-  config.checkpoint.keep_last = 2  # how many of the newest are kept
-  config.checkpoint.keep_every_epochs = 100.0  # and keep these for ever; 0: none
+  config.checkpoint.every_epochs = 1.0  # epochs between checkpoints; 0: only at the end
+  config.checkpoint.keep_last = 2  # number of newest checkpoints that are kept
+  config.checkpoint.keep_every_epochs = 100.0  # and one in so many is kept for good; 0: none
   # And the best by an evaluation, eval/top1:max or eval/loss:min; --config.init=WORKDIR/best.
   config.checkpoint.keep_best = config_dict.placeholder(str)  # None: no best is kept
 
-  config.log_every_steps = 50  # one line of metrics: the means since the last one
+  config.log_every_steps = 50  # steps between rows of metrics, which are means since the last row
 
   config.evaluation = ml_collections.ConfigDict()  # of classifiers on the evaluation set
   config.evaluation.every_epochs = 1.0  # 0: never
-  config.evaluation.batch_size = 256  # over all devices; of the k-NN accuracy, too
+  config.evaluation.batch_size = 256  # images over all devices; also for the k-NN accuracy
   # Further sets, such as v2=test@imagenet_v2,old=validation: splits of a data set or of data.name
   config.evaluation.more = ''  # with metrics eval_v2/top1 ...
 
@@ -137,8 +138,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.knn = ml_collections.ConfigDict()  # k-NN accuracy of the pooled features
   config.knn.every_epochs = 20.0  # 0: never
-  config.knn.k = 20  # neighbours that vote
-  config.knn.temperature = 0.07  # of their votes; small: the nearest decide
+  config.knn.k = 20  # number of neighbours that vote
+  config.knn.temperature = 0.07  # of the votes; a small one lets the nearest decide
   config.knn.bank_size = 50_000  # training images to compare with; 0: all
 
   config.pictures = ml_collections.ConfigDict()  # reconstructions of evaluation images

@@ -27,7 +27,7 @@ def create_model(
   fold_layer_scale: bool = False,
   **overrides: Any,
 ) -> Any:
-  """Builds a model, with fresh parameters or with given ones.
+  """Builds a model, with new parameters or with given weights.
 
   The model takes images (B, H, W, channels) of its image size as normalised floating point numbers;
   uint8 is refused. Call it under `jax.jit`, which takes models as arguments:
@@ -41,9 +41,9 @@ def create_model(
   mean; and `feature_info`, channels and strides.
 
   Args:
-    name: one of `list_models()`; None: the model that `weights` are for. If `weights` carry that
-      model, it has the arguments that it was trained with. Arguments that a file of other code does
-      not show are guessed, and one warning names them.
+    name: one of `list_models()`; None: the model that `weights` are for. Weights from here carry
+      the arguments that the model was trained with. What a file of other code does not show is
+      guessed, and one warning names it.
     seed: of the initialisation.
     attention: 'xla', or for NVIDIA GPUs 'auto' or 'cudnn', see `ops.choice`.
     weights: path of a file, workdir or checkpoint, see `load_weights`.
@@ -63,7 +63,7 @@ def create_model(
 
   Settings of a family; the classes of `hivit_jax.models` explain them:
     hivit_*: embed_dim, depths, num_heads, stem_blocks, stem_mlp_ratio, mlp_ratio, rpe, layer_scale,
-      scan, num_classes (0: no head, the model gives the features before it), head_std,
+      scan, num_classes (0: no head, the output is the features before it), head_std,
       head_batch_norm.
     backbone_hivit_*: as hivit_* up to scan; bias_image_size, window_size, global_blocks,
       level_norms.
@@ -86,7 +86,7 @@ def create_model(
     A `flax.nnx.Module`.
 
   Raises:
-    UserError: an unknown name or argument, values that do not fit, or weights that do not.
+    UserError: an unknown name or argument, or values or weights that do not fit.
   """
   import jax
 

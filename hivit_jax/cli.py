@@ -1,4 +1,4 @@
-"""How every command starts and ends: flags, and mistakes told in one line."""
+"""How every command starts and ends: flags, and mistakes reported in one line."""
 
 import contextlib
 import importlib.util
@@ -26,8 +26,8 @@ _EXIT_STOPPED = 143  # 128 + SIGTERM, as shells have it: job schedulers then sta
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
   """Parses the flags, calls `main(remaining arguments)` and exits.
 
-  Exit status: 0 done, 1 a bug, 2 a mistake of the user's (one line on stderr), 143 stopped by a
-  signal with everything saved that there was to save.
+  Exit status: 0 done, 1 a bug, 2 a user's mistake (one line on stderr), 143 stopped by a signal
+  with everything saved.
   """
   # File and class names need not be in the encoding of a terminal or pipe.
   if isinstance(sys.stdout, io.TextIOWrapper):
@@ -61,7 +61,7 @@ def config_from_file(path: str) -> ml_collections.ConfigDict:
     raise UserError(f'--config={path}: {_place(error, name)}: {_reason(error)}') from error
   if not isinstance(config, ml_collections.ConfigDict):
     kind = type(config).__name__
-    raise UserError(f'--config={path}: get_config() in {name} returned {kind}, no ConfigDict')
+    raise UserError(f'--config={path}: get_config() in {name} returned {kind}, not a ConfigDict')
   return config
 
 

@@ -1,6 +1,6 @@
-"""What a command needs around it before it can start: packages, flags of XLA, devices.
+"""What must be in place before a command can start: packages, flags of XLA, devices.
 
-No package is imported here: `main.py` and `hivit_jax.tools` ask before they import any.
+No package is imported here: `main.py` and `hivit_jax.tools` call this before they import any.
 """
 
 import importlib.util
@@ -84,6 +84,6 @@ def explain_devices(error: BaseException) -> UserError | None:
     'tpu': '; for Google TPUs: pip install "jax[tpu]"',
   }.get((wanted or '').split(',')[0], '')
   return UserError(
-    f'{where}JAX finds no such device here{f" ({reason})" if reason else ""}{install}; on the '
+    f'{where}JAX finds no such device{f" ({reason})" if reason else ""}{install}; to use the '
     'CPU: JAX_PLATFORMS=cpu'
   )

@@ -245,7 +245,7 @@ def _error(done) -> str:
     ({'optim.name': 'sgd'}, 'config.optim.name="sgd" is unknown; there are: adamw, lars'),
     (
       {'model.name': 'mae_hivit_tiny'},
-      'is no classifier, which config.task="classify" needs; try --config.model.name=hivit_tiny',
+      'is not a classifier, which config.task="classify" needs; try --config.model.name=hivit_tiny',
     ),
     ({'augment.rand_augment': 'rand-x'}, 'rand-x'),
     ({'augment.mixup': -1}, 'config.augment.mixup=-1.0: expected 0 or more'),
@@ -292,7 +292,7 @@ def test_evaluating_weights_of_other_classes_without_names(runs, tmp_path):
   files.write(tmp_path / 'x.safetensors', exporter.state_dict(model))
   settings = DATA | {'image_size': 64, 'init': tmp_path / 'x.safetensors'}
   done = _run(runs, 'evaluate.py', '--mode=evaluate', **settings)
-  message = 'x.safetensors has 1000 classes, without names, and digits (test[:35]) has 10: they can'
+  message = 'x.safetensors has 1000 classes without names, and digits (test[:35]) has 10: they can'
   assert message in _error(done)
 
 

@@ -96,9 +96,9 @@ VALUES = [
   ('pictures.count=0', 'config.pictures.count=0: expected at least 1'),
   ('optim.b2=1', 'config.optim.b2=1.0: expected 0 or more, and less than 1'),
   ('optim.clip_norm=0', 'config.optim.clip_norm=0.0: expected more than 0'),
-  ('data.mean=0.5,0.5', 'config.data.mean=(0.5, 0.5): expected one number a channel'),
-  ('data.mean=(0.5,)', 'if it is the same for all: --config.data.mean=0.5,0.5,0.5'),
-  ('data.std=0.,0.,0.', 'config.data.std=(0.0, 0.0, 0.0): expected one number a channel'),
+  ('data.mean=0.5,0.5', 'config.data.mean=(0.5, 0.5): expected one number per channel'),
+  ('data.mean=(0.5,)', 'if all channels have the same: --config.data.mean=0.5,0.5,0.5'),
+  ('data.std=0.,0.,0.', 'config.data.std=(0.0, 0.0, 0.0): expected one number per channel'),
   ('augment.crop_scale=0.5,0.2', 'config.augment.crop_scale=(0.5, 0.2): expected two shares'),
   ('augment.crop_ratio=wide', "config.augment.crop_ratio=('wide',): expected two ratios"),
   ('data.max_broken_fraction=2', 'config.data.max_broken_fraction=2.0: expected from 0 to 1'),
@@ -162,7 +162,9 @@ def test_a_workdir_in_a_bucket(main, mode):
   done = main(DEBUG, f'--mode={mode}', '--workdir=gs://bucket/run')
   assert done.status == 2
   last = done.stderr.splitlines()[-1]
-  assert last.startswith('error: gs://bucket/run is no path in the file system; mount the bucket')
+  assert last.startswith(
+    'error: gs://bucket/run is not a path in the file system; mount the bucket'
+  )
   assert not (ROOT / 'gs:').exists()
 
 
@@ -246,11 +248,11 @@ BASE = 'from configs import base\n\n\ndef get_config():\n  config = base.get_con
     ('x = 1\ndef get_config(:\n', 'mine.py, line 2: SyntaxError: invalid syntax'),
     ('import nosuch\n', "mine.py, line 1: ModuleNotFoundError: No module named 'nosuch'"),
     ('def get_config():\n  return 1 / 0\n', 'mine.py, line 2: ZeroDivisionError'),
-    ('def get_config():\n  return {}\n', 'get_config() in {} returned dict, no ConfigDict'),
+    ('def get_config():\n  return {}\n', 'get_config() in {} returned dict, not a ConfigDict'),
     (BASE + '  config.bach_size = 4\n  return config\n', 'line 6: AttributeError: Key "bach_size"'),
     (BASE + '  config.bach_size = 4\n  return config\n', 'Did you mean "batch_size"'),
     (BASE + '  config.epochs = "x"\n  return config\n', 'mine.py, line 6: TypeError: '),
-    (BASE, 'returned NoneType, no ConfigDict'),
+    (BASE, 'returned NoneType, not a ConfigDict'),
   ],
 )
 @pytest.mark.parametrize('override', [(), ('--config.seed=1',)])
@@ -310,8 +312,8 @@ def test_a_platform_that_is_not_there(tmp_path):
     timeout=patience.limit(120),
   )
   error = error_of(Ended(done.returncode, done.stderr))
-  assert error.startswith('JAX_PLATFORMS=nosuch: JAX finds no such device here')
-  assert error.endswith('; on the CPU: JAX_PLATFORMS=cpu')
+  assert error.startswith('JAX_PLATFORMS=nosuch: JAX finds no such device')
+  assert error.endswith('; to use the CPU: JAX_PLATFORMS=cpu')
   assert not (tmp_path / 'w').exists()
 
 

@@ -60,7 +60,7 @@ def test_two_processes_train_as_one_and_end_together_when_one_is_killed(runs, al
     first, second = (process.output() for process in job)
   assert 'float32 on 4 x cpu' in first
   last = first.splitlines()[-1]
-  assert re.match(r'process 0 of 2 stops: process 1 on \S+ has ended without a word', last), first
+  assert re.match(r'process 0 of 2 stops: process 1 on \S+ ended without a message', last), first
   assert last.endswith('continues from the last checkpoint')
   assert 'Traceback' not in first
   assert 'loss' not in second  # only process 0 tells how it goes
@@ -105,7 +105,7 @@ def test_of_three_processes_two_end_with_one_line_each(runs, tmp_path):
     ends = [process.wait(END) for process in job]
     logs = [process.output() for process in job]
   assert ends == [143, -signal.SIGKILL, 143], logs
-  name = r'process 1 on \S+ has ended without a word'
+  name = r'process 1 on \S+ ended without a message'
   for index in (0, 2):
     assert re.match(f'process {index} of 3 stops: {name}', logs[index].splitlines()[-1]), logs
 
@@ -189,7 +189,7 @@ def test_what_does_not_describe_a_job_is_refused(forks, tmp_path, flags, environ
 def test_open_mpi_5_needs_to_be_told_where_process_0_is(forks, tmp_path):
   started = {f'OMPI_COMM_WORLD_{key}': value for key, value in MPI.items()}
   ended = forks('main.py', '--config=configs/demo.py:debug', f'--workdir={tmp_path}', **started)
-  assert error_of(ended).startswith('Open MPI has started 2 processes, but does not tell where')
+  assert error_of(ended).startswith('Open MPI has started 2 processes, but does not say where')
 
 
 def test_one_process_looks_for_no_others(forks, tmp_path):

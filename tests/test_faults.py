@@ -166,7 +166,7 @@ def test_a_file_that_disappears_is_told_and_replaced_as_a_broken_one_would_be(
   assert told[0].startswith(
     f'Broken example, replaced by another: {victim} (cannot be read: [Errno 2]'
   )
-  assert told[1:] == ['1 broken training images were replaced by others; each is named above']
+  assert told[1:] == ['1 broken training images were replaced; each is named above']
   assert metrics(workdir)[-1]['train/broken_images'] == 1
   # The same from the beginning, with a file that never was an image.
   door.unlink()
@@ -233,7 +233,7 @@ def test_a_nan_stops_a_run_at_its_step_and_without_it_the_run_ends_with_the_same
   ended = forks('tests/nan_at.py', str(STEPS + 3), *flags)
   assert ended.status == 2, ended.stderr
   last = ended.stderr.splitlines()[-1]
-  assert last.startswith(f'error: not finite any more at step {STEPS + 3}: loss nan, grad_norm nan')
+  assert last.startswith(f'error: no longer finite at step {STEPS + 3}: loss nan, grad_norm nan')
   assert f'; the last good checkpoint is {workdir}/checkpoints/{STEPS + 2}. The same comm' in last
   assert '--config.optim.clip_norm=1.0' in last
   assert 'Traceback' not in ended.stderr

@@ -161,7 +161,7 @@ def test_other_settings_are_told_with_their_old_and_new_values(runs, finished, t
       'seed: 0 -> 1',
     )
   ]
-  assert order.startswith('ANOTHER ORDER OF IMAGES from here on, for a new seed')
+  assert order.startswith('THE ORDER OF IMAGES CHANGES from here on, because of a new seed')
 
 
 def test_a_model_that_does_not_fit_the_checkpoint_is_refused(runs, finished):
@@ -171,7 +171,7 @@ def test_a_model_that_does_not_fit_the_checkpoint_is_refused(runs, finished):
   assert done.stderr.count('\n') == 1
   newest = finished.workdir / 'checkpoints' / str(STEPS)
   assert done.stderr.startswith(f'error: the checkpoint {newest} does')
-  assert 'model.embed_dim: 32 -> 64; as before: --config.model.embed_dim=32\n' in done.stderr
+  assert 'model.embed_dim: 32 -> 64; to undo that: --config.model.embed_dim=32\n' in done.stderr
   assert 'another --workdir' in done.stderr
   assert content(finished.workdir) == before
 
@@ -180,7 +180,7 @@ def test_the_flags_that_an_error_names_can_be_copied(runs, finished):
   """Every setting that differs, with its old value."""
   changed = {'model__embed_dim': 64, 'model__depths': '1,1,1', 'optim__clip_norm': 1.0, 'seed': 1}
   error = runs.train(finished.workdir, **changed).stderr
-  flags = shlex.split(error.split('; as before: ')[1])
+  flags = shlex.split(error.split('; to undo that: ')[1])
   assert sorted(flags) == [
     '--config.model.depths=1,1,2',
     '--config.model.embed_dim=32',
@@ -190,7 +190,7 @@ def test_the_flags_that_an_error_names_can_be_copied(runs, finished):
   done = runs.finish([*runs.command(finished.workdir), *flags])
   assert done.returncode == 0, done.stderr
   assert 'this run is finished' in done.stderr
-  assert f'To train longer: --config.max_steps={2 * STEPS}; to begin anew' in done.stderr
+  assert f'To train longer: --config.max_steps={2 * STEPS}; to start over' in done.stderr
 
 
 # Disturbed runs
@@ -276,7 +276,7 @@ def test_a_signal_while_compiling_is_heard_at_once_and_obeyed_after(runs, finish
   with runs.start(command, {'JAX_ENABLE_COMPILATION_CACHE': 'false'}) as process:
     process.wait_for('compiling the training step')
     process.send(signal.SIGINT)
-    process.wait_for('SIGINT: stopping as soon as')
+    process.wait_for('SIGINT: stopping after the current step')
     assert 'compiled in' not in process.output()
     assert process.wait() == 143
     assert stopped_at(process.output(), 'SIGINT', workdir) == STEPS + 1
@@ -288,12 +288,12 @@ def test_a_second_signal_ends_a_run_at_once_even_while_compiling(runs, finished,
   with runs.start(command, {'JAX_ENABLE_COMPILATION_CACHE': 'false'}) as process:
     process.wait_for('compiling the training step')
     process.send(signal.SIGTERM)
-    process.wait_for('SIGTERM: stopping as soon as')
+    process.wait_for('SIGTERM: stopping after the current step')
     time.sleep(1.1)  # within a second it counts as the same signal, passed on by a wrapper
     process.send(signal.SIGINT)
     assert process.wait(5) == 130
     assert 'compiled in' not in process.output()
-    assert process.output().endswith('SIGINT again: ended at once\n')
+    assert process.output().endswith('SIGINT again: stopped at once\n')
   assert checkpoints(workdir)[-1] == str(STEPS)
 
 
@@ -306,7 +306,7 @@ def test_a_signal_before_training_begins_ends_a_run_with_one_line(runs, tmp_path
     process.send(signal.SIGTERM)
     assert process.wait() == 143
     last = process.output().splitlines()[-1]
-    assert last == 'SIGTERM: stopped before training began; the same command starts again'
+    assert last == 'SIGTERM: stopped before training began; the same command starts it again'
     assert 'Traceback' not in process.output()
 
 
@@ -363,8 +363,8 @@ def test_a_damaged_checkpoint_is_told_and_passed_over(runs, finished, tmp_path):
   done = runs.train(workdir)
   assert done.returncode == 0, done.stderr
   told = warnings_of(done.stderr)
-  assert told[0].startswith(f'DAMAGED checkpoint of step {STEPS}, {newest}: ')
-  assert told[1] == f'going back to the checkpoint of step {STEPS - 2}'
+  assert told[0].startswith(f'DAMAGED checkpoint at step {STEPS}, {newest}: ')
+  assert told[1] == f'falling back to the checkpoint of step {STEPS - 2}'
   assert_same_params(workdir, finished.workdir)
   assert metrics(workdir) == metrics(finished.workdir)
 
@@ -374,7 +374,7 @@ def test_a_loss_that_is_not_finite_stops_a_run_and_spoils_nothing(runs, finished
   done = runs.train(workdir, max_steps=STEPS + 4, optim__lr=1e30)
   assert done.returncode == 2
   last = done.stderr.splitlines()[-1]
-  assert last.startswith(f'error: not finite any more at step {STEPS + 1}: loss 0.')
+  assert last.startswith(f'error: no longer finite at step {STEPS + 1}: loss 0.')
   assert f'the last good checkpoint is {workdir}/checkpoints/{STEPS}.' in last
   assert '--config.optim.clip_norm=1.0' in last
   assert 'Traceback' not in done.stderr
@@ -396,7 +396,7 @@ def test_broken_images_are_replaced_counted_and_told_at_the_end(runs, tmp_path):
   *named, summary = warnings_of(done.stderr)
   assert len(named) == 2
   assert all('not an image' in line for line in named)
-  assert summary == '2 broken training images were replaced by others; each is named above'
+  assert summary == '2 broken training images were replaced; each is named above'
   assert metrics(workdir)[-1]['train/broken_images'] == 2
 
 

@@ -1,8 +1,8 @@
 """From a source of examples to batches of arrays: threads, worker processes, broken files.
 
-Hosts, threads, worker processes and restarts change nothing in what is seen, for what stands at a
+Hosts, threads, worker processes and restarts do not change what the model sees: the example at a
 position of the stream is a function of (seed, position); see `stream`. Any step can be loaded
-without those before it, so a checkpoint needs no state of the input: the step number is the state.
+without the steps before it, so a checkpoint needs no input state: the step number is the state.
 
 Grain runs the threads and worker processes, over chunks of a host's batch.
 """
@@ -125,7 +125,7 @@ def eval_loader(
 
 
 class Loader(Iterator[Batch]):
-  """An iterator over batches that loads ahead and keeps account of broken examples.
+  """An iterator over batches that loads ahead and keeps track of broken examples.
 
   Close it, or use it in a `with`, to stop its threads and processes; it closes itself at its end
   and when it raises an error. Threads begin to load at once, worker processes with the first batch.
@@ -223,8 +223,8 @@ class Loader(Iterator[Batch]):
       killed = re.match(r'Worker process was terminated .*?(exit code -\d+)', str(error))
       if killed:
         raise UserError(
-          f'A data worker process was killed ({killed[1]}; -9 is what the kernel does when memory '
-          'is short: fewer --config.data.num_workers take less). The same command goes on.'
+          f'A data worker process was killed ({killed[1]}; -9: the kernel was short of memory, '
+          'use fewer --config.data.num_workers). The same command continues.'
         ) from error
       raise
 
@@ -265,7 +265,7 @@ class Loader(Iterator[Batch]):
       raise UserError(
         f'{len(self.broken)} of the {different} examples of {source.name} ({source.split}) seen so '
         f'far are broken, more than max_broken_fraction={self._max_broken_fraction:g} allows. '
-        'Repair or remove them, or allow for more (--config.data.max_broken_fraction='
+        'Repair or remove them, or allow more (--config.data.max_broken_fraction='
         f'{min(1, 2 * len(self.broken) / sample):.2g}): {listed(list(self.broken.values()))}'
       )
 

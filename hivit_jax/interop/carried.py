@@ -1,4 +1,4 @@
-"""The model that weights carry with them: in a run's checkpoint, a conversion, a file of ours."""
+"""The model that weights carry: in a run's checkpoint, a conversion, or a file exported here."""
 
 import logging
 from collections.abc import Mapping
@@ -45,8 +45,8 @@ def model_of(state: StateDict, **overrides: Any) -> Described:
   if described.guessed:
     key = described.guessed[0]
     _log.warning(
-      '%s does not say %s. To give another value: create_model(%s=...), --%s=... of the tool '
-      'convert, or --config.model.%s=...',
+      '%s does not say %s. To set another value: create_model(%s=...), --%s=... of tools.convert, '
+      'or --config.model.%s=...',
       state.source,
       ', '.join(f'{key} (assumed {described.arguments[key]})' for key in described.guessed),
       key, key, key,

@@ -69,7 +69,7 @@ def in_layout(
     prefix: instead of the layout's.
 
   Raises:
-    UserError: the model has not what the layout needs.
+    UserError: the model lacks what the layout needs.
   """
   kind = infer.family(state.arrays)
   layout = layout or default_layout(state)

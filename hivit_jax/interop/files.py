@@ -1,4 +1,4 @@
-"""State dicts in files: what they are called, what they are wrapped in, how they are written."""
+"""State dicts in files: their names, their wrappers, and how they are written."""
 
 import contextlib
 import json
@@ -135,7 +135,7 @@ def normal_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   result: dict[str, np.ndarray] = {}
   for name, short in names.items():
     if short in result:
-      raise UserError(f'{short} is there twice under different prefixes, the second time as {name}')
+      raise UserError(f'{short} appears twice under different prefixes, the second time as {name}')
     result[short] = arrays[name]
   return fast_itpn.joined(result)
 

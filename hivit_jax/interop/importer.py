@@ -1,4 +1,4 @@
-"""State dicts into models: what fits, what is resized, and what is wrong when it does not fit."""
+"""State dicts into models: what fits, what is resized, and why something does not fit."""
 
 import logging
 import math
@@ -95,7 +95,7 @@ def _put(
 ) -> LoadReport:
   if bad := files.not_finite({'.'.join(path): value for path, value in values.items()}):
     _log.warning(
-      '%s: %d parameters hold NaN or infinite numbers, the first is %s, and so will the model',
+      '%s: %d parameters hold NaN or infinite numbers, and so will the model; the first is %s',
       state.source, len(bad), bad[0],
     )  # fmt: skip
   params = nnx.state(model)
@@ -282,7 +282,7 @@ class _Sizes:
 
   def _unknown(self, units: int) -> UserError:
     return UserError(
-      f'{self._source} is for images of {units} units, which is no square: give its size, '
+      f'{self._source} is for images of {units} units, which is not a square: give its size, '
       'image_size=(height, width) or --image_size=HEIGHTxWIDTH'
     )
 

@@ -79,8 +79,8 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
   Args:
     arrays: name -> array in PyTorch's layout, with the official names.
     source: for messages.
-    **known: arguments that shapes do not show, above all `num_heads` where a head has not 64
-      channels, and `image_size` where images were not square.
+    **known: arguments that shapes do not show, above all `num_heads` if heads do not have 64
+      channels, and `image_size` if images were not square.
 
   Returns:
     The model. Of ViT and Swin without a head it is the classifier, whose encoder it is.
@@ -146,5 +146,5 @@ def _name(family_name: str, arguments: Mapping[str, Any], source: str) -> str:
 
   names = [name for name in MODELS if name.rsplit('_', 1)[0] == family_name]
   if not names:
-    raise UserError(f'{source} is a {family_name}, of which there is no model here')
+    raise UserError(f'{source} is a {family_name}, and there is no such model here')
   return min(names, key=distance)

@@ -165,7 +165,7 @@ def _cause(
   except UserError as error:
     return str(error)
   if {base, infer.architecture(wanted)} not in ({base}, {'hivit', 'itpn'}):  # one encoder
-    return f'This is {described.name}, which is another kind of model'
+    return f'This is {described.name}, a different kind of model'
   differ = {}
   sizes = {name: value.shape for name, value in state.arrays.items()}
   told: dict[str, Any] = {**shapes.pyramid(sizes), **described.arguments}
@@ -184,7 +184,7 @@ def _cause(
   if differ:
     settings = ', '.join(f'{key}={theirs}, not {ours}' for key, (theirs, ours) in differ.items())
     flags = ' '.join(flag(f'model.{key}', theirs) for key, (theirs, _) in differ.items())
-    return f'The weights have {settings}: create the model so, or start with {flags}'
+    return f'The weights have {settings}: create the model that way, or start with {flags}'
   if there == 'backbone' and base in ('hivit', 'fast_itpn') and there != infer.family(wanted):
     return (
       f'This is {described.name}, an encoder: it must be complete, and nothing may be left over'
@@ -195,7 +195,7 @@ def _cause(
     return (
       f'This is {infer.KINDS[there][0]}: '
       + (f'load it into {described.name}, or ' if whole else '')
-      + 'take its encoder alone with partial=True (--partial)'
+      + 'load only its encoder with partial=True (--partial)'
     )
   if scales != layer_scale.has(wanted):
     if not scales:

@@ -216,7 +216,7 @@ def _square(cells: int, source: str, side: int = 16, name: str = 'units') -> Siz
   count = math.isqrt(cells)
   if count * count != cells:
     raise UserError(
-      f'{source} is for images of {cells} {name}, which is no square: give its image_size as '
+      f'{source} is for images of {cells} {name}, which is not a square: give its image_size as '
       '(height, width)'
     )
   return side * count, side * count
@@ -224,5 +224,5 @@ def _square(cells: int, source: str, side: int = 16, name: str = 'units') -> Siz
 
 def _heads(width: int, source: str) -> int:
   if width % _HEAD_WIDTH:
-    raise UserError(f'{source}: shapes do not tell the number of heads; give num_heads')
+    raise UserError(f'{source}: shapes do not show the number of heads; give num_heads')
   return width // _HEAD_WIDTH

@@ -92,8 +92,8 @@ def _explain(path: Any, error: Exception) -> UserError:
   if isinstance(error, pickle.UnpicklingError) and wanted:
     name = next(group for group in wanted.groups() if group)
     return UserError(
-      f'{path} was not loaded: it asks to run {name}, and nothing in a weight file may run. '
-      'Ask whoever made it for the bare state dict (torch.save(model.state_dict(), ...)) or for '
+      f'{path} was not loaded: it wants to run {name}, and nothing in a weight file may run. '
+      'Ask its author for the bare state dict (torch.save(model.state_dict(), ...)) or for '
       '.safetensors'
     )
   return UserError(

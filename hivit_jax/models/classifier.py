@@ -1,4 +1,4 @@
-"""What makes an encoder a classifier."""
+"""Classifier: an encoder with a head."""
 
 import dataclasses
 
@@ -16,9 +16,9 @@ class HeadSettings(Settings):
   """Settings of a classifier's head.
 
   Attributes:
-    num_classes: number of logits; 0: no head, the model gives the features before it.
+    num_classes: number of logits; 0: no head, the output is the features before it.
     head_std: standard deviation of the head's initial weights.
-    head_batch_norm: a BatchNorm without scale and bias before the head: that of MAE's linear probe
+    head_batch_norm: a BatchNorm without scale and bias before the head, as in MAE's linear probe
       (arXiv 2111.06377, appendix A).
   """
 

@@ -104,11 +104,11 @@ class FeatureInfo(NamedTuple):
 class Encoder(nnx.Module):
   """The contract of every encoder, whether it is alone or part of a classifier or autoencoder.
 
-    forward_features(images, ids=None, drop_path_noise=None): what the last stage gives.
-    pooled(images, drop_path_noise=None): (B, C) its mean over an image.
+    forward_features(images, ids=None, drop_path_noise=None): the output of the last stage.
+    pooled(images, drop_path_noise=None): (B, C), its mean over an image.
     stages(images, ...): the outputs of all stages.
     feature_info: channels and stride of each level, the last of C channels where it is a stage's.
-    drop_path_noise(rng, batch): the numbers that switch drop path on; without them it is off.
+    drop_path_noise(rng, batch): random numbers for drop path, which is off without them.
 
   Images are (B, H, W, channels), normalised floating point numbers. `ids` (B, K) are the units that
   are kept, as positions in the row-major grid; encoders that mix units earlier refuse it.

@@ -104,7 +104,7 @@ def check_counts(key: str, value: Any, count: int) -> None:
 
 
 class Stem(NamedTuple):
-  """What the two stages of MLP blocks give, cells in merge order."""
+  """Outputs of the two stages of MLP blocks, cells in merge order."""
 
   middle: jax.Array  # (B, K, 16, C / 4), in the middle of the first stage
   stage1: jax.Array  # (B, K, 16, C / 4)
@@ -252,16 +252,16 @@ class HiViTEncoder(Encoder):
     Args:
       images: (B, H, W, channels) normalised images of any size that is a multiple of 16.
       levels: which, in which order.
-      window_size: the transformer blocks attend within windows of so many units a side; None:
-        globally.
-      global_blocks: transformer blocks, counted from 0, that attend globally even so.
+      window_size: side of the windows, in units, within which the transformer blocks attend; None:
+        they attend globally.
+      global_blocks: transformer blocks, counted from 0, that attend globally nevertheless.
       drop_path_noise: from the method of that name; None (evaluation) switches drop path off.
 
     Returns:
       For each of `levels` (B, h, w, C), see `feature_info`.
 
     Raises:
-      UserError: a size, level or block that there is not, or windows together with relative
+      UserError: a size, level or block that does not exist, or windows together with relative
         position bias.
     """
     self._check(images, any_size=True)
@@ -309,7 +309,7 @@ class HiViTEncoder(Encoder):
 
   def _check_features(self, levels, grid, window_size, global_blocks) -> None:
     if not set(levels) <= {1, 2, 3, 4}:
-      raise UserError(f'levels must be of 1, 2, 3, 4, got {tuple(levels)}')
+      raise UserError(f'levels must be some of 1, 2, 3, 4, got {tuple(levels)}')
     if 4 in levels and min(grid) < 2:
       raise UserError(
         f'level 4 has a stride of 32 pixels, the image only {UNIT * grid[0]}x{UNIT * grid[1]}; '

@@ -1,4 +1,4 @@
-"""Which units an autoencoder sees, and what it is to predict (MAE, arXiv 2111.06377)."""
+"""Which units an autoencoder sees, and what it should predict (MAE, arXiv 2111.06377)."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ NORM_PIX_EPS = 1e-6
 
 @struct.dataclass
 class MAEOutput:
-  """What a masked autoencoder gives.
+  """The output of a masked autoencoder.
 
   Attributes:
     loss: () float32, mean squared error over the removed units.

@@ -23,7 +23,7 @@ def position_embedding(
     embedding: (1, rows * columns, C) numpy or JAX array for the grid `source`.
     source: (rows, columns) of units.
     target: (rows, columns) of units.
-    overhang: units by which the target's sides are thought longer, so that the samples move. The
+    overhang: units added to the target's sides, which shifts the samples. The
       published detectors were trained with 0.1, an inheritance from DINO's guard against rounding.
 
   Returns:

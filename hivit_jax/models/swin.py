@@ -40,8 +40,8 @@ class SwinSettings(Settings):
     num_heads: heads of each stage.
     window_size: patches along a window's side; one number, or one for each stage.
     mlp_ratio: hidden width of the MLPs, as a multiple of their channels.
-    mlp_stages: so many stages, from the first, have blocks without attention.
-    global_stages: so many stages, the last ones, have one window, which is the (square) map.
+    mlp_stages: number of stages, from the first, whose blocks have no attention.
+    global_stages: number of stages, the last ones, with a single window: the (square) map.
   """
 
   embed_dim: int
@@ -267,7 +267,7 @@ class SwinEncoder(Encoder):
   ) -> jax.Array:
     """(B, h, w, C), the last map; UserError for `ids`: windows need their neighbours."""
     if ids is not None:
-      raise UserError('Swin computes all patches, it takes no ids')
+      raise UserError('Swin computes all patches and takes no ids')
     return self.stages(images, drop_path_noise)[-1]
 
   def pooled(self, images: jax.Array, drop_path_noise: jax.Array | None = None) -> jax.Array:

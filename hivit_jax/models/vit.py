@@ -1,6 +1,6 @@
 """ViT (arXiv 2010.11929), as classifier and as masked autoencoder (MAE, arXiv 2111.06377).
 
-The names of parameters and what they start as are those of MAE's code. Patches are 16x16 pixels: a
+Parameter names and initialisation are MAE's. Patches are 16x16 pixels: a
 patch is what HiViT calls a unit.
 """
 

@@ -19,7 +19,7 @@ _LONG = 128  # tokens from which on cuDNN's kernel is faster than XLA's (H100)
 def of_projection(
   attend: Callable[..., jax.Array], qkv: jax.Array, heads: int, bias: jax.Array | None = None
 ) -> jax.Array:
-  """Attention from what one Linear gives.
+  """Attention from the output of one Linear.
 
   Args:
     attend: a function of q, k, v and bias.
@@ -66,7 +66,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = Non
 def auto(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
   """`cudnn` where it is faster on an NVIDIA GPU and sums nothing in bfloat16.
 
-  It is slower for few tokens or an odd number. A bias and its gradient it rounds.
+  It is slower for few tokens or an odd number, and it rounds a bias and its gradient.
   """
   n = q.shape[-2]
   return (cudnn if bias is None and n >= _LONG and n % 2 == 0 else plain)(q, k, v, bias)

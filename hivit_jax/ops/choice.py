@@ -74,6 +74,6 @@ def choose(ops: str = 'fast', attention: str = 'xla') -> Ops:
       raise UserError(f'{key}="{value}" is not one of {", ".join(known)}')
   if ops == 'plain':
     if attention != 'xla':
-      raise UserError(f'attention={attention} is a fast form, which ops=plain excludes: take one')
+      raise UserError(f'attention={attention} is a fast form, which ops=plain excludes: choose one')
     return PLAIN
   return dataclasses.replace(FAST, attend=ATTENTION[attention])

@@ -50,7 +50,7 @@ _take.defvjp(_forward, _backward)
 
 
 def units_fast(units: jax.Array, ids: jax.Array) -> jax.Array:
-  """`units_plain`; a position that there is not gives NaN."""
+  """`units_plain`; a position that does not exist gives NaN."""
   return _each(functools.partial(_take, units.shape[1]), 0, units, ids)
 
 

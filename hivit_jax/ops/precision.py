@@ -1,4 +1,4 @@
-"""The type of what must not be rounded: statistics, softmax, loss, gradients of parameters."""
+"""The type of numbers that must not be rounded: statistics, softmax, loss, gradients."""
 
 from typing import Any
 

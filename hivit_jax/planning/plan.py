@@ -1,4 +1,4 @@
-"""What a config's training step will need on devices that need not be there.
+"""What a training step needs on devices that need not be there.
 
 The step is compiled as training would, for TPUs by libtpu, for GPUs by JAX's CUDA plugin; nothing
 is allocated. What the numbers mean is in docs/guide/scaling.md.
@@ -58,13 +58,13 @@ def find_devices(topology: str) -> Sequence[Any]:
     whole = 'a number of GPUs in one machine' if chip.gpu else 'a slice'
     raise UserError(
       f'--topology={topology}: expected {whole}, of {chip.pod} {kind} at most; several have a '
-      'slower network between them, which this does not know'
+      'slower network between them, which this planner does not know'
     )
   compilers = ('jax_cuda12_plugin', 'jax_cuda13_plugin') if chip.gpu else ('libtpu',)
   if not any(map(importlib.util.find_spec, compilers)):
     extra = 'cuda13' if chip.gpu else 'tpu'
     raise UserError(
-      f'--topology={topology} takes a compiler: pip install "jax[{extra}]"; or, for counts without '
+      f'--topology={topology} needs a compiler: pip install "jax[{extra}]"; or, for counts without '
       'times, --topology=cpu:8'
     )
   jax.config.update('jax_platforms', 'cpu')  # accelerators in this machine are left alone
@@ -120,7 +120,7 @@ def plan(
 
   Returns:
     Numbers by name: bytes, operations and seconds, of one step on each device. If the program does
-    not fit, `refusal` is what the compiler says (None: nothing), and numbers from the program lack.
+    not fit, `refusal` is the compiler's message (None: none), and its numbers are missing.
 
   Raises:
     UserError: a setting makes no sense, or does not fit the devices.

@@ -1,11 +1,11 @@
-"""How long a step would take at the rates that chips are sold with."""
+"""How long a step would take at the published rates of a chip."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """What XLA's CUDA compiler asks about a chip that is not there."""
+  """What XLA's CUDA compiler must know about a chip that is not there."""
 
   name: str  # in the driver's words
   capability: int  # major version of the compute capability
@@ -18,7 +18,7 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What is published of one chip.
+  """Published rates of one chip.
 
   Attributes:
     flops: bfloat16 operations a second.

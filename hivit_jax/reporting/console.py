@@ -1,4 +1,4 @@
-"""What a run says on the terminal: log lines and the progress bar.
+"""What a run prints on the terminal: log lines and the progress bar.
 
 tqdm and absl are imported where they are needed, so that `--help` stays fast.
 """

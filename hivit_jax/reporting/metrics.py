@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object a line, and TensorBoard files."""
+"""Metrics of a run: one JSON object per line, and TensorBoard files."""
 
 import json
 import logging
@@ -100,7 +100,7 @@ class MetricWriter:
 
 
 class JsonLines:
-  """A file with one JSON object a line, `step` first.
+  """A file with one JSON object per line, `step` first.
 
   What is written for the step of the last line is added to that line, so training and evaluation
   metrics of a step share one. A NaN or an infinity becomes null: JSON has neither, and pandas reads
@@ -130,7 +130,7 @@ class JsonLines:
     self._last_row = row
 
   def write_image(self, step: int, tag: str, image: Any) -> None:
-    """Does nothing: pictures are no lines."""
+    """Does nothing: pictures do not go into this file."""
 
   def close(self) -> None:
     self._file.close()

@@ -90,12 +90,12 @@ def _read_run_info(path: pathlib.Path) -> dict[str, Any] | None:
     return None
   except (ValueError, TypeError, KeyError):
     pass
-  _log.warning('%s is not what this program writes; it is not compared, and replaced', path)
+  _log.warning('%s was not written by this program; it is not compared, and will be replaced', path)
   return None
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-  """What a config looks like after a way through JSON: tuples are lists, keys are strings."""
+  """A config as JSON returns it: tuples are lists, keys are strings."""
   return json.loads(json.dumps(config, default=str))
 
 

@@ -1,8 +1,8 @@
 """Compiled programs are kept on disk, so that the next run need not compile them again.
 
-JAX does it, see https://docs.jax.dev/en/latest/persistent_compilation_cache.html; what is here is
-where, how much, and what becomes of a damaged file. JAX's own limit of size is not used: every look
-into the cache would take a lock, which the processes of a job on a network disk would queue for.
+JAX does it, see https://docs.jax.dev/en/latest/persistent_compilation_cache.html; this module says
+where, how much, and what happens to a damaged file. JAX's own size limit is not used: every lookup
+would take a lock, for which the processes of a job on a network disk would queue.
 """
 
 import contextlib
@@ -99,7 +99,7 @@ class _Repair(logging.Filter):
         paths = sorted(self._directory.glob(f'{program}-*-cache'), key=os.path.getmtime)
         for path in paths if done == 'reading' else paths[-1:]:  # names do not tell which is read
           path.unlink(missing_ok=True)
-      record.msg = 'a compiled program could not be %s %s: %s; the run goes on'
+      record.msg = 'a compiled program could not be %s %s: %s; the run continues'
       verb = 'read from' if done == 'reading' else 'written to'
       record.args = (verb, self._directory, reason.strip())
     return True

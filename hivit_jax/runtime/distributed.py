@@ -76,8 +76,8 @@ def initialize(
     if told:
       raise UserError(
         f'{", ".join(f"--{name}={given[name]}" for name in told)}: {error} All of '
-        f'{", ".join(f"--{name}" for name in names)} are needed where no Slurm, Open MPI or TPU '
-        'environment tells them'
+        f'{", ".join(f"--{name}" for name in names)} are needed without a Slurm, Open MPI or TPU '
+        'environment'
       ) from error
     if mpi != '1':
       raise _no_coordinator(mpi) from error
@@ -86,7 +86,7 @@ def initialize(
       if mpi != '1':
         raise _no_coordinator(mpi) from error
       raise UserError(
-        f'cannot find the other processes of this job: {first_line(error)}; tell '
+        f'cannot find the other processes of this job: {first_line(error)}; give '
         f'{", ".join(f"--{name}" for name in names)}, or --num_processes=1 if there are none'
       ) from error
     raise UserError(
@@ -98,7 +98,7 @@ def initialize(
 
 def _no_coordinator(processes: str) -> UserError:
   return UserError(
-    f'Open MPI has started {processes} processes, but does not tell where process 0 is: give '
+    f'Open MPI has started {processes} processes, but does not say where process 0 is: give '
     '--coordinator_address=HOST:PORT (its host, any free port), or pip install mpi4py'
   )
 
@@ -208,10 +208,9 @@ def check_shared(directory: pathlib.Path) -> None:
 
 
 class Votes:
-  """Whether any process wants to stop, told to all of them at the same step.
+  """Whether any process wants to stop; all learn it at the same step.
 
-  With several processes the answer is that of two steps before, so that no process waits for the
-  devices.
+  With several processes the answer is two steps old, so that no process waits for the devices.
   """
 
   def __init__(self, mesh: Mesh):

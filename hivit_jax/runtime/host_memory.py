@@ -1,4 +1,4 @@
-"""Memory of the host and of its devices: what is used, what there is, what malloc keeps."""
+"""Memory of the host and its devices: used, available, and kept by malloc."""
 
 import ctypes
 import importlib.util

@@ -51,7 +51,7 @@ def hold(workdir: pathlib.Path) -> Iterator[None]:
       if error.errno not in _UNSUPPORTED:
         raise
       _log.warning(
-        '%s: its file system has no locks (%s); see to it that no other run is started there',
+        '%s: its file system has no locks (%s); make sure that no other run is started there',
         path, error.strerror,
       )  # fmt: skip
     since = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')

@@ -68,7 +68,7 @@ def check_state(mesh: Mesh, state: Mapping[str, Any]) -> None:
   ways = [
     *([f'--config.mesh.fsdp={mesh.size}'] if mesh.shape['fsdp'] < mesh.size else []),
     *(['--config.ema_decay=None'] if 'ema' in state else []),
-    'a smaller --config.model.name or --config.image_size',
+    'a smaller model (--config.model.name) or --config.image_size',
     'more devices',
   ]
   raise UserError(

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while training: finish cleanly, but never make the user wait for it."""
+"""SIGTERM and SIGINT while training: finish cleanly, but never keep the user waiting."""
 
 import contextlib
 import logging
@@ -24,9 +24,9 @@ class StopSignals:
   What follows within a second is the first one again: wrapper scripts pass on a signal that the
   whole process group has got already.
 
-  Python runs signal handlers between its own instructions, so not while XLA compiles or the device
-  is waited for. A thread of ours, which the interpreter tells of every signal as it comes, says
-  that it was heard, and ends the process at the second one whatever the main thread is at.
+  Python runs signal handlers between its own instructions, so not while XLA compiles or the main
+  thread waits for the device. A thread of ours hears every signal as it comes, acknowledges it, and
+  ends the process at the second one, whatever the main thread is doing.
 
   Attributes:
     received: name of the signal, or None.
@@ -80,10 +80,10 @@ class StopSignals:
         if first is None:
           first = now
           _log.warning(
-            '%s: stopping as soon as the step or compilation under way allows; '
-            'a second signal ends this at once, unsaved',
+            '%s: stopping after the current step or compilation; '
+            'a second signal ends this at once, without saving',
             name,
           )
         elif now - first > _SAME_SECONDS:
-          os.write(2, f'{name} again: ended at once\n'.encode())  # a log handler may be locked
+          os.write(2, f'{name} again: stopped at once\n'.encode())  # a log handler may be locked
           os._exit(128 + number)

@@ -1,4 +1,4 @@
-"""The processes of a job watch each other: none waits for ever for one that has ended.
+"""The processes of a job watch each other: none waits forever for one that has ended.
 
 JAX itself notices when a process has been silent for 100 seconds, and then ends all the others
 with a stack dump. Here process 0 has a connection to every other one, which the kernel closes at
@@ -37,7 +37,7 @@ _KEEPALIVE = (('TCP_KEEPIDLE', 20), ('TCP_KEEPINTVL', 10), ('TCP_KEEPCNT', 4))
 
 
 class Watch:
-  """While it is entered, a process of the job that ends is the end of them all.
+  """Inside this context, the end of one process of the job ends all of them.
 
   One that ends by an exception tells the others why; they end with that message if they have not
   failed, too, within some seconds. One that vanishes ends them at once. Exit status: 143, for which
@@ -113,7 +113,7 @@ class Watch:
         self._connections[connection] = f'process {words[1]} on {words[2]}'
     if len(self._connections) < others:
       _log.warning(
-        '%d of %d processes are not watched: should one end, the others notice after 100 seconds',
+        '%d of %d processes are not watched: if one ends, the others notice after 100 seconds',
         others - len(self._connections), others + 1,
       )  # fmt: skip
 
@@ -141,7 +141,7 @@ class Watch:
   def _end(self, peer: str, said: bytes) -> None:
     status, message, again = 143, '', f'. {_AGAIN}'
     if not said:
-      message = f'{peer} has ended without a word (killed? out of memory? host gone?)'
+      message = f'{peer} ended without a message (killed? out of memory? host gone?)'
     else:
       kind, code, message = said.decode(errors='replace').split(' ', 2)
       status = int(code)

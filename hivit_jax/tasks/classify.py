@@ -15,7 +15,7 @@ from hivit_jax.tasks.task import Batch, ImageTask
 
 @dataclasses.dataclass(frozen=True)
 class ClassifyTask(ImageTask):
-  """Tell the class of an image.
+  """Classify images.
 
   Attributes:
     num_classes: of the model.

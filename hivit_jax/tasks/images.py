@@ -1,4 +1,4 @@
-"""Pixels to what models see, on the device, and back."""
+"""From pixels to the input of models, on the device, and back."""
 
 from collections.abc import Sequence
 

@@ -33,7 +33,7 @@ class MAETask(ImageTask):
   example = 'reconstruct {workdir} --images=PICTURE.jpg --mask_ratio=0.6'
 
   def prepare(self, model: Model, batch: Batch, rng: jax.Array) -> Batch:
-    """Adds the random numbers of a whole batch, which parts of it then share out.
+    """Adds the random numbers of a whole batch, before it is split into parts.
 
     Args:
       model: the model to be trained.

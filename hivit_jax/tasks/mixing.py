@@ -1,7 +1,7 @@
 """Augmentation of whole batches on the device: random erasing, mixup, cutmix.
 
-What is drawn is a function of the key alone, whatever devices a batch lies on. Mixup and cutmix are
-drawn for groups of a batch: in the official runs, the images of one GPU and accumulation step.
+All draws are a function of the key, whatever devices hold the batch. Mixup and cutmix are drawn for
+groups of a batch: in the official runs, the images of one GPU and accumulation step.
 """
 
 import math

@@ -107,9 +107,9 @@ def assemble(
 
 def draw(result: Reconstruction, *, title: str = '') -> Image.Image:
   """One row an image: original, masked, reconstruction, reconstruction with the visible units."""
-  notes = ['grey in the reconstruction: visible units, which the loss trains no prediction of']
+  notes = ['grey in the reconstruction: visible units, which are not part of the loss']
   if result.norm_pix:
-    notes.append('predicted units have the true mean and variance of each unit (norm_pix_loss)')
+    notes.append('mean and variance of predicted units are the true ones (norm_pix_loss)')
   columns: dict[str, np.ndarray] = {
     'original': result.original,
     f'masked ({100 * result.mask_ratio:.0f} %)': result.masked,

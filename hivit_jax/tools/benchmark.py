@@ -1,4 +1,4 @@
-"""How fast a config's training step is, as a share of what the machine's matrix products reach.
+"""Measures a training step, as a share of the speed of a large matrix product on this machine.
 
   python -m hivit_jax.tools.benchmark --config=configs/mae_hivit_b.py --batch_size=8
   python -m hivit_jax.tools.benchmark --compare=paper --out=comparison
@@ -6,11 +6,11 @@
   python -m hivit_jax.tools.benchmark --report=DIR --minutes=5
 
 The first measures the whole step (gradient, optimizer) on synthetic images; the second the steps of
-the paper's comparison beside each other (or those of --compare=ladder, or of configs separated by
-commas); the third the input pipelines of pretraining and of supervised training next to bare
-decoding; the fourth what `tools.report` lists, on whatever accelerator there is. Steps and the
-reference product take turns, so that a machine with other work slows all alike; what is reported is
-the median.
+the paper's comparison side by side (or of --compare=ladder, or of configs separated by commas); the
+third the input pipelines of pretraining and supervised training, compared with bare decoding; the
+fourth all models that `tools.report` lists, on whatever accelerator there is. Steps and the
+reference product take turns, so that other work on the machine slows all alike. Reported are
+medians.
 """
 
 import importlib.util
@@ -34,28 +34,28 @@ from hivit_jax.runtime import host_memory
 from hivit_jax.tools.timing import Matmul, TrainingStep
 from hivit_jax.train import assemble
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config of the step to measure.')
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config whose training step is measured.')
 _COMPARE = flags.DEFINE_string('compare', None, 'paper, ladder, or configs, separated by commas.')
 _DATA = flags.DEFINE_bool('data', False, 'Measure the input pipelines instead.')
 _REPORT = flags.DEFINE_string(
-  'report', None, 'Directory for report.md, .json and .png about this machine, made if not there.'
+  'report', None, 'Directory for report.md, .json and .png about this machine.'
 )
 _MINUTES = flags.DEFINE_float(
   'minutes',
   None,
-  'Of --report: end in about this time, leaving out what comes last.',
+  'With --report: stop after about this time; the last models are left out.',
   lower_bound=0,
 )
 _BATCH_SIZE = flags.DEFINE_integer(
   'batch_size',
   None,
-  'Images a step on each device; default 8, of --report the largest power of two that fits.',
+  'Images per step and device; default 8, with --report the largest power of two that fits.',
   lower_bound=1,
 )
 _STEPS = flags.DEFINE_integer('steps', 10, 'Steps to measure.', lower_bound=1)
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object instead of text.')
 _OUT = flags.DEFINE_string(
-  'out', None, 'Of --compare: directory for comparison.md, .json and .png, made if not there.'
+  'out', None, 'With --compare: directory for comparison.md, .json and .png.'
 )
 
 _STARTS = 100  # of a step, for the host's time
@@ -67,13 +67,13 @@ def main(argv: list[str]) -> None:
   given = (_CONFIG.value, _COMPARE.value, _REPORT.value, _DATA.value or None)
   if sum(value is not None for value in given) != 1:
     raise UserError(
-      'what to measure? One of --config=configs/mae_hivit_b.py, --compare=paper, --report=DIR, and '
-      '--data for the input'
+      'what to measure? Give --config=configs/mae_hivit_b.py, --compare=paper, --report=DIR, or '
+      '--data for the input pipeline'
     )
   if _MINUTES.value is not None and _REPORT.value is None:
-    raise UserError('--minutes goes with --report')
+    raise UserError('--minutes needs --report')
   if _OUT.value is not None and _COMPARE.value is None:
-    raise UserError('--out goes with --compare')
+    raise UserError('--out needs --compare')
   jax.config.update('jax_enable_compilation_cache', False)  # compilation is measured, too
   if _DATA.value:
     setup_logging()

@@ -48,7 +48,7 @@ def _load(name: str) -> Any:
   if not path.exists():
     known = [*COMPARISONS, *(path.stem for path in path.parent.glob('*.py'))]
     raise UserError(
-      f'--compare: "{name}" is no comparison, and there is no {path}{suggest(path.stem, known)}; '
+      f'--compare: "{name}" is not a comparison, and no {path} exists{suggest(path.stem, known)}; '
       f'there are {", ".join(COMPARISONS)}, or configs separated by commas'
     )
   config = cli.config_from_file(f'{path}{colon}{variant}')

@@ -1,10 +1,10 @@
-"""Weights from PyTorch and to PyTorch.
+"""Converts weights from PyTorch and to PyTorch.
 
   python -m hivit_jax.tools.convert from-torch FILE --out=DIR|FILE.safetensors [--model=NAME]
   python -m hivit_jax.tools.convert to-torch WORKDIR|CHECKPOINT|FILE --out=FILE.pth|FILE.safetensors
       [--layout=official|mae|simmim|backbone|mmpretrain]
 
-A DIR gets a checkpoint like those of a training run. docs/guide/weights.md tells what loads where.
+A DIR gets a checkpoint, as a training run writes it. docs/guide/weights.md says what loads where.
 """
 
 import math
@@ -16,22 +16,22 @@ from absl import flags
 from hivit_jax import cli, settings
 from hivit_jax.errors import UserError, suggest
 
-_OUT = flags.DEFINE_string('out', None, 'What to write: a directory, or a file by its suffix.')
+_OUT = flags.DEFINE_string('out', None, 'Where to write: a directory or a file.')
 _LAYOUT = flags.DEFINE_string(
   'layout',
   None,
   'Whose names: official (classifier), mae, simmim, backbone (dense tasks), mmpretrain. Default: '
   'official for a classifier, mae for an MAE, simmim for a SimMIM, backbone for the rest.',
 )
-_PREFIX = flags.DEFINE_string('prefix', None, "Before every name, instead of the layout's.")
+_PREFIX = flags.DEFINE_string('prefix', None, "Prefix of every name, instead of the layout's.")
 _MODEL = flags.DEFINE_string('model', None, 'Name of the model; default: what the weights are for.')
-_EMA = flags.DEFINE_bool('ema', False, 'Take the exponential moving average of the weights.')
-_PARTIAL = flags.DEFINE_bool('partial', False, 'Leave out what the model has no place for.')
-_NUM_HEADS = flags.DEFINE_integer('num_heads', None, 'Of the encoder, if not of 64 channels each.')
+_EMA = flags.DEFINE_bool('ema', False, 'Use the averaged weights (EMA).')
+_PARTIAL = flags.DEFINE_bool('partial', False, 'Leave out what the model does not have.')
+_NUM_HEADS = flags.DEFINE_integer('num_heads', None, 'Of the encoder, if not one per 64 channels.')
 _DECODER_NUM_HEADS = flags.DEFINE_integer(
-  'decoder_num_heads', None, "Of an MAE's decoder, if not 16."
+  'decoder_num_heads', None, "Heads of an MAE's decoder, if not 16."
 )
-_MASK_RATIO = flags.DEFINE_float('mask_ratio', None, 'Of an autoencoder, as it was trained.')
+_MASK_RATIO = flags.DEFINE_float('mask_ratio', None, 'With which an autoencoder was trained.')
 _NORM_PIX_LOSS = flags.DEFINE_bool(
   'norm_pix_loss', None, 'Whether an MAE predicts pixels normalised per unit.'
 )
@@ -133,7 +133,7 @@ def _to_torch(path: str, out: pathlib.Path) -> None:
   lost = (
     sorted(set(state.arrays) & {'fc_norm.weight', 'fc_norm.bias'}) if layout == 'mmpretrain' else []
   )
-  note = f'; left out, mmpretrain has no place for it: {", ".join(lost)}' if lost else ''
+  note = f'; left out, because mmpretrain has no such parameter: {", ".join(lost)}' if lost else ''
   if layout == 'mae' and described.arguments.get('target') == targets.SARATRX_V2:
     note += '; left out, constants of its code: hogs.SAR_Lay*, load with strict=False'
   print(f'wrote {len(arrays)} arrays, {_size(arrays)}, for {what} to {out}{note}')

@@ -36,8 +36,8 @@ _FEW_POINTS = 30  # so many are marked
 def read_metrics(workdir: str | os.PathLike[str]) -> Rows:
   """Reads `metrics.jsonl` of a run, which may be going on.
 
-  A line that was cut off is passed over; of a metric that is there twice for one step, as after
-  an interruption, the last value counts. null becomes NaN.
+  A truncated line is skipped. If a metric appears twice for one step, as after an interruption, the
+  last value counts. null becomes NaN.
 
   Raises:
     UserError: there is no such file, or nothing in it.
@@ -61,7 +61,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> Rows:
 
 
 def short_names(workdirs: Sequence[str | os.PathLike[str]]) -> list[str]:
-  """The last parts of the paths, as few as tell them apart; what all end in is left out."""
+  """The last parts of the paths, as few as distinguish them, without a common ending."""
   paths = [pathlib.Path(os.path.abspath(os.path.expanduser(path))).parts for path in workdirs]
   if len(paths) == 1:
     return [paths[0][-1]]
@@ -76,8 +76,8 @@ def short_names(workdirs: Sequence[str | os.PathLike[str]]) -> list[str]:
 def draw(runs: Mapping[str, Rows]) -> Figure:
   """Loss, accuracies, learning rate, memory and other `eval/` metrics over the training.
 
-  The x axis has epochs if every run tells them, else steps. Lines have the gid `RUN METRIC`.
-  With several runs the colour tells the run and the dashes tell the metric.
+  The x axis has epochs if every run records them, else steps. Lines have the gid `RUN METRIC`.
+  With several runs the colour shows the run and the dashes show the metric.
 
   Args:
     runs: rows by the name of the run, see `read_metrics`.
@@ -157,7 +157,7 @@ def _panels(metrics: set[str]) -> dict[str, list[str]]:
 
 
 def _to_epochs(rows: Rows) -> Callable[[Sequence[int]], Any] | None:
-  """A function from steps to epochs; None if the run does not tell them."""
+  """A function from steps to epochs; None if the run does not record them."""
   known = {step: row[_EPOCH] for step, row in rows.items() if step and _EPOCH in row}
   if not known:
     return None

@@ -1,9 +1,9 @@
 """How much of the speed of bare decoding and resizing the input pipeline keeps.
 
-All sides read the same JPEG files from memory in the same number of threads, by turns in one
+All sides read the same JPEG files from memory with the same number of threads, in turns in one
 process. The bare side is PIL alone: decode, crop, bicubic resize. The pipeline is `train_loader`
 with the augmentation of MAE pretraining: shuffled order, random crops, flips, arrays, batches. The
-supervised pipeline has that of the classifiers instead: smaller crops, and RandAugment.
+supervised pipeline has the classifiers' augmentation instead: smaller crops, and RandAugment.
 
 Images per second *per core* are images per second of CPU time (`time.process_time`: all threads of
 the process), so that neither idle cores nor other programs count.

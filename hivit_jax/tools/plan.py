@@ -1,12 +1,12 @@
-"""What a config's training step will need on TPUs or GPUs, from the compiler alone.
+"""Plans a training step for TPUs or GPUs: memory, work, communication, from the compiler alone.
 
   python -m hivit_jax.tools.plan --config=configs/mae_hivit_b.py --topology=v5e:4x4
   python -m hivit_jax.tools.plan --config=configs/mae_hivit_b.py --topology=h200:1 --batch_size=256
   python -m hivit_jax.tools.plan --config=configs/mae_hivit_b.py --topology=cpu:8 --batch_size=4
 
-Compiles the step as training would, for devices that need not be there, and allocates nothing. For
-TPUs that takes libtpu, for GPUs JAX's CUDA plugin, for simulated CPUs nothing. What the numbers
-mean is in docs/guide/scaling.md.
+Compiles the step as training would, for devices that need not be there, and allocates nothing. TPUs
+need libtpu, GPUs JAX's CUDA plugin, simulated CPUs nothing. docs/guide/scaling.md explains the
+numbers.
 """
 
 import json
@@ -20,10 +20,10 @@ from hivit_jax.errors import UserError
 from hivit_jax.planning import plan, roofline
 from hivit_jax.train import sharding
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config of the step to plan.')
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config whose training step is planned.')
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Devices: v5e:4x4, h200:8, ..., or cpu:8.')
 _BATCH_SIZE = flags.DEFINE_integer(
-  'batch_size', None, 'Images a step on each device; default: config.batch_size over all.',
+  'batch_size', None, 'Images per step and device; default: config.batch_size over all devices.',
   lower_bound=1,
 )  # fmt: skip
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object instead of text.')

@@ -1,4 +1,4 @@
-"""Loss, accuracy, learning rate and memory of one or several runs as one picture.
+"""Draws loss, accuracy, learning rate and memory of one or several runs.
 
   python -m hivit_jax.tools.plot WORKDIR... [--out=plot.png]
 
@@ -25,8 +25,8 @@ from hivit_jax import cli
 from hivit_jax.errors import UserError
 
 _OUT = flags.DEFINE_string('out', 'plot.png', 'Picture to write: .png, .pdf or .svg.')
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config whose learning rate to draw.')
-_EPOCHS = flags.DEFINE_list('epochs', None, 'Print the rate at these epochs; fractions count.')
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config whose learning rate is drawn.')
+_EPOCHS = flags.DEFINE_list('epochs', None, 'Print the rate at these epochs; fractions are fine.')
 _STEPS = flags.DEFINE_list('steps', None, 'Print the rate at these steps; the first one is 0.')
 _JSON = flags.DEFINE_bool('json', False, 'With --epochs or --steps: one JSON object of lists.')
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
       )
     return _draw_runs(workdirs)
   if workdirs:
-    raise UserError(f'"{workdirs[0]}" and --config: either runs are drawn, or a config')
+    raise UserError(f'"{workdirs[0]}" and --config: give runs or a config, not both')
   import jax
 
   jax.config.update('jax_platforms', 'cpu')  # an accelerator that others use is left alone

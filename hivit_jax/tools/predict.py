@@ -1,10 +1,10 @@
-"""Classes of images, told by a classifier.
+"""Predicts the classes of images with a classifier.
 
   python -m hivit_jax.tools.predict (--workdir=WORKDIR | --weights=FILE) IMAGES... [--json]
       [--top=5] [--save=sheet.png] [--labels=names.txt] [--ema]
 
-IMAGES are files, or folders of them. One that cannot be read is told and passed over; the exit
-status is 2 then.
+IMAGES are files, or folders of them. Those that cannot be read are reported and skipped, and the
+exit status is 2.
 """
 
 import functools
@@ -35,13 +35,13 @@ from hivit_jax.tasks.images import normalize
 from hivit_jax.tools import contact_sheet
 from hivit_jax.train import assemble, weights
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of a classifier, or one of its checkpoints.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Workdir of a classifier, or a checkpoint.')
 _WEIGHTS = flags.DEFINE_string('weights', None, 'A .pth or .safetensors file instead.')
-_EMA = flags.DEFINE_bool('ema', False, 'Take the exponential moving average of the weights.')
-_TOP = flags.DEFINE_integer('top', 5, 'How many classes an image.', lower_bound=1)
-_LABELS = flags.DEFINE_string('labels', None, 'File with the names of the classes, one a line.')
-_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object an image.')
-_SAVE = flags.DEFINE_string('save', None, 'Picture to write: the images with their classes.')
+_EMA = flags.DEFINE_bool('ema', False, 'Use the averaged weights (EMA).')
+_TOP = flags.DEFINE_integer('top', 5, 'Number of classes shown per image.', lower_bound=1)
+_LABELS = flags.DEFINE_string('labels', None, 'File with the class names, one per line.')
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per image.')
+_SAVE = flags.DEFINE_string('save', None, 'Picture to write, of the images with their classes.')
 
 _BATCH_SIZE = 32
 _RECIPES = ('hivit', 'vit', 'swin')  # that configs/ has to finetune
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     base = infer.architecture(state.arrays)
     config = f'--config=configs/finetune_{base}_b.py' if base in _RECIPES else '--config=...'
     raise UserError(
-      f'{state.source} is {described.name}: it has nothing to classify with. Finetune it first: '
+      f'{state.source} is {described.name}, which has no classifier. Finetune it first: '
       f'python main.py {config} --config.init={shlex.quote(str(source))}'
     )
   labels = _labels(state)
@@ -109,7 +109,7 @@ def _labels(state: files.StateDict) -> Sequence[str]:
     reason = getattr(error, 'strerror', None) or 'not UTF-8 text'
     raise UserError(f'cannot read --labels={_LABELS.value}: {reason}') from error
   if len(names) != count:
-    raise UserError(f'--labels={_LABELS.value} has {len(names)} lines, the model {count} classes')
+    raise UserError(f'--labels={_LABELS.value} has {len(names)} lines for {count} classes')
   return names
 
 

@@ -4,7 +4,7 @@
   python -m hivit_jax.tools.prepare imagenet2012 --source_dir=FOLDER [--data_dir=...]
   python -m hivit_jax.tools.prepare photo_tiles|digits [--data_dir=...]
 
-May be stopped or killed at any time: the same command goes on from there.
+You may stop or kill it at any time: the same command continues where it was.
 """
 
 from absl import flags
@@ -22,8 +22,8 @@ _IMAGENET_FLAGS = (
   flags.DEFINE_string(
     'source_dir', None, 'Folder with train/<synset>/*.JPEG, val/<synset>/*.JPEG or val/*.JPEG.'
   ),
-  flags.DEFINE_bool('allow_other_counts', False, 'Take a part of ImageNet, too.'),
-  flags.DEFINE_integer('examples_per_shard', None, 'About how many images a file; default 2500.'),
+  flags.DEFINE_bool('allow_other_counts', False, 'Accept a part of ImageNet.'),
+  flags.DEFINE_integer('examples_per_shard', None, 'Images per file, roughly; default 2500.'),
 )
 
 
@@ -51,9 +51,9 @@ def main(argv: list[str]) -> None:
     was_ready = builder.is_ready()
     builder.download_and_prepare()
   except OSError as error:  # a disk that is full, or a file that may not be read
-    raise UserError(f'{argv[1]}: {error}; mend that, then the same command goes on') from error
+    raise UserError(f'{argv[1]}: {error}; fix that, then the same command continues') from error
   except KeyboardInterrupt:
-    raise Stopped('stopped; the same command goes on from here') from None
+    raise Stopped('stopped; the same command continues from here') from None
   counts = ', '.join(f'{s}: {info.num_examples} images' for s, info in builder.info.splits.items())
   state = 'was prepared before' if was_ready else 'is prepared'
   print(f'{argv[1]} {state} in {builder.data_dir} ({counts})')

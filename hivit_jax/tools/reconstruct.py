@@ -1,4 +1,4 @@
-"""Pictures of reconstructions from a checkpoint.
+"""Draws the reconstructions of a masked autoencoder.
 
   python -m hivit_jax.tools.reconstruct --workdir=WORKDIR [--images=a.jpg,b.png] [--mask_ratio=0.6]
 
@@ -24,11 +24,11 @@ from hivit_jax.tasks import reconstruction
 from hivit_jax.train import assemble, inputs, manifest
 from hivit_jax.train.checkpoint import load_metadata, load_params
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of a pretraining run, or one of its checkpoints.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Workdir of a pretraining run, or a checkpoint.')
 _IMAGES = flags.DEFINE_list('images', [], 'Image files; none: evaluation images of the run.')
-_COUNT = flags.DEFINE_integer('count', 8, 'How many evaluation images.', lower_bound=1)
-_MASK_RATIO = flags.DEFINE_float('mask_ratio', None, 'Share of the units to remove, as trained.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the masks.', lower_bound=0)
+_COUNT = flags.DEFINE_integer('count', 8, 'Number of evaluation images.', lower_bound=1)
+_MASK_RATIO = flags.DEFINE_float('mask_ratio', None, 'Share of units removed; default: as trained.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the masks.', lower_bound=0)
 _OUT = flags.DEFINE_string('out', None, 'PNG to write; default: reconstruction.png in the workdir.')
 
 

@@ -35,7 +35,7 @@ def markdown(report: dict[str, Any], command: str) -> str:
   lines += [
     '',
     'Share of matmul: the rate of the products in the step over that of one large product. '
-    'Share of roofline: the longer of two times over that of the step: its products at that '
+    'Share of roofline: the longer of two times over the time of the step: its products at that '
     'rate, and its memory traffic, as the compiler counts it, at the bandwidth of a copy. '
     'Memory: state, batch and temporaries, as compiled. Host: time to start the step.',
   ]

@@ -1,10 +1,10 @@
-"""Size and work of the models.
+"""Counts parameters, multiply-adds and activations of the models.
 
   python -m hivit_jax.tools.summarize
   python -m hivit_jax.tools.summarize --models=hivit_base,swin_base --image_size=384
 
 Autoencoders are counted as they are pretrained: encoder on what it sees, decoder, loss. Swin gets
-windows of a 32nd of --image_size, as published for 192, 224 and 384 pixels.
+windows of --image_size / 32, as published for 192, 224 and 384 pixels.
 """
 
 import json
@@ -17,9 +17,9 @@ from hivit_jax import cli, models, settings
 from hivit_jax.errors import UserError
 from hivit_jax.tools.sizes import format_table, summary
 
-_MODELS = flags.DEFINE_list('models', None, 'Names; default: all, see hivit_jax.list_models().')
-_IMAGE_SIZE = flags.DEFINE_string('image_size', None, 'Pixels: a side, or HEIGHTxWIDTH.')
-_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a model instead of a table.')
+_MODELS = flags.DEFINE_list('models', None, 'Names, separated by commas; default: all models.')
+_IMAGE_SIZE = flags.DEFINE_string('image_size', None, 'In pixels: one side, or HEIGHTxWIDTH.')
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per model instead of a table.')
 
 
 def main(argv: list[str]) -> None:

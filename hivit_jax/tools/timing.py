@@ -103,14 +103,14 @@ class TrainingStep:
     return (self.run(1 + self._count) - first) / self._count
 
   def host_seconds(self) -> float:
-    """Time until a step is started as training does it, the device being idle.
+    """Time to start a step as training does it, on an idle device.
 
     The first call compiles once more.
     """
     return self._start_seconds(self._step)
 
   def dispatch_seconds(self) -> float:
-    """Time until the compiled step is started, the device being idle."""
+    """Time to start the compiled step, on an idle device."""
     return self._start_seconds(self._compiled)
 
   def _start_seconds(self, function: Any) -> float:
@@ -124,7 +124,7 @@ class TrainingStep:
 
 
 def _random_model(training: assemble.Training) -> nnx.Module:
-  """A model with random parameters as large as initial ones, made faster than these."""
+  """A model with random parameters of the usual scale, made faster than by initialisation."""
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda leaf: (rng.random(leaf.shape, np.float32) - 0.5) * 0.07, training.abstract['params']

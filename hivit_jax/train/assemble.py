@@ -90,9 +90,9 @@ def attention(config: ml_collections.ConfigDict, devices: Sequence[Any] = ()) ->
   reason = None
   capability = str(getattr(device, 'compute_capability', '8.0'))
   if compute_dtype(config, device.platform) == 'float32':
-    reason = 'computes in bfloat16 only: --config.model.dtype=bfloat16'
+    reason = 'works in bfloat16 only: --config.model.dtype=bfloat16'
   elif not capability[:1].isdecimal() or float(capability) < 8:  # AMD's are names, such as gfx942
-    reason = f'takes an NVIDIA GPU of compute capability 8.0 or more, not {capability}'
+    reason = f'needs an NVIDIA GPU of compute capability 8.0 or more, not {capability}'
   if chosen == 'auto':
     return 'auto' if reason is None and config.model.get('ops') != 'plain' else 'xla'
   if reason is None:

@@ -72,7 +72,7 @@ class Checkpoints:
     Args:
       directory: where the checkpoints lie, usually `workdir/checkpoints`.
       keep_last: how many of the newest checkpoints are kept, at least 1.
-      keep_every_steps: checkpoints at multiples of this step are kept for good; None: no others.
+      keep_every_steps: checkpoints at multiples of this step are kept for good; None: none.
 
     Raises:
       UserError: an option is out of range, or the directory cannot be created or written to.
@@ -92,7 +92,7 @@ class Checkpoints:
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
       for path in self._remove_unfinished('*') if self._primary else ():
-        _log.info('removed the unfinished checkpoint %s', path)
+        _log.info('removed the incomplete checkpoint %s', path)
     except OSError as error:
       raise UserError(
         f'cannot write checkpoints to {self.directory}: {error.strerror}; choose another --workdir'
@@ -131,7 +131,7 @@ class Checkpoints:
       wait: return only when the files are complete.
 
     Returns:
-      False if this object has saved or restored this very step already and nothing was to be done.
+      False if this object has already saved or restored this step and there was nothing to do.
 
     Raises:
       UserError: this or the previous save could not be written (the older checkpoints are kept),
@@ -142,7 +142,7 @@ class Checkpoints:
       return False
     if self.path(step).exists():
       raise UserError(
-        f'{self.path(step)} is there already, from a run that this one does not continue; '
+        f'{self.path(step)} exists already, from a run that this one does not continue; '
         f'choose another --workdir, or remove it: rm -r {self.path(step)}'
       )
     leaves, _ = manifest.flatten(state)
@@ -270,14 +270,14 @@ class Checkpoints:
       time.sleep(_QUIET_SECONDS / 10)
 
   def _remove_unfinished(self, step: str) -> list[pathlib.Path]:
-    """Removes what saves of a step, or of `*`, have begun, and returns what that was."""
+    """Removes and returns the incomplete saves of a step, or of all (`*`)."""
     found = list(self.directory.glob(f'{step}{_WRITING}*'))
     for path in found:
       shutil.rmtree(path, ignore_errors=True)
     return found
 
   def _explain(self, step: int, error: Exception) -> Exception:
-    """Turns what the storage said into a message; anything else keeps its type and its trace."""
+    """Turns an error of the storage into a message; other errors keep their type and trace."""
     message = f'could not save the checkpoint {self.path(step)}'
     last = self.latest_step()
     kept = 'there is no earlier one' if last is None else f'{self.path(last)} is kept'

@@ -1,4 +1,4 @@
-"""What a person may want to change in a config, as flags that can be copied."""
+"""What a user may want to change in a config, as flags that can be copied."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -103,7 +103,7 @@ def without_effect(config: _Config, given: Collection[str] = ()) -> list[str]:
 
 
 def for_memory(config: _Config) -> str:
-  """Ways to need less memory of a device."""
+  """Ways to use less device memory."""
   ways = [flag('accumulate_steps', 2 * config.accumulate_steps)]
   if not config.model.remat:
     ways.append(flag('model.remat', True))

@@ -1,4 +1,4 @@
-"""Configs and weights together: the model to begin with, and the config that weights are for."""
+"""Configs and weights together: the initial model, and the config that weights are for."""
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -74,9 +74,9 @@ def config_for(
 ) -> ml_collections.ConfigDict:
   """The config to evaluate weights with.
 
-  Weights of a run bring its settings, but for those of the machine; converted weights bring model,
+  Weights of a run bring its settings, except those of the machine; converted weights bring model,
   image size and pixel statistics. For weights of other code `config` decides; if it names no model,
-  names and shapes tell it.
+  the model is inferred from names and shapes.
 
   Args:
     config: see configs/base.py; it stays as it is.
@@ -95,7 +95,7 @@ def config_for(
 def _as_trained(
   config: ml_collections.ConfigDict, trained: Mapping[str, Any], given: Collection[str]
 ) -> None:
-  """Sets a config to that of a run, but for what is given or `_OWN`."""
+  """Sets a config to a run's, except for what is given or in `_OWN`."""
   knn_alone = config.knn.every_epochs and not config.evaluation.every_epochs
   every = config.knn.every_epochs
   own = settings.dotted(config)
@@ -133,10 +133,10 @@ def _as_inferred(
   name = described.name.removeprefix('backbone_')  # pooled, its features are those of a classifier
   if 'model.name' in given and config.model.name != name:
     raise UserError(
-      f'config.model.name={config.model.name}, but {state.source} is for {name}; leave it out'
+      f'config.model.name={config.model.name}, but {state.source} is for {name}; omit the setting'
     )
   if name not in models.MODELS:
-    raise UserError(f'{state.source} is for the model "{name}", which is none of those here')
+    raise UserError(f'{state.source} is for the model "{name}", which this version does not have')
   config.task = assemble.task_of(models.MODELS[name][0])
   config.channels = described.arguments['channels']
   config.model.name = name

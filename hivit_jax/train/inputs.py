@@ -39,7 +39,7 @@ def num_classes(config: ml_collections.ConfigDict, source: Any) -> int:
   if settled < count:
     raise UserError(
       f'config.model.num_classes={settled}, but {source.name} ({source.split}) has {count} '
-      'classes; --config.model.num_classes=None takes those'
+      'classes; --config.model.num_classes=None uses that number'
     )
   return settled
 
@@ -83,7 +83,7 @@ def with_classes_of(names: Sequence[str] | None, count: int, where: str, source:
   if not names:
     if count != len(own):
       raise UserError(
-        f'{where} has {count} classes, without names, and {source.name} ({source.split}) has '
+        f'{where} has {count} classes without names, and {source.name} ({source.split}) has '
         f'{len(own)}: they cannot be matched; choose the data it was trained on '
         '(--config.data.name, --config.data.eval_split), or finetune it on these '
         '(configs/finetune_hivit_b.py, --config.init)'
@@ -99,7 +99,7 @@ def with_classes_of(names: Sequence[str] | None, count: int, where: str, source:
   if not all(name in index for name in own):
     raise _other_classes(names, where, source)
   _log.info(
-    'the %d classes of %s (%s) are found by name among the %d of %s; predictions are over all %d',
+    'the %d classes of %s (%s) were found by name among the %d of %s; predictions are over all %d',
     len(own), source.name, source.split, len(names), where, count,
   )  # fmt: skip
   return Relabelled(source, [index[name] for name in own], names)

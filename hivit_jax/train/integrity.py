@@ -1,7 +1,7 @@
-"""Checksums of a checkpoint's files: a flipped bit is seen before anything is loaded.
+"""Checksums of a checkpoint's files: a flipped bit is detected before anything is loaded.
 
-Why sums of our own: OCDBT guards its index with CRC-32C but not the array data, where a flipped
-bit is loaded without a word; and an Orbax read that fails half-way says so once for every array.
+Why our own: OCDBT guards its index with CRC-32C but not the array data, where a flipped bit would
+be loaded silently; and an Orbax read that fails half-way reports it once for every array.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ _SUMS_FILE = 'SHA256SUMS'
 
 
 class Damaged(Exception):
-  """The files of a checkpoint are not those that were written; the message says in what."""
+  """The files of a checkpoint differ from what was written; the message says how."""
 
 
 def _files(path: pathlib.Path) -> list[str]:
-  """The files of a checkpoint but for the list of sums, relative to it."""
+  """The files of a checkpoint, except the list of sums, relative to it."""
   files = (file.relative_to(path).as_posix() for file in path.rglob('*') if file.is_file())
   return sorted(file for file in files if file != _SUMS_FILE)
 

@@ -26,7 +26,7 @@ _FINITE = ('loss', 'grad_norm', 'param_norm')  # metrics that tell whether a sta
 
 
 class NonFiniteLoss(UserError):
-  """Loss, gradient or parameters are NaN or infinite; nothing of it was saved."""
+  """Loss, gradient or parameters are NaN or infinite; no such state was saved."""
 
 
 class _Interval:
@@ -70,7 +70,7 @@ class Run:
     mesh: the devices.
     start_step, total_steps: steps done, and when to end.
     batch_size: examples a step over all processes, for images/s.
-    epochs_per_step: to tell epochs in the log and in checkpoints.
+    epochs_per_step: for epochs in the log and in checkpoints.
     evaluators: see `Evaluator`.
     evaluated: the evaluators have run at `start_step`: `evaluated` of the checkpoint's metadata.
     checkpoints: see `checkpoint.Checkpoints`.
@@ -244,11 +244,11 @@ def _non_finite(step: int, metrics: dict[str, Any], checkpoints: Any) -> NonFini
   checkpoints.wait()
   latest = checkpoints.latest_step()
   good = (
-    'no checkpoint was saved before'
+    'no checkpoint was saved before that'
     if latest is None
     else f'the last good checkpoint is {checkpoints.path(latest)}'
   )
   values = ', '.join(f'{key} {metrics[key]:.4g}' for key in _FINITE)
   return NonFiniteLoss(
-    f'not finite any more at step {step}: {values}; {good}. The same command goes on from there'
+    f'no longer finite at step {step}: {values}; {good}. The same command continues from there'
   )

@@ -1,4 +1,4 @@
-"""Which checkpoints a directory has, and what the record of each says it holds.
+"""Which checkpoints a directory has, and what their records say.
 
 Of Orbax's files only its custom metadata are read, which are JSON; see `checkpoint` for the layout.
 """
@@ -86,7 +86,7 @@ def locate(path: str | os.PathLike[str], step: int | None) -> tuple[pathlib.Path
   if path.name.isdecimal() and step is None and (path / 'state').is_dir():
     return path.parent, int(path.name)
   if not path.is_dir():
-    what = 'is no directory' if path.exists() else 'does not exist'
+    what = 'is not a directory' if path.exists() else 'does not exist'
     raise UserError(f'{path} {what}; give the --workdir of a training run')
   return path, step
 
@@ -133,14 +133,14 @@ def newest_usable(
       record = read(path)
     except integrity.Damaged as error:
       damaged[candidate] = str(error)
-      _log.warning('DAMAGED checkpoint of step %d, %s: %s', candidate, path, error)
+      _log.warning('DAMAGED checkpoint at step %d, %s: %s', candidate, path, error)
       continue
     if damaged:
-      _log.warning('going back to the checkpoint of step %d', candidate)
+      _log.warning('falling back to the checkpoint of step %d', candidate)
     return candidate, record, list(damaged)
   reasons = '; '.join(f'step {bad}: {reason}' for bad, reason in damaged.items())
   if step is None:
-    way_out = f'to start from the beginning, remove them: rm -r {directory}'
+    way_out = f'to start over, remove them: rm -r {directory}'
   else:
     way_out = f'other checkpoints there: {[s for s in there if s != step] or "none"}'
   raise UserError(f'no usable checkpoint in {directory} ({reasons}); {way_out}')
@@ -239,7 +239,7 @@ def check_fit(
     leaf = wanted.get(name)
     here = 'missing' if leaf is None else str(Leaf(leaf.dtype.name, tuple(leaf.shape)))
     if here != there:
-      differences.append(f'{_name(name)} is {there} there, {here} here')
+      differences.append(f'{_name(name)} is {there} in the checkpoint, {here} in the model')
   if differences:
     shown = '; '.join(differences[:_SHOWN_DIFFERENCES])
     more = len(differences) - _SHOWN_DIFFERENCES

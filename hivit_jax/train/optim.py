@@ -1,4 +1,4 @@
-"""Optimizers, and the rules that say what happens to which parameter."""
+"""Optimizers, and which parameters they train and decay."""
 
 import math
 import re
@@ -131,7 +131,7 @@ def lars(
   layer_decay: float | None = None,
   encoder: str = '',
 ) -> Optimizer:
-  """LARS (arXiv 1708.03888) as in MAE's linear probe: matrices alone decay and get a trust ratio.
+  """LARS (arXiv 1708.03888) as in MAE's linear probe: only matrices decay and get a trust ratio.
 
   Args:
     params: pytree of parameters or their shapes, for the rules.

@@ -1,4 +1,4 @@
-"""Rules by path: what is to be done with which leaf of a tree."""
+"""Rules by path: what to do with each leaf of a tree."""
 
 import re
 from collections.abc import Sequence

@@ -77,7 +77,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, given: Collection[str
         run = _begin(set_up(checked), directory, stack)
     except Interrupted:
       raise Stopped(
-        f'{signals.received}: stopped before training began; the same command starts again'
+        f'{signals.received}: stopped before training began; the same command starts it again'
       ) from None
     if run is None:
       return
@@ -87,7 +87,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, given: Collection[str
       raise UserError(f'{error}; what helps: {hints.for_finite_numbers(config)}') from error
   broken = len(run.batches.broken)
   if broken:
-    _log.warning('%d broken training images were replaced by others; each is named above', broken)
+    _log.warning('%d broken training images were replaced; each is named above', broken)
   if primary:
     _report(config, directory, run.checkpoints.path(run.total_steps))
 
@@ -187,7 +187,7 @@ def _told_of_full_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     raise UserError(
-      f'a device has not enough memory: {distributed.first_line(error)}; what helps: '
+      f'a device ran out of memory: {distributed.first_line(error)}; what helps: '
       f'{hints.for_memory(config)}; what was saved is kept'
     ) from error
 
@@ -221,7 +221,7 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
     _warn_of_changes(restored, changes, steps, total)
   if start >= total and evaluated:
     _log.info(
-      'this run is finished: %s is at step %d of %d. To train longer: %s; to begin anew: another '
+      'this run is finished: %s is at step %d of %d. To train longer: %s; to start over: another '
       '--workdir',
       checkpoints.path(start), start, total, hints.to_train_longer(config),
     )  # fmt: skip
@@ -283,7 +283,7 @@ def _restore(
   except Misfit as error:
     if changes:
       raise UserError(
-        f'{error}. Changed since then: {"; ".join(_pairs(changes))}; as before: '
+        f'{error}. Changed since then: {"; ".join(_pairs(changes))}; to undo that: '
         f'{hints.as_before(changes)}'
       ) from error
     raise
@@ -305,8 +305,8 @@ def _warn_of_changes(
     reasons.append(f'number of training examples ({before} -> {steps.examples})')
   if reasons and restored.step < total:
     _log.warning(
-      'ANOTHER ORDER OF IMAGES from here on, for a new %s: the continued run is not what one '
-      'uninterrupted run would be. Step %d was epoch %.2f, it counts as epoch %.2f now',
+      'THE ORDER OF IMAGES CHANGES from here on, because of a new %s: the run differs from '
+      'an uninterrupted one. Step %d was epoch %.2f and now counts as epoch %.2f',
       ', '.join(reasons),
       restored.step,
       restored.metadata['epoch'],

@@ -20,7 +20,7 @@ class Schedule:
   the curve is reached exactly at `length`.
 
   Attributes:
-    lr: peak, which the warmup leads to.
+    lr: peak, at the end of the warmup.
     warmup_start_lr: at time 0.
     warmup: length of the warmup; less than `length`.
     length: of the run.

@@ -1,4 +1,4 @@
-"""What training and evaluation begin with: a config that is final, its devices and its data."""
+"""What training and evaluation start from: the final config, its devices and its data."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ class Setup:
     config: checked, and complete by what is known of the data; nobody can write to it.
     mesh: the devices.
     task: what is trained or evaluated.
-    train_source: examples to learn from, and the bank of the k-NN accuracy; None: of no use here.
+    train_source: examples to learn from, and the bank of the k-NN accuracy; None: not needed.
     sets: evaluation sets by the beginning of their metrics: 'eval', and 'eval_NAME' for each of
       `config.evaluation.more`.
     class_sets: the same with labels of the model's classes; empty for a model without classes.
@@ -169,8 +169,8 @@ def check_local(path: str) -> None:
   """UserError for the address of a bucket."""
   if '://' in path:
     raise UserError(
-      f'{path} is no path in the file system; mount the bucket (gcsfuse, s3fs) and give the path '
-      'where it is mounted, or take a local disk or NFS'
+      f'{path} is not a path in the file system; mount the bucket (gcsfuse, s3fs) and give '
+      'that path, or use a local disk or NFS'
     )
   if not path.isascii() and sys.getfilesystemencoding() != 'utf-8':  # Orbax's are always UTF-8
     raise UserError(

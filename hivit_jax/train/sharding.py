@@ -1,4 +1,4 @@
-"""Devices as a mesh, and what lies where on it."""
+"""Devices as a mesh, and what is placed where."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -34,10 +34,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
   Args:
     data: devices with copies of the training state, or of each part of it; -1: all / fsdp.
     fsdp: devices that share one copy.
-    devices: to use; None: all that there are.
+    devices: to use; None: all.
 
   Raises:
-    UserError: more devices than there are, or a part of them in a run of several processes.
+    UserError: more devices than exist, or only some of them in a run of several processes.
   """
   devices = sorted(devices or jax.devices(), key=lambda device: device.process_index)
   available = len(devices)
@@ -47,7 +47,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
   if data < 1 or fsdp < 1 or data * fsdp > available or partial:
     raise UserError(
       f'config.mesh.data={data}, config.mesh.fsdp={fsdp}: there are {available} devices; '
-      '--config.mesh.data=-1 takes all of them, --config.mesh.fsdp must divide them'
+      '--config.mesh.data=-1 uses all of them, and --config.mesh.fsdp must divide their number'
     )
   return Mesh(np.asarray(devices[: data * fsdp]).reshape(data, fsdp), AXES)
 
@@ -111,7 +111,7 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def whole(tree: Any, mesh: Mesh) -> Any:
-  """Global arrays, split or not, as such that every device has all of; all processes take part."""
+  """Global arrays, split or not, made whole on every device; all processes must call it."""
   if all(x.sharding.is_fully_replicated for x in jax.tree.leaves(tree)):
     return tree
   return _gatherer(mesh)(tree)
@@ -133,7 +133,7 @@ def use_whole(params: Any, shardings: Any) -> Any:
 
 
 def keep_parts(gradients: Any, shardings: Any) -> Any:
-  """Inside a jitted function: of each gradient the part that a device has of the parameter.
+  """Inside a jitted function: for each gradient, a device keeps the part it has of the parameter.
 
   Each device asks for its part of the sum only: a reduce-scatter, where the compiler has one.
   Arguments are as for `use_whole`.

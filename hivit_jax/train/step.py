@@ -19,7 +19,7 @@ State = dict[str, Any]
 def abstract_state(
   create: Callable[[], nnx.Module], make_optimizer: Callable, mesh: Mesh, *, ema: bool = False
 ) -> tuple[nnx.GraphDef, optim.Optimizer, State]:
-  """What training needs to know before there is a parameter.
+  """What training needs to know before any parameter exists.
 
   Args:
     create: builds the model.

@@ -1,4 +1,4 @@
-"""Whether the values of a config make sense by themselves, said before anything is built.
+"""Whether each value of a config makes sense, checked before anything is built.
 
 What depends on the model, the devices or the data is checked where it is built.
 """
@@ -87,12 +87,12 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'augment.crop_ratio',
   ),
   (
-    'one number a channel, of pixels in [0, 1]',
+    'one number per channel, for pixels in [0, 1]',
     lambda x: len(x) in (1, 3) and all(0 <= v <= 1 for v in x),
     'data.mean',
   ),
   (
-    'one number a channel, more than 0',
+    'one number per channel, more than 0',
     lambda x: len(x) in (1, 3) and all(0 < v < math.inf for v in x),
     'data.std',
   ),
@@ -158,8 +158,8 @@ def check(config: ml_collections.ConfigDict, given: Collection[str] = ()) -> Non
     count = len(get(config, key))
     if count != config.channels and config.channels != 1:  # one channel gets the average of three
       raise UserError(
-        f'config.{key}: {count} numbers for config.channels={config.channels}; if it is the same '
-        f'for all: {flag(key, get(config, key)[:1] * config.channels)}'
+        f'config.{key}: {count} numbers for config.channels={config.channels}; if all channels '
+        f'have the same: {flag(key, get(config, key)[:1] * config.channels)}'
       )
 
 

@@ -86,8 +86,8 @@ def load_weights(
 ) -> LoadReport:
   """Loads weights into a model, in place.
 
-  Position embeddings and relative position bias tables are resized when the model's image size is
-  another one; the log says so.
+  Position embeddings and relative position bias tables are resized if the model has another image
+  size; the log says so.
 
   Args:
     model: from `create_model`.
@@ -98,11 +98,11 @@ def load_weights(
     ema: the exponential moving average of the weights instead of the weights.
     fold_layer_scale: make the scales of residual branches (LayerScale: iTPN-CLIP, Fast-iTPN) part
       of the products before them, for a model of `layer_scale=None`; for inference only.
-    image_size: (height, width) that the weights are for; needed only where that was not square
-      and the file does not tell.
+    image_size: (height, width) that the weights are for; needed only if it was not square and the
+      file does not say.
 
   Returns:
-    What was loaded, resized, dropped, and what stays new.
+    What was loaded, resized, dropped, and what is new.
 
   Raises:
     UserError: the weights cannot be read or do not fit; lists the names and the likely cause.

@@ -210,7 +210,7 @@ except UserError as error:
     command, cwd=ROOT, capture_output=True, text=True, timeout=patience.limit(60)
   )
   assert done.stderr == ''
-  assert re.fullmatch(r'cannot write .*digits-train.*: .*File too large; mend.*\n', done.stdout)
+  assert re.fullmatch(r'cannot write .*digits-train.*: .*File too large; fix.*\n', done.stdout)
   assert len(open_source('digits', 'train', str(tmp_path))) == 1442
 
 
@@ -301,7 +301,7 @@ def test_wrong_sources_are_explained(tmp_path):
   cases = [
     ({}, 'needs --train_tar=ILSVRC2012_img_train.tar and/or'),
     ({'train_tar': tmp_path / 'no.tar'}, 'no.tar does not exist'),
-    ({'train_tar': tars.val_tar}, 'holds ILSVRC2012_val_.*one tar a class'),
+    ({'train_tar': tars.val_tar}, 'holds ILSVRC2012_val_.*one tar per class'),
     ({'val_tar': tars.train_tar}, r'holds n01440764.tar; the validation images are called'),
     ({'train_tar': ROOT / 'README.md', 'source_dir': tmp_path}, 'not both'),
     ({'train_tar': Path(__file__)}, 'cannot be read as a tar file'),

@@ -310,7 +310,7 @@ def test_a_shard_that_is_cut_off_while_it_is_open_counts_as_broken(tmp_path):
   (shard,) = tmp_path.glob('digits/*/*train*array_record*')
   assert source[0]['image']
   os.truncate(shard, 0)
-  with pytest.raises(UserError, match=r'broken.*digits/train\[\d+\] \(.*its file was cut off'):
+  with pytest.raises(UserError, match=r'broken.*digits/train\[\d+\] \(.*its file was truncated'):
     list(train_loader(source, stamp, batch_size=32, seed=0))
 
 

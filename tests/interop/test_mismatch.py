@@ -49,7 +49,7 @@ def test_the_decoder_of_another_pretraining_is_refused_and_its_encoder_taken(
   np.testing.assert_array_equal(mae.absolute_pos_embed[...], before)
   classifier = models.create_model('hivit_tiny', **TINY, num_classes=3)
   if not partial:
-    with pytest.raises(UserError, match=r'take its encoder alone|partial=True') as error:
+    with pytest.raises(UserError, match=r'load only its encoder|partial=True') as error:
       importer.load_into(classifier, StateDict(state(), 'FILE', {}))
     assert 'mae_hivit' not in str(error.value)
     return

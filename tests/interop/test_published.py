@@ -175,7 +175,7 @@ def test_it_converts_to_its_encoder_and_there_is_nothing_to_classify_with(forks,
     done = forks('hivit_jax/tools/predict.py', f'{option}={weights}', 'image.png')
     assert done.status == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith('error')]
-    assert 'is backbone_hivit_tiny: it has nothing to classify with. Finetune it first' in line
+    assert 'is backbone_hivit_tiny, which has no classifier. Finetune it first' in line
   files.write(path, exporter.state_dict(hivit_jax.create_model('backbone_hivit_tiny'), prefix=''))
   out = f'--out={tmp_path / "y"}'
   done = forks('hivit_jax/tools/convert.py', 'from-torch', str(path), out, '--model=hivit_tiny')
@@ -421,7 +421,9 @@ def test_itpn_is_told_from_its_files(start, name, width):
   encoder = {key: arguments[key] for key in ('depths',)}
   classifier = f'hivit_{name.split("_")[-1]}'
   stem = arguments.get('stem_blocks')
-  with pytest.raises(UserError, match=f'This is an MAE .*: load it into {name}, or take its enc'):
+  with pytest.raises(
+    UserError, match=f'This is an MAE .*: load it into {name}, or load only its enc'
+  ):
     fitted(state, classifier, **encoder, stem_blocks=stem)
   model = nnx.merge(*abstract_model(classifier, **encoder, stem_blocks=stem))
   report = importer.fit(model, state, partial=True)[1]
@@ -456,13 +458,17 @@ def test_other_decoders_than_itpns_are_told(encoder):
   model = hivit_jax.create_model('mae_itpn_base', **options)
   with pytest.raises(UserError, match='has another decoder than this model'):
     importer.load_into(model, StateDict(golden_state('mae_hifeat_normpix'), 'FILE', {}))
-  with pytest.raises(UserError, match=r'stem_blocks=\(2, 2\), not \(3, 3\): create the model so'):
+  with pytest.raises(
+    UserError, match=r'stem_blocks=\(2, 2\), not \(3, 3\): create the model that way'
+  ):
     importer.load_into(model, StateDict(encoder, 'FILE', {}))
   model = hivit_jax.create_model('mae_itpn_base', **options | {'stem_blocks': (2, 2)})
   assert 'align_dim_16to8.weight' in importer.load_into(model, StateDict(encoder, 'FILE', {})).new
   options |= {'fpn_dim': 12, 'depths': (2, 2, 2)}
   narrow = nnx.merge(*abstract_model('mae_itpn_base', **options))
-  with pytest.raises(UserError, match='The weights have fpn_dim=24, not 12: create the model so'):
+  with pytest.raises(
+    UserError, match='The weights have fpn_dim=24, not 12: create the model that way'
+  ):
     importer.fit(narrow, StateDict(golden_state('itpn_pixel'), 'FILE', {}))
 
 
@@ -599,7 +605,7 @@ def test_a_trackers_file_gives_its_encoder(tmp_path, caplog):
   wider = hivit_jax.create_model(weights=path, **HEADS, partial=True, image_size=128)
   expected = resize.position_embedding(search, (4, 4), (8, 8))
   np.testing.assert_array_equal(wider.pos_embed[...], expected)
-  with pytest.raises(UserError, match='asks to run'):
+  with pytest.raises(UserError, match='wants to run'):
     files.read(save(tmp_path / 'y.pth', {'net': net, 'stats': pathlib.PurePath('x')}))
 
 

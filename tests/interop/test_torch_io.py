@@ -158,7 +158,7 @@ def test_old_and_half_precision_files_are_read(tmp_path):
 def test_two_names_that_become_one_are_refused(tmp_path):
   state = tensors(golden_state('hivit_norpe'))
   state['module.head.bias'] = state['head.bias']
-  with pytest.raises(UserError, match=r'head\.bias is there twice'):
+  with pytest.raises(UserError, match=r'head\.bias appears twice'):
     files.read(save(tmp_path / 'x.pth', state))
 
 

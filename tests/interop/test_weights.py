@@ -368,7 +368,7 @@ def test_simmims_encoder_goes_into_a_swin_of_other_windows(caplog):
   assert infer.describe(state, 'x').arguments['window_size'] == 6
   model = _swin('swin_tiny', num_classes=5)
   with pytest.raises(
-    UserError, match=r'SimMIM checkpoint .*load it into simmim_swin_tiny, or take'
+    UserError, match=r'SimMIM checkpoint .*load it into simmim_swin_tiny, or load'
   ):
     _load(model, state)
   with caplog.at_level(logging.INFO):
@@ -407,7 +407,7 @@ def test_swins_image_size_is_told_by_its_masks_or_its_last_window(size, window, 
   if not masked:
     state = {name: value for name, value in state.items() if 'attn_mask' not in name}
   if wide:
-    with pytest.raises(UserError, match=r'128 windows.*no square: give its image_size'):
+    with pytest.raises(UserError, match=r'128 windows.*not a square: give its image_size'):
       infer.describe(state, 'x')
   known = {'image_size': size} if wide else {}
   arguments = infer.describe(state, 'x', **known).arguments
@@ -418,8 +418,8 @@ def test_swins_image_size_is_told_by_its_masks_or_its_last_window(size, window, 
 @pytest.mark.parametrize(
   ('source', 'target', 'message'),
   [
-    ('vit_mae', 'swin_tiny', 'This is mae_vit_base, which is another kind of model'),
-    ('swin', 'hivit_tiny', 'This is swin_tiny, which is another kind'),
+    ('vit_mae', 'swin_tiny', 'This is mae_vit_base, a different kind of model'),
+    ('swin', 'hivit_tiny', 'This is swin_tiny, a different kind'),
   ],
 )
 def test_models_of_another_kind_are_named(source, target, message):
@@ -430,7 +430,7 @@ def test_models_of_another_kind_are_named(source, target, message):
 def test_a_model_that_is_not_here_is_named():
   state = golden_state('swin')
   state |= {f'decoder_{name}.weight': np.zeros((4, 4), np.float32) for name in ('embed', 'pred')}
-  with pytest.raises(UserError, match='x is a mae_swin, of which there is no model here'):
+  with pytest.raises(UserError, match='x is a mae_swin, and there is no such model here'):
     infer.describe(state, 'x')
 
 
@@ -463,7 +463,9 @@ def test_numbers_that_are_none_are_warned_of_once(caplog):
   model = models.create_model('hivit_tiny', **TINY, num_classes=7)
   _load(model, state)
   (record,) = [r for r in caplog.records if r.levelname == 'WARNING']
-  message = 'FILE: 1 parameters hold NaN or infinite numbers, the first is head.bias'
+  message = (
+    'FILE: 1 parameters hold NaN or infinite numbers, and so will the model; the first is head.bias'
+  )
   assert record.getMessage().startswith(message)
 
 

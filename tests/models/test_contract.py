@@ -94,7 +94,7 @@ def test_only_the_units_asked_for(family):
   images, ids = jnp.zeros((2, 32, 32, 3)), jnp.asarray([[0, 3], [2, 1]])
   encode = lambda: model.forward_features(images, ids)  # noqa: E731
   if 'swin' in name:
-    with pytest.raises(UserError, match='Swin computes all patches, it takes no ids'):
+    with pytest.raises(UserError, match='Swin computes all patches and takes no ids'):
       encode()
   else:
     width = CHANNELS.get(name, model.feature_info[-1].channels)

@@ -116,7 +116,7 @@ def test_drop_path_drops_whole_examples_with_windows_too():
   ('options', 'size', 'arguments', 'message'),
   [
     ({}, 60, {}, 'multiples of 16'),
-    ({}, 64, {'levels': (0, 1)}, 'levels must be of 1, 2, 3, 4'),
+    ({}, 64, {'levels': (0, 1)}, 'levels must be some of 1, 2, 3, 4'),
     ({}, 16, {}, 'leave out level 4'),
     ({}, 64, {'window_size': 2}, 'rpe=False'),
     ({'rpe': False}, 64, {'window_size': 2, 'global_blocks': (2,)}, r'0\.\.1'),

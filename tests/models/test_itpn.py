@@ -57,7 +57,7 @@ def test_levels_of_a_detector_and_of_a_segmenter_at_any_size():
 @pytest.mark.parametrize(
   ('levels', 'message'),
   [
-    ((1, 6), r'levels must be of 1 to 5, got \(1, 6\)'),
+    ((1, 6), r'levels must be some of 1 to 5, got \(1, 6\)'),
     (None, 'level 5 has a stride of 64 pixels'),
   ],
 )

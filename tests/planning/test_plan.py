@@ -297,7 +297,7 @@ def test_topologies_that_there_are_not(topology, message):
 
 def test_without_a_compiler(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(UserError, match=r'takes a compiler: pip install "jax\[cuda13\]"; or'):
+  with pytest.raises(UserError, match=r'needs a compiler: pip install "jax\[cuda13\]"; or'):
     plan.find_devices('h200:8')
-  with pytest.raises(UserError, match=r'takes a compiler: pip install "jax\[tpu\]"; or'):
+  with pytest.raises(UserError, match=r'needs a compiler: pip install "jax\[tpu\]"; or'):
     plan.find_devices('v5e:4x4')

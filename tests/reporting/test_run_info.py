@@ -55,7 +55,7 @@ def test_an_unwritable_workdir_is_named(tmp_path):
 def test_an_unreadable_config_json_does_not_stop_the_run(tmp_path, caplog, content):
   (tmp_path / 'config.json').write_text(content)
   assert write_run_info(tmp_path, CONFIG) == {}
-  assert 'config.json is not what this program writes' in caplog.text
+  assert 'config.json was not written by this program' in caplog.text
   assert len(strict((tmp_path / 'config.json').read_text())['runs']) == 1
 
 

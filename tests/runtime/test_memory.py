@@ -34,7 +34,7 @@ def test_a_state_that_does_not_fit_is_refused_with_its_parts_and_the_ways_out(mo
     'the training state takes 12.0 GB (parameters 4.0, optimizer state 4.0, their average 4.0) on '
     f'each of {mesh.size} x cpu, where only 12.0 GB are available; what helps: '
   )
-  assert '--config.ema_decay=None, a smaller --config.model.name' in str(error.value)
+  assert '--config.ema_decay=None, a smaller model (--config.model.name)' in str(error.value)
 
 
 def test_what_is_split_over_devices_counts_by_its_share(monkeypatch):

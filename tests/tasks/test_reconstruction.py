@@ -12,7 +12,7 @@ from hivit_jax.tasks.images import denormalize, normalize
 from tests.helpers import TINY_MAE, TINY_SWIN, random_model
 
 STATISTICS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
-NOTE = 'true mean and variance of each unit'
+NOTE = 'mean and variance of predicted units are the true ones'
 
 
 def _photos(count: int, height: int, width: int, channels: int = 3) -> np.ndarray:

@@ -57,7 +57,7 @@ def test_the_papers_comparison_is_of_published_configs():
 
 def test_mistakes(forks):
   tool = 'hivit_jax/tools/benchmark.py'
-  assert 'what to measure? One of' in error_of(forks(tool))
+  assert 'what to measure? Give' in error_of(forks(tool))
   assert 'did you mean "paper"' in error_of(forks(tool, '--compare=papr'))
   for config in ('evaluate', 'mae_hivit_t:debug, evaluate'):
     assert 'config.model.name is not set' in error_of(forks(tool, f'--compare={config}'))
@@ -65,8 +65,8 @@ def test_mistakes(forks):
   assert 'cannot write to --out=/proc/x' in error_of(
     forks(tool, '--compare=paper', '--out=/proc/x')
   )
-  assert '--out goes with --compare' in error_of(forks(tool, '--data', '--out=x'))
-  assert '--minutes goes with --report' in error_of(forks(tool, '--compare=paper', '--minutes=1'))
+  assert '--out needs --compare' in error_of(forks(tool, '--data', '--out=x'))
+  assert '--minutes needs --report' in error_of(forks(tool, '--compare=paper', '--minutes=1'))
   assert 'cannot write to --report=/proc/no' in error_of(forks(tool, '--report=/proc/no'))
 
 

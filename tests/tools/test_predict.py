@@ -214,11 +214,11 @@ def test_averaged_parameters(predict, probabilities, workdir, photographs):
     (['--workdir={run}', '--labels={tmp}/b', '{images}'], 'read --labels={tmp}/b: not UTF-8'),
     (
       ['--workdir={run}', '--labels={tmp}/names.txt', '{images}'],
-      '--labels={tmp}/names.txt has 2 lines, the model 7 classes',
+      '--labels={tmp}/names.txt has 2 lines for 7 classes',
     ),
     (
       ['--workdir={mae}', '{images}'],
-      'step 40 of {mae} is mae_hivit_tiny: it has nothing to classify with. Finetune it first: '
+      'step 40 of {mae} is mae_hivit_tiny, which has no classifier. Finetune it first: '
       'python main.py --config=configs/finetune_hivit_b.py --config.init={mae}',
     ),
   ],

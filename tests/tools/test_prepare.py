@@ -76,7 +76,7 @@ def test_killed_in_the_middle_the_same_command_goes_on_to_the_same_result(tmp_pa
   written = shards(partial)
   assert 5 <= len(written) < 243  # of 240 + 3: it was killed in the middle
   assert not final.exists()
-  with pytest.raises(UserError, match=r'imagenet2012 is not prepared \(only begun\)'):
+  with pytest.raises(UserError, match=r'imagenet2012 is not prepared \(only started\)'):
     open_source('imagenet2012', 'train', str(data_dir))
 
   status, terminal = run_in_terminal([*COMMAND, *arguments])

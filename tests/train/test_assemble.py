@@ -79,7 +79,7 @@ def test_cudnn_is_for_nvidia_gpus_only():
     with pytest.raises(UserError, match=rf'compute capability 8\.0 or more, not {capability}'):
       attention(config, [_gpu(capability)])
   config.model.dtype = 'float32'
-  with pytest.raises(UserError, match='attention=cudnn computes in bfloat16 only'):
+  with pytest.raises(UserError, match='attention=cudnn works in bfloat16 only'):
     attention(config, [_gpu()])
 
 

@@ -372,9 +372,9 @@ def test_damage_to_any_file_is_seen_and_the_one_before_is_used(tmp_path, caplog,
     assert (step, metadata) == (1, {'epoch': 0.1})
     assert_same(state, expected)
     first = caplog.records[0].getMessage()
-    assert first.startswith(f'DAMAGED checkpoint of step 2, {tmp_path}/bad/2: ')
+    assert first.startswith(f'DAMAGED checkpoint at step 2, {tmp_path}/bad/2: ')
     assert file.name in first
-    assert 'going back to the checkpoint of step 1' in caplog.text
+    assert 'falling back to the checkpoint of step 1' in caplog.text
 
 
 def test_every_flipped_bit_of_the_arrays_is_seen(tmp_path):
@@ -407,7 +407,7 @@ def test_training_goes_on_after_damage(tmp_path, caplog):
     checkpoints.wait()
     assert checkpoints.steps() == [1, 2]
     assert_same(checkpoints.restore(abstract(make_state())).state, make_state(2))
-  assert 'going back to the checkpoint of step 1' in caplog.text
+  assert 'falling back to the checkpoint of step 1' in caplog.text
 
 
 def test_without_a_usable_checkpoint_nothing_is_touched(tmp_path):

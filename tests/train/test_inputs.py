@@ -39,7 +39,8 @@ def test_a_part_of_imagenet_by_synsets_gets_the_official_labels(tmp_path, caplog
   (record,) = caplog.records
   assert 'the 3 classes of folder:' in record.getMessage()
   assert (
-    'are found by name among the 1000 of FILE; predictions are over all 1000' in record.getMessage()
+    'were found by name among the 1000 of FILE; predictions are over all 1000'
+    in record.getMessage()
   )
 
 
@@ -78,8 +79,8 @@ def test_as_many_classes_without_names_are_warned_of(tmp_path, caplog):
 @pytest.mark.parametrize(
   ('names', 'count', 'message'),
   [
-    (None, 1000, r'FILE has 1000 classes, without names, and folder:.* has 2: .*data\.name.*'),
-    (None, 3, 'FILE has 3 classes, without names, and .* has 2: they cannot be matched'),
+    (None, 1000, r'FILE has 1000 classes without names, and folder:.* has 2: .*data\.name.*'),
+    (None, 3, 'FILE has 3 classes without names, and .* has 2: they cannot be matched'),
     (
       ['ant', 'cat'], 2,
       r'has other classes \(2\) than FILE \(2\); what differs: bee, cat; .*--config\.data\.name',

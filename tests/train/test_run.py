@@ -12,7 +12,7 @@ from hivit_jax.train import run
 
 
 def test_full_memory_is_told_with_the_ways_out():
-  message = 'a device has not enough memory: .*allocating 40+ bytes.*what helps: (.*); '
+  message = 'a device ran out of memory: .*allocating 40+ bytes.*what helps: (.*); '
   with (
     pytest.raises(UserError, match=message) as error,
     run._told_of_full_memory(demo.get_config()),

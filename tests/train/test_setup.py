@@ -114,10 +114,10 @@ def test_what_does_not_fit_the_devices_or_the_task_is_said_before_data_are_looke
     set_up(validate.checked(config))
   config.mesh.fsdp = 1
   config.model.name = 'mae_hivit_tiny'
-  with pytest.raises(UserError, match='is no classifier'):
+  with pytest.raises(UserError, match='is not a classifier'):
     set_up(validate.checked(config))
 
 
 def test_buckets_are_refused():
-  with pytest.raises(UserError, match=r'gs://x is no path in the file system; mount the bucket'):
+  with pytest.raises(UserError, match=r'gs://x is not a path in the file system; mount the bucket'):
     check_local('gs://x')

@@ -58,9 +58,7 @@ def test_devices_of_a_process_stand_together():
   [(0, 1, 1), (-2, 1, 1), (9, 1, 1), (-1, 3, 1), (-1, 0, 1), (4, 4, 1), (4, 1, 2)],
 )
 def test_mesh_of_devices_that_there_are_not(data, fsdp, processes):
-  message = (
-    f'data={data}, config.mesh.fsdp={fsdp}: there are 8 devices; --config.mesh.data=-1 takes'
-  )
+  message = f'data={data}, config.mesh.fsdp={fsdp}: there are 8 devices; --config.mesh.data=-1 uses'
   with pytest.raises(UserError, match=message):
     sharding.make_mesh(data, fsdp, [_Device(i, i * processes // 8) for i in range(8)])
 

@@ -119,5 +119,5 @@ class ImageNet2012(ShardedBuilder, skip_registration=True):
     classes = f'; no image of {len(missing)} classes, {missing[0]} first' if missing else ''
     raise UserError(
       f'found {len(images)} {split} images, ImageNet 2012 has {COUNTS[split]}{classes}: something '
-      'is incomplete (to take a part on purpose: --allow_other_counts)'
+      'is incomplete (to use a part on purpose: --allow_other_counts)'
     )

@@ -53,7 +53,7 @@ class ImageFiles(Sequence):
       offset, size = self._spans[index]
       image = os.pread(self._tar, size, offset)
       if len(image) != size:
-        raise UserError(f'{self._root} ends inside {self.names[index]}: it changed or was cut off')
+        raise UserError(f'{self._root} ends in {self.names[index]}: it changed or was truncated')
     else:
       image = (self._root / self._paths[index]).read_bytes()
     return {'image': image, 'label': int(self._labels[index]), 'file_name': self.names[index]}
@@ -87,7 +87,7 @@ def train_tar(path: Path) -> ImageFiles:
       synset, suffix = os.path.splitext(os.path.basename(member.name))
       if suffix != '.tar' or synset not in label_of:
         raise UserError(
-          f'{path} holds {member.name}; the official train file holds one tar a class, such as '
+          f'{path} holds {member.name}; the official train file holds one tar per class, such as '
           'n01440764.tar (for extracted images: --source_dir)'
         )
       with tarfile.open(fileobj=outer.extractfile(member), mode='r:') as inner:
@@ -166,7 +166,7 @@ def _list_synset_folders(folder: Path) -> tuple[list[str], list[int]]:
   if strange or not found:
     what = f'holds the folder {strange[0]}' if strange else 'holds no folders'
     raise UserError(
-      f'{folder} {what}; expected one folder a class, such as n01440764 (other data sets need no '
+      f'{folder} {what}; expected one folder per class, such as n01440764 (other data sets need no '
       'preparation: use folder:/path/to/root)'
     )
   paths: list[str] = []

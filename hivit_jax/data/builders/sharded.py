@@ -1,4 +1,4 @@
-"""A TFDS builder that can be killed at any moment and goes on where it stopped.
+"""A TFDS builder that can be killed at any moment and continues where it stopped.
 
 TFDS's own `download_and_prepare` writes into a folder of random name that it deletes on failure,
 and starts from nothing the next time. Here every shard is a file that appears complete under its
@@ -58,7 +58,7 @@ class SplitContent:
 
 
 class _Info(tfds.core.DatasetInfo):
-  """What is known of a data set from our code and from its folder alone."""
+  """A data set as our code and its folder describe it."""
 
   def initialize_from_bucket(self) -> None:
     """Does not look for the set on TFDS's server, which leaves an empty folder in /tmp."""
@@ -118,7 +118,7 @@ class ShardedBuilder(FileReaderBuilder, skip_registration=True):
     return (Path(self.data_dir) / tfds_source.INFO_FILE).exists()
 
   def download_and_prepare(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Prepares the data set, going on from where a killed run stopped. No-op when it is ready.
+    """Prepares the data set, continuing where a killed run stopped. Does nothing if it is ready.
 
     Several processes may call this at once: one works and the others wait for it.
 
@@ -203,7 +203,7 @@ class ShardedBuilder(FileReaderBuilder, skip_registration=True):
     elif json.loads(path.read_text()) != plan:
       raise UserError(
         f'{folder} holds an unfinished preparation of {self.name} from other files or with other '
-        f'options; go on with those, or delete it: rm -r {folder}'
+        f'options; continue with those, or delete it: rm -r {folder}'
       )
 
 
@@ -228,7 +228,7 @@ def _write_shard(path: Path, records: Iterator[bytes]) -> None:
       writer.close()
   except RuntimeError as error:  # how ArrayRecord reports what the system refuses
     reason = str(error).split(';')[0]
-    raise UserError(f'cannot write {path}: {reason}; mend that and start again') from error
+    raise UserError(f'cannot write {path}: {reason}; fix that and start again') from error
   with temporary.open('rb') as file:
     os.fsync(file.fileno())
   temporary.rename(path)

@@ -135,12 +135,12 @@ def _not_prepared(wanted, data_dir: str | None) -> UserError:
     guess = f' Did you mean {" or ".join(close)}?' if close else ''
     return UserError(
       f'unknown data set {wanted.name!r}: not one of TFDS, and not prepared in {looked}.{guess} '
-      'For images of your own: --config.data.name=folder:/path/to/root'
+      'For your own images: --config.data.name=folder:/path/to/root'
     )
   begun = any(next((folder / wanted.name).glob('incomplete.*'), None) for folder in folders)
   return UserError(
-    f'{wanted} is not prepared{" (only begun)" if begun else ""}: looked in {looked}. '
+    f'{wanted} is not prepared{" (only started)" if begun else ""}: looked in {looked}. '
     'To prepare it: '
-    f'{tfds_source.preparation(wanted, folders[0])}. If it lies elsewhere, say where: '
+    f'{tfds_source.preparation(wanted, folders[0])}. If it is elsewhere, say where: '
     '--config.data.data_dir=FOLDER'
   )

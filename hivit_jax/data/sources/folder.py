@@ -109,7 +109,7 @@ class FolderSource:
     if unknown:
       raise UserError(
         f'{folder} has {_some(unknown)} that {self._reference} does not have, so labels '
-        f'would not agree; give {self._reference} every class'
+        f'would not agree; add every class to {self._reference}'
       )
     paths: list[str] = []
     labels: list[np.ndarray] = []

@@ -11,8 +11,8 @@ from hivit_jax.errors import UserError
 def hashed_order(keys: Iterable[bytes]) -> np.ndarray:
   """Orders keys by a hash of each: shuffled, yet the same on every machine and run.
 
-  A key keeps its place among the others when keys are added or removed, so a slice such as
-  `train[:90%]` stays nearly the same set when a few files come or go.
+  Keys keep their relative order when others are added or removed, so a slice such as `train[:90%]`
+  stays nearly the same set when a few files come or go.
 
   Args:
     keys: names of examples, unique.

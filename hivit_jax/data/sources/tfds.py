@@ -102,8 +102,8 @@ def find_prepared(wanted: DatasetName, data_dir: str | os.PathLike | None) -> Pa
   if unusable:
     folder, formats = unusable[0]
     raise UserError(
-      f'{wanted} in {folder} is stored as {"/".join(sorted(formats))}, which cannot be read at '
-      'random without TensorFlow; prepare it as ArrayRecord in another folder and give that one as '
+      f'{wanted} in {folder} is stored as {"/".join(sorted(formats))}, which has no random '
+      'access without TensorFlow; prepare it as ArrayRecord in another folder and give that one as '
       f'--config.data.data_dir: {preparation(wanted, "/path/to/other/folder")}'
     )
   return None
@@ -204,7 +204,7 @@ class TfdsSource:
     example = tf_example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
     record = self._records[index]
     if not record:  # is all that array_record says
-      raise OSError('empty record: its file was cut off while it was open')
+      raise OSError('empty record: its file was truncated while it was open')
     example.ParseFromString(record)
     return example.features.feature
 

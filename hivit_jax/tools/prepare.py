@@ -2,7 +2,7 @@
 
   python -m hivit_jax.tools.prepare imagenet2012 --train_tar=... --val_tar=... [--data_dir=...]
   python -m hivit_jax.tools.prepare imagenet2012 --source_dir=FOLDER [--data_dir=...]
-  python -m hivit_jax.tools.prepare photo_tiles|digits [--data_dir=...]
+  python -m hivit_jax.tools.prepare photo_tiles|photo_scenes|digits [--data_dir=...]
 
 May be stopped or killed at any time: the same command goes on from there.
 """

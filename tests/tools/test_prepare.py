@@ -124,7 +124,7 @@ def test_embedded_sets_are_prepared_by_the_same_command(tmp_path, name):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ([], 'name one of: imagenet2012, photo_tiles, digits'),
+    ([], 'name one of: imagenet2012, photo_tiles, photo_scenes, digits'),
     (['digit'], 'did you mean "digits"?'),
     (['digits', '--val_tar=x.tar'], '--val_tar is for imagenet2012 only'),
     (['imagenet2012'], 'imagenet2012 needs --train_tar='),

@@ -301,8 +301,8 @@ class EvalTransform:
       if any(n > m for n, m in zip(array.shape, self.canvas, strict=False)):
         sizes = [f'{w}x{h}' for h, w in (array.shape[:2], self.canvas)]
         raise UserError(
-          f'an evaluation image has {sizes[0]} pixels, more than the {sizes[1]} that all are padded '
-          'to; give a larger canvas'
+          f'an evaluation image has {sizes[0]} pixels, more than the {sizes[1]} that all are '
+          'padded to; give a larger canvas'
         )
       value = 0 if name == 'image' else self.classes.ignore_index
       arrays[name] = padded(array, self.canvas, value)

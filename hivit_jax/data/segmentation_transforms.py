@@ -80,9 +80,11 @@ class ClassMap:
     wrong = present[table[present] < 0]
     if len(wrong):
       last = first + self.num_classes - 1
+      from_one = wrong[0] == self.num_classes and not self.reduce_zero_label
+      hint = '; if 0 means no class, set reduce_zero_label' if from_one else ''
       raise BrokenImage(
         f'label map: has class {wrong[0]}; the {self.num_classes} classes are {first} to {last}, '
-        f'and {self.ignore_index} is ignored'
+        f'and {self.ignore_index} is ignored{hint}'
       )
     dtype = np.uint8 if self.ignore_index < 256 else np.uint16
     return {**example, 'segmentation': Image.fromarray(table.astype(dtype)[stored])}

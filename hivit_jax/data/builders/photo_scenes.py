@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw
 
-from hivit_jax.data import palettes
+from hivit_jax.data import class_lists
 from hivit_jax.data.builders.packages import package_file
 from hivit_jax.data.builders.photo_tiles import PHOTOS, Part, jpeg, split_photo
 from hivit_jax.data.builders.sharded import ShardedBuilder, SplitContent
@@ -241,7 +241,7 @@ class PhotoScenes(ShardedBuilder, skip_registration=True):
         ),
       },
       supervised_keys=('image', 'segmentation'),
-      palette=palettes.distinct(len(names)),
+      palette=class_lists.distinct_colours(len(names)),
     )
 
   def _contents(self) -> dict[str, SplitContent]:

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import os
 from typing import Any, Protocol
 
 from hivit_jax import settings
@@ -60,7 +61,8 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
   """Opens one split of a data set.
 
   Args:
-    name: `folder:/path/to/root` for `<root>/<split>/<class>/*.jpg`; the embedded `photo_tiles`,
+    name: `folder:/path/to/root` for `<root>/<split>/<class>/*.jpg`, or for images with label maps
+      in one of the layouts of `layouts.layout_of`; the embedded `photo_tiles`,
       `photo_scenes` or `digits`, which are prepared in `data_dir` on first use; a data set of TFDS,
       with an optional config and version (`name/config:1.0.0`), that was prepared as ArrayRecord;
       or a class of your own, `package.module:Name`, which is called as
@@ -78,8 +80,11 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
   """
   if name.startswith('folder:'):
     from hivit_jax.data.sources.folder import FolderSource
+    from hivit_jax.data.sources.layouts import is_paired
+    from hivit_jax.data.sources.paired import PairedSource
 
-    return FolderSource(name.removeprefix('folder:'), split)
+    root = name.removeprefix('folder:')
+    return (PairedSource if is_paired(os.path.expanduser(root)) else FolderSource)(root, split)
   if settings.is_imported(name):  # TFDS names have numbers behind their colon
     return _imported(name, split, data_dir)
 
@@ -128,7 +133,7 @@ def _not_prepared(wanted, data_dir: str | None) -> UserError:
   from hivit_jax.data import builders
   from hivit_jax.data.sources import tfds as tfds_source
 
-  known = {*tfds.list_builders(with_community_datasets=False), *builders.EMBEDDED}
+  known = {*tfds.list_builders(with_community_datasets=False), *builders.EMBEDDED, 'ade20k'}
   folders = tfds_source.data_dirs(data_dir)
   looked = ', '.join(str(folder / wanted.name) for folder in folders)
   if wanted.name not in known:

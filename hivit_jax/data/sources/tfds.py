@@ -132,6 +132,12 @@ def preparation(wanted: DatasetName, folder: str | os.PathLike) -> str:
       f'--val_tar=ILSVRC2012_img_val.tar --data_dir={folder} (the files are on image-net.org '
       'after a free registration; --source_dir=... takes extracted folders instead)'
     )
+  if wanted.name == 'ade20k':
+    return (
+      'python -m hivit_jax.tools.prepare ade20k --archive=ADEChallengeData2016.zip '
+      f'--data_dir={folder} (from http://sceneparsing.csail.mit.edu; --source_dir=... takes the '
+      'extracted folder instead)'
+    )
   return (
     'pip install tensorflow tensorflow-datasets importlib-resources (in an environment of its '
     'own: only this step needs TensorFlow), then there: python -c "import tensorflow_datasets as '

@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 
-_SHOWN = 20  # classes of a picture with their names
-
 
 def scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
   """IoU and accuracy of each class, as mmsegmentation has them.

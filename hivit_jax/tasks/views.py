@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from hivit_jax.data import fields
+from hivit_jax.data.segmentation_transforms import KEYS, ClassMap
 from hivit_jax.errors import UserError
 from hivit_jax.models import resize
 
@@ -52,7 +53,7 @@ class Views:
     scales: of the views with 'slide', relative to the crop; none is smaller than 1, so smaller ones
       count as 1 once more, as in the published evaluation.
     flip: each view mirrored as well.
-    labels: the examples have label maps.
+    classes: what the numbers in label maps mean; None: the examples have none.
   """
 
   crop: Size
@@ -60,7 +61,7 @@ class Views:
   stride: Size = (426, 426)
   scales: tuple[float, ...] = (1.0,)
   flip: bool = False
-  labels: bool = True
+  classes: ClassMap | None = None
   ragged = True  # see `loader.eval_loader`
 
   def __post_init__(self):
@@ -72,11 +73,11 @@ class Views:
       )
     if not self.scales or min(self.scales) <= 0:
       raise UserError(f'scales={self.scales}: expected numbers above 0, such as (1.0, 1.25)')
-    if not all(0 < step <= side for step, side in zip(self.stride, self.crop, strict=True)):
-      if self.inference == 'slide':
-        raise UserError(
-          f'stride={self.stride}: expected (rows, columns) from 1 to the crop, {self.crop}'
-        )
+    fits = all(0 < step <= side for step, side in zip(self.stride, self.crop, strict=True))
+    if self.inference == 'slide' and not fits:
+      raise UserError(
+        f'stride={self.stride}: expected (rows, columns) from 1 to the crop, {self.crop}'
+      )
 
   def of(self, size: Size) -> list[View]:
     """The views of an image of (height, width) pixels; equal ones are one, with their weights."""
@@ -110,14 +111,15 @@ class Views:
     """Decodes an example and cuts its windows.
 
     Returns:
-      `windows` (n, height, width, 3) uint8, the views' one after the other, row by row; `valid`
+      `windows` (n, height, width, 3) uint8, the views' one after the other, row by row; `extent`
       (n, 2) int32, how many rows and columns of each are of the image; `label_map` (H, W), if there
       is one, and `image` (H, W, 3) uint8.
     """
-    keys = ('image', 'segmentation') if self.labels else ('image',)
-    decoded = fields.decode(example, keys, 3)
+    decoded = fields.decode(example, ('image',) if self.classes is None else KEYS, 3)
+    if self.classes is not None:
+      decoded = self.classes(decoded)
     image = decoded['image']
-    windows, valid = [], []
+    windows, extent = [], []
     for view in self.of((image.height, image.width)):
       shown = image.resize(view.size[::-1], Image.Resampling.BILINEAR)
       pixels = np.asarray(shown)
@@ -128,13 +130,13 @@ class Views:
           window = np.zeros((*self.crop, 3), np.uint8)
           window[: part.shape[0], : part.shape[1]] = part
           windows.append(window)
-          valid.append(part.shape[:2])
+          extent.append(part.shape[:2])
     arrays = {
       'windows': np.stack(windows),
-      'valid': np.array(valid, np.int32),
+      'extent': np.array(extent, np.int32),
       'image': np.asarray(image),
     }
-    if self.labels:
+    if 'segmentation' in decoded:
       arrays['label_map'] = np.asarray(decoded['segmentation'])
     return arrays
 

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.train import assemble, inputs, validate
+from hivit_jax.train.steps import Steps
 
 
 def unit(config: ml_collections.ConfigDict) -> str:

@@ -5,6 +5,7 @@ constant matrices: it works on numpy arrays, inside `jit`, and under `grad`.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def apply_separable(rows: np.ndarray, columns: np.ndarray, values: Any) -> Any:
   return x.reshape(b, -1, c)
 
 
-def bilinear(x: Any, size: tuple[int, int]) -> Any:
+def bilinear(x: Any, size: Sequence[int]) -> Any:
   """Resizes maps without antialiasing, half-pixel centres.
 
   Args:
@@ -98,8 +99,8 @@ def adaptive_mean(x: Any, cells: int) -> Any:
   return _resize_map(x, (cells, cells), _mean_matrix)
 
 
-def _resize_map(x: Any, size: tuple[int, int], matrix: Any) -> Any:
-  if x.shape[1:3] == size and matrix is bilinear_matrix:
+def _resize_map(x: Any, size: Sequence[int], matrix: Any) -> Any:
+  if x.shape[1:3] == tuple(size) and matrix is bilinear_matrix:
     return x
   rows, columns = (matrix(*sides) for sides in zip(x.shape[1:3], size, strict=True))
   cells = apply_separable(rows, columns, x.reshape(len(x), -1, x.shape[-1]))

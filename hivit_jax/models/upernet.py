@@ -60,10 +60,11 @@ class SegmenterSettings(HiViTSettings):
   @property
   def backbone(self) -> BackboneSettings:
     """Settings of the encoder."""
-    shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(HiViTSettings)}
-    return BackboneSettings(
-      **shared | {'image_size': self.position_image_size}, bias_image_size=self.image_size
-    )
+    shared: dict[str, Any] = {
+      field.name: getattr(self, field.name) for field in dataclasses.fields(HiViTSettings)
+    }
+    shared['image_size'] = self.position_image_size
+    return BackboneSettings(**shared, bias_image_size=self.image_size)
 
 
 class _Pool(nnx.Module):
@@ -147,9 +148,10 @@ def _convolve_joined(maps: Sequence[jax.Array], kernel: jax.Array, ops: Ops) -> 
   """
   size = maps[0].shape[1:3]
   kernels = jnp.split(kernel, len(maps), axis=2)
-  return sum(
+  parts = [
     ops.convolve(resize.bilinear(x, size), part) for x, part in zip(maps, kernels, strict=True)
-  )
+  ]
+  return functools.reduce(jnp.add, parts)
 
 
 class FCNHead(nnx.Module):

@@ -183,11 +183,12 @@ def rows(batch: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
 
 def evaluators(context: Context, task: Any) -> list[Evaluator]:
   """What a `SegmentTask` measures and draws."""
-  every = context.every('evaluation')
-  found = [
-    Evaluator(every, MeanIoU(context, task, source, name))
-    for name, source in (context.sets.items() if every else ())
-  ]
+  every, found = context.every('evaluation'), []
+  if every is not None:
+    found = [
+      Evaluator(every, MeanIoU(context, task, source, name))
+      for name, source in context.sets.items()
+    ]
   every = context.every('pictures')
   if every is not None and context.draws:
     found.append(Evaluator(every, _pictures(context, task)))

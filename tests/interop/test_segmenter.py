@@ -18,17 +18,21 @@ OFFICIAL = {k.removeprefix('param/'): v for k, v in ARRAYS.items() if k.startswi
 @pytest.fixture(scope='module')
 def published(tmp_path_factory):
   """A file as mmsegmentation saves it."""
+  torch = pytest.importorskip('torch')
   counters = {
     name.replace('running_var', 'num_batches_tracked'): np.array(7, np.int64)
     for name in OFFICIAL
     if name.endswith('running_var')
   }
   path = tmp_path_factory.mktemp('segmenter') / 'iter_80000.pth'
-  files.write(path, OFFICIAL | counters, wrapped_in='state_dict')
+  arrays = {name: torch.from_numpy(np.array(x)) for name, x in (OFFICIAL | counters).items()}
+  meta = {'CLASSES': tuple('abcdef'), 'PALETTE': [[0, 0, i] for i in range(6)], 'iter': 80000}
+  torch.save({'meta': meta, 'state_dict': arrays}, path)
   return path
 
 
 def test_a_file_tells_its_model_and_the_model_gives_the_published_logits(published):
+  assert files.read(published).metadata['class_names'] == list('abcdef')
   model = hivit_jax.create_model(weights=published)
   settings = model.settings
   assert settings.image_size == (96, 96)

@@ -56,7 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, or folder:/path
   config.data.data_dir = config_dict.placeholder(str)  # None: TFDS_DATA_DIR or TFDS's default
-  config.data.train_split = 'train'  # may be cut: train[:90%]; see docs/data.md
+  config.data.train_split = 'train'  # may be cut: train[:90%]; see docs/guide/data.md
   config.data.eval_split = 'validation'  # of accuracies and pictures
   # Share of the sides that the central crop of an evaluation keeps; None: 7/8 up to 224 pixels.
   config.data.eval_crop = config_dict.placeholder(float)  # 1: the whole image

@@ -1,7 +1,7 @@
 """Recipes: what the published runs, and those derived from them, change in `base.py`.
 
 Rates are per 256 images of a batch: 2.5e-4 at a batch of 1024 is the paper's 1e-3. Where each
-number comes from is in docs/reproduce.md.
+number comes from is in docs/results/reproduce.md.
 """
 
 import ml_collections

@@ -25,7 +25,7 @@ class MAETask(ImageTask):
   # position embedding and the mask token included.
   rules = (
     ('(decoder_)?pos_embed', 'frozen'),
-    (r'(.*/)?(bias|scale|gamma_[12])', 'no_decay'),
+    (r'(.*/)?(bias|scale|gamma_[12])|hogs/simple_weights', 'no_decay'),
     (r'(.*/)?kernel', 'decay'),
     (r'absolute_pos_embed|cls_token|mask_token|.*/relative_position_bias_table', 'decay'),
   )

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     given = ' '.join(argv[1:])
     raise UserError(
       f'cannot prepare "{given}"{suggest(given, known)}; name one of: {", ".join(known)} (other '
-      'data sets of TFDS: docs/data.md)'
+      'data sets of TFDS: docs/guide/data.md)'
     )
   options = {}
   takes = {name: [flag.name for flag in own] for name, own in _FLAGS_OF.items()}

@@ -13,6 +13,7 @@ from hivit_jax.tools.timing import TrainingStep
 TINY = Entry('tiny', 'mae_hivit_t:debug', profiled=True)
 
 
+@pytest.mark.slow
 def test_steps_are_measured_and_what_cannot_be_is_named(tmp_path):
   entries = (
     TINY,
@@ -44,6 +45,7 @@ def test_steps_are_measured_and_what_cannot_be_is_named(tmp_path):
     assert picture.width > picture.height > 100
 
 
+@pytest.mark.slow
 def test_steps_are_compiled_side_by_side():
   entries = (TINY, Entry('Swin', 'simmim_swin_b:debug'), Entry('none', 'no_such_config'))
   lines = []

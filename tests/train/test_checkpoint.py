@@ -508,6 +508,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_kill_during_a_save_leaves_the_one_before(tmp_path):
   expected = 1 + np.arange(16 << 20, dtype=np.float32)
   for delay in (0, 0.02):
@@ -582,6 +583,7 @@ def test_a_full_disk_is_named_as_such(tmp_path):
     subprocess.run(['umount', mount], check=True)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_save_that_failed_while_other_threads_went_on(tmp_path, monkeypatch):
   """As Orbax's do: they create anew what was removed."""
   with Checkpoints(tmp_path) as checkpoints:
@@ -712,6 +714,7 @@ MESH = """
 """
 
 
+@pytest.mark.slow
 def test_a_state_moves_between_meshes(tmp_path):
   result = run(MESH, tmp_path, XLA_FLAGS='--xla_force_host_platform_device_count=4')
   assert result.stdout == 'done\n', result.stderr

@@ -8,7 +8,8 @@ import pytest
 
 from configs import base
 from hivit_jax.errors import UserError
-from hivit_jax.train import assemble, validate
+from hivit_jax.interop import files
+from hivit_jax.train import assemble, initialise, validate
 from hivit_jax.train.schedules import Schedule
 from tests.helpers import GOLDEN
 from tests.runs import error_of, metrics
@@ -251,3 +252,12 @@ def test_a_run_of_so_many_steps(runs, tmp_path):
   error = error_of(runs.forks(*runs.command(tmp_path / 'other', steps=4, **settings)[1:]))
   assert error.startswith('config.optim.warmup_epochs=1.0 is not shorter than config.steps=4')
   assert not (tmp_path / 'other').exists()
+
+
+def test_older_runs_have_another_name_for_steps():
+  trained = configured(optim__schedule='step', optim__milestones=(200.0,)).to_dict()
+  trained['optim']['schedule'] = 'multistep'
+  state = files.StateDict({}, 'step 1 of it', {'config': trained})
+  config = initialise.config_for(base.get_config(), state)
+  assert config.optim.schedule == 'step'
+  assert config.optim.milestones == (200.0,)

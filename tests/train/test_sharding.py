@@ -266,6 +266,7 @@ def _on_eight_devices(code: str) -> Any:
   return json.loads(child.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('classify', [False, True], ids=['mae', 'classify'])
 def test_the_number_of_devices_and_what_they_share_changes_nothing(classify):
   """Masks, mixing and losses as on one."""
@@ -294,6 +295,7 @@ def moved(group: int | None) -> dict[str, int]:
   return sizes
 
 
+@pytest.mark.slow
 def test_no_image_travels_between_devices_that_hold_whole_groups():
   image = 4 * 32 * 32 * 3
   whole, split = _on_eight_devices('[test_sharding.moved(2), test_sharding.moved(None)]')

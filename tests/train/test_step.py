@@ -124,6 +124,7 @@ def test_five_steps_equal_those_of_torch_adamw():
   np.testing.assert_array_equal(ours[frozen], start[frozen])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scaled', ['rate', 'peak'])
 def test_layer_decay_scales_the_whole_update_weight_decay_included(scaled):
   """The whole rate of a layer, or what depends on the peak in it."""
@@ -145,6 +146,7 @@ def test_layer_decay_scales_the_whole_update_weight_decay_included(scaled):
     np.testing.assert_allclose(ends[0.5][path], expected, atol=1e-6, err_msg='/'.join(path))
 
 
+@pytest.mark.slow
 def test_accumulated_steps_equal_those_of_the_large_batch():
   """With drop path and masks: every example gets the same numbers in whatever part it is. What is
   clipped is the sum of the parts; the norm that is reported is the one before."""
@@ -168,6 +170,7 @@ def test_accumulated_steps_equal_those_of_the_large_batch():
   assert_trees_close(results[4][1], results[1][1], relative=2e-6)
 
 
+@pytest.mark.slow
 def test_randomness_is_a_function_of_seed_and_step():
   fresh, train_step = _training(_sgd, task=Recording(TASK.mean, TASK.std), seed=1)
   _, other_seed = _training(_sgd, task=Recording(TASK.mean, TASK.std), seed=2)
@@ -196,6 +199,7 @@ def test_drop_path_numbers_are_only_drawn_when_needed():
   assert set(prepared) == {'image', 'noise', 'count'}
 
 
+@pytest.mark.slow
 def test_the_state_is_donated_and_the_loss_falls():
   state, train_step = _training(schedule=lambda _: 0.003)
   losses = []

@@ -10,6 +10,8 @@ import pytest
 
 from hivit_jax.train import assemble, sharding
 
+pytestmark = pytest.mark.slow
+
 # Every kind of model, by a config that trains it.
 CONFIGS = {
   'mae_hivit': ('mae_hivit_b', {}),

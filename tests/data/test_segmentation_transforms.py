@@ -178,6 +178,18 @@ def test_more_than_255_classes():
   np.testing.assert_array_equal(np.asarray(found['segmentation']), stored - 1)
 
 
+def test_a_small_ignore_index_and_16_bits():
+  """The same classes in every kind of file."""
+  stored = np.array([[0, 1, 2, 3, 2]], np.uint8)
+  for labels in (stored, stored.astype(np.uint16)):
+    for ignore_index, dtype in ((3, np.uint8), (300, np.uint16)):
+      classes = seg.ClassMap(3, ignore_index=ignore_index, reduce_zero_label=True)
+      found = np.asarray(classes({'segmentation': Image.fromarray(labels)})['segmentation'])
+      last = 3 if ignore_index == 3 else 2  # what is ignored is so in the file, too
+      assert found.tolist() == [[ignore_index, 0, 1, last, 1]]
+      assert found.dtype == dtype
+
+
 def test_nonsense_is_explained():
   with pytest.raises(UserError, match='expected 0 < smallest <= largest'):
     seg.train_transform(32, 3, scale=(64, 32), ratios=(2.0, 0.5))

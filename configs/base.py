@@ -15,7 +15,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
   config.channels = 3  # of the images: 3 (RGB) or 1 (greyscale)
   config.epochs = 300.0  # length of the run and of the learning rate's schedule
-  config.max_steps = config_dict.placeholder(int)  # end here instead of after `epochs`
+  config.steps = config_dict.placeholder(int)  # the same in steps; instead of epochs
+  config.max_steps = config_dict.placeholder(int)  # end here; the schedule stays as it is
 
   # Any argument of the model's class; those left at None have the named model's value.
   config.model = ml_collections.ConfigDict()
@@ -38,6 +39,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.mask_ratio = config_dict.placeholder(float)  # share of the units removed
   config.model.norm_pix_loss = config_dict.placeholder(bool)  # predict pixels normalised per unit
   config.model.hifeat = config_dict.placeholder(bool)  # decode from all three stages
+  config.model.position_image_size = config_dict.placeholder(tuple)  # of segmenters' embeddings
+  config.model.head_channels = config_dict.placeholder(int)  # of UPerNet
+  config.model.auxiliary_channels = config_dict.placeholder(int)  # of its second head; 0: none
+  config.model.dropout_rate = config_dict.placeholder(float)  # before the classifiers of pixels
   config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
   config.model.attention = 'auto'  # on NVIDIA GPUs the fastest for each shape; cudnn; xla
   config.model.ops = 'fast'  # plain: by the definitions, to tell a kernel's fault from a model's
@@ -78,6 +83,23 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.mix_group = config_dict.placeholder(int)  # None or 0: the whole batch
   config.augment.label_smoothing = 0.0  # share of the target spread over all classes
 
+  config.segment = ml_collections.ConfigDict()  # of semantic segmentation
+  # Training: images are resized so that they fit into `scale` times a random ratio, and cropped.
+  config.segment.scale = (2560, 640)  # longer and shorter side in pixels
+  config.segment.ratios = (0.5, 2.0)  # smallest and largest
+  config.segment.max_share = 0.75  # of one class in the labelled pixels of a crop; more: again
+  config.segment.photometric = True  # change brightness, contrast, saturation and hue
+  config.segment.ignore_index = 255  # label of pixels that do not count
+  config.segment.reduce_zero_label = False  # 0 is no class, and class c is stored as c + 1 (ADE20K)
+  config.segment.mean_over = 'all'  # pixels, as published; or labelled
+  config.segment.class_weights = ()  # one a class, of its pixels in the loss; none: 1
+  config.segment.auxiliary_weight = 0.4  # of the second head's loss
+  # Evaluation: whole, the image fitted into one crop; or slide, windows over all of it.
+  config.segment.inference = 'slide'
+  config.segment.stride = (426, 426)  # pixels from one window to the next
+  config.segment.scales = (1.0,)  # of the shorter side, times the crop; several are averaged
+  config.segment.mirrored = False  # and each of them mirrored, too
+
   config.batch_size = 4096  # over all devices and hosts
   config.accumulate_steps = 1  # parts that a batch is computed in, one after the other
 
@@ -85,17 +107,19 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.name = 'adamw'  # or lars
   config.optim.base_lr = 1e-4  # per 256 images of batch_size: lr = base_lr * batch_size / 256
   config.optim.lr = config_dict.placeholder(float)  # peak; instead of base_lr
-  config.optim.base_end_lr = 0.0  # final rate of the cosine, per 256 images
+  config.optim.base_end_lr = 0.0  # final rate of cosine and poly, per 256 images
   config.optim.end_lr = config_dict.placeholder(float)  # for any batch; replaces base_end_lr
   config.optim.base_warmup_start_lr = 0.0  # at the first step, per 256 images
   config.optim.warmup_start_lr = config_dict.placeholder(float)  # for any batch; replaces it
-  config.optim.warmup_epochs = 40.0  # of linear rise, part of `epochs`
-  config.optim.schedule = 'cosine'  # after the warmup; or multistep
+  config.optim.warmup_epochs = 40.0  # of linear rise, part of the run's length
+  config.optim.warmup_steps = config_dict.placeholder(int)  # the same in steps; instead of epochs
+  config.optim.schedule = 'cosine'  # poly: from step 0, scaled by the warmup (mmseg); step (mmdet)
   # Does the cosine start after the warmup? If not, it counts from epoch 0: the warmup hides its
   # beginning, and the rate drops where the warmup ends.
   config.optim.warmup_prefix = True  # False: as Swin, SimMIM and supervised HiViT
-  config.optim.milestones = ()  # of multistep: epochs at which the rate is multiplied
-  config.optim.milestone_factor = 0.1  # by this
+  config.optim.power = 1.0  # of poly: the share of the run that is left, to this power
+  config.optim.milestones = ()  # of step: epochs, or steps of a run in steps, where the rate falls
+  config.optim.milestone_factor = 0.1  # to this share, again at each of them
   config.optim.b1 = 0.9  # AdamW: decay of the mean of the gradients
   config.optim.b2 = 0.95  # and of the mean of their squares
   config.optim.eps = 1e-8  # of AdamW
@@ -115,6 +139,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint.every_epochs = 1.0  # save; 0: at the end only
   config.checkpoint.keep_last = 2  # how many of the newest are kept
   config.checkpoint.keep_every_epochs = 100.0  # and keep these for ever; 0: none
+  # And the best by an evaluation, eval/top1:max or eval/loss:min; --config.init=WORKDIR/best.
+  config.checkpoint.keep_best = config_dict.placeholder(str)  # None: no best is kept
 
   config.log_every_steps = 50  # one line of metrics: the means since the last one
 

@@ -12,6 +12,7 @@ from hivit_jax.models.hivit import HiViT, HiViTClassifierSettings
 from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
 from hivit_jax.models.simmim import SimMIM, SimMIMSettings
 from hivit_jax.models.swin import Swin, SwinClassifierSettings
+from hivit_jax.models.upernet import Segmenter, SegmenterSettings
 from hivit_jax.models.vit import ViT, ViTClassifierSettings, ViTMAESettings, ViTMaskedAutoencoder
 from hivit_jax.ops.choice import choose
 
@@ -52,6 +53,7 @@ _LADDER: _Sizes = {
 _FAMILIES: tuple[tuple[str, type[nnx.Module], type[Settings], _Sizes], ...] = (
   ('hivit', HiViT, HiViTClassifierSettings, _HIVIT),
   ('backbone_hivit', HiViTBackbone, BackboneSettings, _HIVIT),
+  ('segment_hivit', Segmenter, SegmenterSettings, _HIVIT),
   ('mae_hivit', HiViTMaskedAutoencoder, HiViTMAESettings, _HIVIT),
   ('vit', ViT, ViTClassifierSettings, _VIT),
   ('mae_vit', ViTMaskedAutoencoder, ViTMAESettings, _VIT),

@@ -24,12 +24,14 @@ _LARGE_WIDTH = 256  # channels of the main stage
 _ALWAYS_SET = frozenset(
   ('image_size', 'channels', 'dtype', 'attention', 'ops', 'remat', 'drop_path_rate', 'scan')
 )
-# Fields of tasks and the settings that they are; all others are of config.augment.
+# Fields of tasks and the settings that they are; all others are of one of `_SECTIONS`.
 _FIELDS = {
   **{key: f'data.{key}' for key in ('mean', 'std', 'eval_crop')},
   **{key: key for key in ('channels', 'seed')},
   'num_classes': 'model.num_classes',
+  'mirror': 'augment.flip',
 }
+_SECTIONS = ('augment', 'segment')  # whose settings fill the fields of their names
 _PUBLISHED_CLASSES = 1000  # of a config that names no number, before there is a data set
 
 
@@ -190,8 +192,8 @@ def check_model(config: ml_collections.ConfigDict) -> None:
 def task(config: ml_collections.ConfigDict, transforms: Callable[..., Any] | None = None) -> Task:
   """The task named by `config.task`; its fields are filled with the settings of their names.
 
-  These are the settings of `config.augment`, `mean`, `std` and `eval_crop` of the data, the
-  model's `num_classes`, `image_size`, `channels`, and `transforms`.
+  These are the settings of `config.augment` and `config.segment`, `mean`, `std` and `eval_crop` of
+  the data, the model's `num_classes`, `image_size`, `channels`, and `transforms`.
 
   Args:
     config: see configs/base.py.
@@ -199,13 +201,18 @@ def task(config: ml_collections.ConfigDict, transforms: Callable[..., Any] | Non
   """
   check_model(config)
   chosen, filled = task_class(config), {}
+  if chosen.whole_batches and config.accumulate_steps > 1:
+    raise UserError(
+      f'config.accumulate_steps={config.accumulate_steps}: config.task={config.task} computes a '
+      f'batch as a whole. {chosen.whole_batches}'
+    )
   for field in fields(cast(Any, chosen)):
-    key = _FIELDS.get(field.name, f'augment.{field.name}')
+    key = _FIELDS.get(field.name) or _in_section(config, field.name)
     if field.name == 'transforms':
       filled[field.name] = transforms
     elif field.name == 'image_size':
       filled[field.name] = image_size(config)
-    elif key in _FIELDS.values() or field.name in config.augment:
+    elif key is not None:
       value = settings.get(config, key)
       filled[field.name] = tuple(value) if isinstance(value, list) else value
     elif field.default is MISSING:
@@ -213,6 +220,12 @@ def task(config: ml_collections.ConfigDict, transforms: Callable[..., Any] | Non
   if filled.get('num_classes', 0) is None:
     filled['num_classes'] = _PUBLISHED_CLASSES
   return chosen(**filled)
+
+
+def _in_section(config: ml_collections.ConfigDict, name: str) -> str | None:
+  """The dotted setting of this name in one of `_SECTIONS`."""
+  found = (f'{section}.{name}' for section in _SECTIONS if name in config.get(section, ()))
+  return next(found, None)
 
 
 def optimizer(config: ml_collections.ConfigDict) -> Callable[..., optim.Optimizer]:
@@ -224,6 +237,7 @@ def optimizer(config: ml_collections.ConfigDict) -> Callable[..., optim.Optimize
     'clip_norm': o.clip_norm,
     'layer_decay': o.layer_decay,
     'encoder': chosen.encoder,
+    'stem_is_one_layer': chosen.stem_is_one_layer,
   }
   if o.name == 'adamw':
     numbers = {'b1': o.b1, 'b2': o.b2, 'eps': o.eps}
@@ -236,9 +250,16 @@ def optimizer(config: ml_collections.ConfigDict) -> Callable[..., optim.Optimize
   raise UserError(f'config.optim.name="{o.name}" is unknown; there are: adamw, lars')
 
 
-def schedule(config: ml_collections.ConfigDict) -> schedules.Schedule:
-  """Fractional epoch -> learning rate."""
+def schedule(config: ml_collections.ConfigDict, epochs_per_step: float = 1.0) -> schedules.Schedule:
+  """Step -> learning rate.
+
+  Args:
+    config: see configs/base.py.
+    epochs_per_step: batch size / examples in an epoch. With 1, a schedule whose lengths are all in
+      epochs is a function of epochs; where all are in steps it does not matter.
+  """
   o = config.optim
+  unit = epochs_per_step if config.steps is None else 1  # of length and milestones, for a step
 
   def rate(key: str) -> float:
     return o[f'base_{key}'] * config.batch_size / 256 if o[key] is None else o[key]
@@ -248,13 +269,22 @@ def schedule(config: ml_collections.ConfigDict) -> schedules.Schedule:
     lr=rate('lr'),
     end_lr=rate('end_lr'),
     warmup_start_lr=rate('warmup_start_lr'),
-    warmup_epochs=o.warmup_epochs,
+    warmup=o.warmup_epochs / epochs_per_step if o.warmup_steps is None else o.warmup_steps,
     warmup_prefix=o.warmup_prefix,
-    epochs=config.epochs,
-    milestones=tuple(o.milestones),
+    length=(config.steps or config.epochs) / unit,
+    power=o.power,
+    milestones=tuple(milestone / unit for milestone in o.milestones),
     milestone_factor=o.milestone_factor,
     scaled=o.layer_decay_of,
   )
+
+
+def mixes_units(config: ml_collections.ConfigDict) -> bool:
+  """Whether the learning rate has lengths in epochs and in steps."""
+  o = config.optim
+  if config.steps is None:
+    return o.warmup_steps is not None
+  return o.warmup_steps is None and o.warmup_epochs > 0
 
 
 class Training(NamedTuple):
@@ -286,7 +316,7 @@ def training(
     config: see configs/base.py.
     mesh: the devices.
     chosen: the config's task; None: without data.
-    epochs_per_step: batch size / examples in an epoch, for the learning rate.
+    epochs_per_step: see `schedule`.
   """
   chosen = chosen or task(config)  # first: it checks the model's name
   graphdef, tx, abstract = step.abstract_state(
@@ -299,8 +329,7 @@ def training(
     graphdef,
     chosen,
     tx,
-    schedule(config),
-    epochs_per_step=epochs_per_step,
+    schedule(config, epochs_per_step),
     seed=config.seed,
     abstract=abstract,
     accumulate_steps=config.accumulate_steps,

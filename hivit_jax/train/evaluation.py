@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +21,11 @@ from hivit_jax.tasks.evaluators import Evaluator
 from hivit_jax.train import sharding, validate
 from hivit_jax.train.setup import Setup
 
+_log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass
-class Measuring:
+class EvaluationContext:
   """The `Context` of evaluators.
 
   Attributes:
@@ -65,6 +68,10 @@ class Measuring:
   def draws(self) -> bool:
     return self.directory is not None
 
+  @property
+  def devices(self) -> Sequence[Any]:
+    return [d for d in self.setup.mesh.devices.flat if d.process_index == jax.process_index()]
+
   def every(self, section: str) -> int | None:
     epochs = self.setting(f'{section}.every_epochs')
     return self.setup.steps.of(epochs) if epochs else None
@@ -77,6 +84,9 @@ class Measuring:
     with self.setup.eval_batches(source) as batches:
       yield (sharding.put_batch(batch, self.setup.mesh) for batch in batches)
 
+  def own_batches(self, source: Any) -> contextlib.AbstractContextManager[Iterator[dict[str, Any]]]:
+    return self.setup.eval_batches(source)
+
   def some(self, source: Any, size: int) -> Any:
     return Subset(source, size)
 
@@ -86,6 +96,16 @@ class Measuring:
 
   def whole(self, params: Any) -> Any:
     return sharding.whole(params, self.setup.mesh)
+
+  def local(self, params: Any) -> Any:
+    params = self.whole(params)
+    if jax.process_count() == 1:
+      return params
+    mine = sharding.make_mesh(devices=self.devices)
+    return jax.device_put(sharding.local(params), sharding.replicated(mine))
+
+  def total(self, counts: np.ndarray) -> np.ndarray:
+    return sharding.total(counts)
 
   def here(self, params: Any) -> Any:
     params = self.whole(params)
@@ -97,8 +117,23 @@ class Measuring:
   def fetch(self, array: jax.Array) -> np.ndarray:
     return sharding.fetch(array)
 
+  def keep(self, step: int, name: str, text: str, data: str) -> None:
+    if not distributed.primary():
+      return
+    if self.directory is None:
+      _log.info('%s\n%s', name, text)
+      return
+    for suffix, content in (('.txt', text), ('.json', data)):
+      path = self.directory / name / f'step_{step:08d}{suffix}'
+      path.parent.mkdir(exist_ok=True)
+      unfinished = path.with_suffix('.tmp')
+      unfinished.write_text(f'{content}\n', 'utf-8')
+      unfinished.replace(path)
+
   def draw(self, step: int, name: str, picture: Any) -> None:
     assert self.directory is not None
+    if not distributed.primary():
+      return
     path = self.directory / name / f'step_{step:08d}.png'
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix('.tmp')  # a kill leaves no half picture under the final name
@@ -108,16 +143,16 @@ class Measuring:
       self.writer.write_image(step, name, np.asarray(picture))
 
 
-def evaluators(measuring: Measuring) -> list[Evaluator]:
+def evaluators(context: EvaluationContext) -> list[Evaluator]:
   """Those of the task and those that `config.evaluators` names, for training and evaluation.
 
   Raises:
     UserError: there is no such evaluator, or the data do not fit one.
   """
-  found = list(measuring.task.evaluators(measuring))
-  for name in validate.listed(measuring.setup.config.evaluators):
+  found = list(context.task.evaluators(context))
+  for name in validate.listed(context.setup.config.evaluators):
     factory = settings.imported(name, 'config.evaluators')
-    made = factory(measuring) if callable(factory) else factory
+    made = factory(context) if callable(factory) else factory
     if not isinstance(made, Evaluator):
       raise UserError(
         f'config.evaluators={name}: expected a function from a context to an Evaluator, see '

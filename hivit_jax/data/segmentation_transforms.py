@@ -1,13 +1,12 @@
 """From an image and its label map to arrays, as mmsegmentation 0.26 does it.
 
-Steps of the rows of `transforms.TrainTransform`, and the transform of evaluation. Label maps equal
+Steps of the rows of `transforms.TrainTransform`; evaluations are in `tasks.views`. Label maps equal
 mmsegmentation's pixel by pixel, and so do sizes, crops, mirroring and padding. Images are resized
 by PIL, not by OpenCV: enlarged, they differ by at most 1 of 255; reduced, they are smoother,
 because PIL averages over all pixels and OpenCV skips some.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from hivit_jax.settings import image_size
 
 KEYS = ('image', 'segmentation')
 _DRAWS = 10  # crops that are looked at; the one after them is taken unseen
-_ENDLESS = 1 << 30  # pixels
 _BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -263,61 +261,3 @@ def train_transform(
   if flip:
     steps.append(transforms.RandomFlip())
   return transforms.TrainTransform((*steps, Pad(size, ignore_index)), channels, KEYS)
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalTransform:
-  """Resizes an image, its aspect ratio kept, for measuring at the label map's own size.
-
-  It gives `image`, uint8 (h, w, C), and `label_map`, integers (H, W). With a canvas, both are
-  filled up to it and there are `extent` and `label_extent` as well, see `Pad`; without one, shapes
-  differ from example to example.
-
-  Attributes:
-    classes: What the stored labels mean.
-    scale: What the longer and the shorter side become at most; None: images keep their size.
-    short: If given, the shorter side becomes this or that of `scale`, whichever is more, and the
-      longer side follows, however long: a model that slides a window needs it covered.
-    canvas: (height, width) that every image and label map fits into; None: no padding.
-    channels: Of the image: 3 (RGB) or 1 (greyscale).
-  """
-
-  classes: ClassMap
-  scale: tuple[int, int] | None = None
-  short: int | None = None
-  canvas: tuple[int, int] | None = None
-  channels: int = 3
-
-  @property
-  def ragged(self) -> bool:
-    """Whether shapes differ between examples."""
-    return self.canvas is None
-
-  def resized(self, height: int, width: int) -> tuple[int, int]:
-    """Returns the (height, width) of a resized image."""
-    if self.scale is None:
-      return height, width
-    if self.short is None:
-      return resized(height, width, self.scale)
-    return resized(height, width, (_ENDLESS, max(self.short, min(self.scale))))
-
-  def __call__(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    decoded = self.classes(fields.decode(example, KEYS, self.channels))
-    image, labels = decoded['image'], decoded['segmentation']
-    height, width = self.resized(image.height, image.width)
-    if (width, height) != image.size:
-      image = image.resize((width, height), _BILINEAR)
-    arrays = fields.to_arrays({'image': image, 'label_map': labels})
-    if self.canvas is None:
-      return arrays
-    for name, array in list(arrays.items()):
-      if any(n > m for n, m in zip(array.shape, self.canvas, strict=False)):
-        sizes = [f'{w}x{h}' for h, w in (array.shape[:2], self.canvas)]
-        raise UserError(
-          f'an evaluation image has {sizes[0]} pixels, more than the {sizes[1]} that all are '
-          'padded to; give a larger canvas'
-        )
-      value = 0 if name == 'image' else self.classes.ignore_index
-      arrays[name] = padded(array, self.canvas, value)
-      arrays['extent' if name == 'image' else 'label_extent'] = np.array(array.shape[:2], np.int32)
-    return arrays

@@ -3,8 +3,8 @@
 configs/demo.py           MAE pretraining
 configs/demo.py:finetune  the pretrained model learns to tell 16 photographs from few labels
 configs/demo.py:scratch   the same without pretraining, to compare with
-configs/demo.py:segment   the pretrained model learns which photograph each pixel of a scene is from
-configs/demo.py:segment_scratch
+configs/demo.py:segment   the pretrained model learns which photograph each pixel is from
+configs/demo.py:segment_scratch   the same without pretraining
 configs/demo.py:digits    supervised training on handwritten digits
 configs/demo.py:debug     two steps
 """

@@ -241,7 +241,7 @@ class PhotoScenes(ShardedBuilder, skip_registration=True):
         ),
       },
       supervised_keys=('image', 'segmentation'),
-      palette=class_lists.distinct_colours(len(names)),
+      palette=class_lists.distinct_colours(len(names) + 1)[1:],  # without black
     )
 
   def _contents(self) -> dict[str, SplitContent]:

@@ -125,7 +125,8 @@ class RandomScaledCrop:
   def resized(self, height: int, width: int, ratio: float) -> tuple[int, int]:
     """Returns the (height, width) of an image at a ratio."""
     long, short = (int(side * ratio) for side in self.scale)
-    return tuple(max(1, side) for side in resized(height, width, (max(1, long), max(1, short))))
+    height, width = resized(height, width, (max(1, long), max(1, short)))
+    return max(1, height), max(1, width)
 
   def window(self, labels: np.ndarray, size: tuple[int, int], draw: Any) -> tuple[int, int]:
     """Returns the (top, left) of the window in the resized image.

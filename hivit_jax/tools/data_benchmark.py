@@ -229,7 +229,9 @@ def main(*, as_json: bool = False, **options: Any) -> dict[str, Any]:
   return report
 
 
-def _window(side: int, rng: np.random.Generator) -> tuple[tuple[int, int], tuple[float, ...]]:
+def _window(
+  side: int, rng: np.random.Generator
+) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
   """A window as segmentation draws it: (width, height) of the output, and its box in a photo."""
   width, height = PHOTO_SIZE
   ratio = rng.uniform(0.5, 2.0)

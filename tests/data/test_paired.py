@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_class_lists_are_those_of_mmsegmentation():
 
 
 def test_own_folders(tmp_path):
-  source = open_source(f'folder:{own(tmp_path)}', 'train')
+  source: Any = open_source(f'folder:{own(tmp_path)}', 'train')
   assert isinstance(source, PairedSource)
   assert source.class_names == ('road', 'sky', 'tree')
   assert source.palette.tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
@@ -77,7 +78,7 @@ def test_own_folders(tmp_path):
 
 def test_classes_with_colours(tmp_path):
   listed = {'names': ['a', 'b', 'c'], 'palette': [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}
-  source = open_source(
+  source: Any = open_source(
     f'folder:{own(tmp_path, json.dumps(listed).encode(), "classes.json")}', 'val'
   )
   assert source.class_names == ('a', 'b', 'c')
@@ -151,7 +152,7 @@ def test_a_label_map_that_does_not_fit_is_named(tmp_path, labels, reason):
   root = own(tmp_path)
   path = root / 'annotations/val/0.png'
   path.write_bytes(scenes.encoded(labels))
-  source = open_source(f'folder:{root}', 'val')
+  source: Any = open_source(f'folder:{root}', 'val')
 
   def transform(example):
     return {'label_map': label_map(seg.ClassMap(source.num_classes), example)}
@@ -163,7 +164,7 @@ def test_a_label_map_that_does_not_fit_is_named(tmp_path, labels, reason):
 
 
 def test_ade20k_extracted(tmp_path):
-  source = open_source(f'folder:{scenes.put(tmp_path, scenes.ade20k_files())}', 'validation')
+  source: Any = open_source(f'folder:{scenes.put(tmp_path, scenes.ade20k_files())}', 'validation')
   assert len(source) == 3
   assert source.class_names[:2] == ('wall', 'building')
   assert len(source.palette) == source.num_classes == 150
@@ -180,7 +181,7 @@ def test_ade20k_extracted(tmp_path):
 
 def test_voc(tmp_path):
   root = scenes.voc(tmp_path)
-  source = open_source(f'folder:{root}', 'train')
+  source: Any = open_source(f'folder:{root}', 'train')
   assert len(source) == 4
   assert source.num_classes == 21
   for i in range(4):
@@ -201,7 +202,7 @@ def test_voc(tmp_path):
 @pytest.mark.parametrize('train_ids', [True, False])
 def test_cityscapes(tmp_path, train_ids):
   root = scenes.cityscapes(tmp_path, train_ids)
-  source = open_source(f'folder:{root}', 'train')
+  source: Any = open_source(f'folder:{root}', 'train')
   assert len(source) == 5
   assert source.class_names[18] == 'bicycle'
   labels = label_map(seg.ClassMap(19), source[3])
@@ -216,5 +217,5 @@ def test_cityscapes(tmp_path, train_ids):
 
 def test_images_named_like_a_layout_are_still_classes(tmp_path):
   scenes.put(tmp_path, {'images/a/1.jpg': scenes.photo(1), 'images/b/1.jpg': scenes.photo(2)})
-  source = open_source(f'folder:{tmp_path}', 'images')
+  source: Any = open_source(f'folder:{tmp_path}', 'images')
   assert source.class_names == ('a', 'b')

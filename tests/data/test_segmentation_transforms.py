@@ -69,7 +69,8 @@ def test_resizing(golden, ratio):
     'image': Image.fromarray(arrays['image_rgb']),
     'segmentation': Image.fromarray(arrays['label']),
   }
-  size = crop.resized(*arrays['label'].shape, float(ratio))
+  height, width = arrays['label'].shape
+  size = crop.resized(height, width, float(ratio))
   found = crop.cut(given, size, (0, 0))
   np.testing.assert_array_equal(np.asarray(found['segmentation']), arrays[f'resize/{ratio}/label'])
   expected = arrays[f'resize/{ratio}/image_rgb'].astype(int)

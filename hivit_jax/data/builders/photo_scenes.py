@@ -128,7 +128,7 @@ def _annotated(
 
 def _region(parts: Sequence[Part], side: int, rng: np.random.Generator) -> np.ndarray:
   """A square part of a photograph, enlarged: (side, side, 3) uint8."""
-  part = parts[rng.integers(len(parts))].pixels
+  part = parts[int(rng.integers(len(parts)))].pixels
   size = min(math.ceil(side / rng.uniform(*_ZOOM)), *part.shape[:2])
   top, left = (int(rng.integers(n - size + 1)) for n in part.shape[:2])
   square = Image.fromarray(part[top : top + size, left : left + size])
@@ -263,7 +263,7 @@ def _silhouette(image: Image.Image) -> Image.Image:
   """What is dark in a drawing on white, cut to its rectangle: 255 in an image of mode 'L'."""
   white = Image.new('RGBA', image.size, 'white')
   white.alpha_composite(image.convert('RGBA'))
-  mask = white.convert('L').point(lambda value: 255 if value < 128 else 0)
+  mask = Image.fromarray(np.where(np.asarray(white.convert('L')) < 128, 255, 0).astype(np.uint8))
   return mask.crop(mask.getbbox())
 
 

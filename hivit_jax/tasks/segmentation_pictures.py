@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hivit_jax.data import class_lists
 
-_UNKNOWN = (128, 128, 128)  # colour of ignored pixels
+_UNKNOWN = (255, 255, 255)  # colour of ignored pixels, which is none of a palette
 _MIN_SIDE = 144  # pixels: smaller images are enlarged by a whole factor
 _MAX_SIDE = 640  # larger ones are reduced
 _MARGIN, _LINE = 8, 20
@@ -31,7 +31,7 @@ def palette(source: Any, count: int) -> np.ndarray:
 
 
 def colour(labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
-  """(H, W) integers -> (H, W, 3) uint8; grey where a label is no class."""
+  """(H, W) integers -> (H, W, 3) uint8; white where a label is no class."""
   known = (labels >= 0) & (labels < len(colours))
   table = np.concatenate([colours, np.array([_UNKNOWN], np.uint8)])
   return table[np.where(known, labels, len(colours))]
@@ -72,7 +72,7 @@ def draw(
     shown: images (H, W, 3) uint8, label maps and predictions (H, W).
     names, colours: of the classes.
     title: above all.
-    ignore_index: label of pixels that do not count; grey.
+    ignore_index: label of pixels that do not count; white.
   """
   panels, present = [], set()
   for image, truth, found in shown:
@@ -89,7 +89,7 @@ def draw(
   canvas = Image.new('RGB', size, 'white')
   pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
   pen.text((_MARGIN, _MARGIN // 2), title, 'black', font)
-  for i, label in enumerate(('image', 'truth (grey: ignored)', 'prediction', 'overlay')):
+  for i, label in enumerate(('image', 'truth (white: ignored)', 'prediction', 'overlay')):
     left = _MARGIN + sum(widths[:i])
     pen.text((left, head - _LINE), label, 'black', font)
     for j, row in enumerate(panels):

@@ -210,6 +210,7 @@ class _Scenes(Sequence):
         'boxes': scene.boxes.astype(np.float32),
         'classes': scene.labels,
         'area': scene.areas,
+        'instance': np.arange(1, len(scene.labels) + 1),
       },
       'file_name': self.names[index],
     }
@@ -237,6 +238,7 @@ class PhotoScenes(ShardedBuilder, skip_registration=True):
             'boxes': tfds.features.Tensor(shape=(4,), dtype=np.float32),
             'classes': tfds.features.ClassLabel(names=names),
             'area': np.int64,
+            'instance': np.int64,
           }
         ),
       },

@@ -45,7 +45,7 @@ class Source(Protocol):
     | `label` | int, its class; -1, or no such key: unknown (the test split of ImageNet) |
     | `segmentation` | bytes of a PNG file of the same size, or integers (H, W): a class a pixel |
     | `objects` | dict with `boxes`, float (n, 4), see `fields`, and arrays with a row a box |
-    | `instances` | like `segmentation`: i + 1 where object i is seen, 0 elsewhere |
+    | `instances` | like `segmentation`: `objects['instance']` where it is seen, 0 elsewhere |
 
     Further keys are of use to transforms that know them. An example that cannot be read raises
     OSError or RuntimeError: the loader counts and replaces it.

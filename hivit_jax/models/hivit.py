@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import UserError
@@ -234,9 +235,7 @@ class HiViTEncoder(Encoder):
         cut = self._run(blocks, start, cut, drop_path_noise, None, grid, scan=scan)
         x = windows.join_windows(cut, grid, window_size)
     maps = {1: _to_map(stem.middle, grid), 2: _to_map(stem.merged, grid), 3: x}
-    rows, columns = grid[0] // 2, grid[1] // 2
-    cells = x[:, : 2 * rows, : 2 * columns].reshape(len(x), rows, 2, columns, 2, -1)
-    maps[4] = cells.max(axis=(2, 4))
+    maps[4] = _max_pool(x)
     return tuple(maps[level] for level in levels)
 
   def _check_features(self, levels, grid, window_size, global_blocks) -> None:
@@ -260,6 +259,20 @@ class HiViTEncoder(Encoder):
         'window attention has no relative position bias: create the model with rpe=False, '
         'or leave out window_size'
       )
+
+
+def _max_pool(x: jax.Array) -> jax.Array:
+  """The largest of 2x2 places, an odd last row or column dropped: (B, h, w, C).
+
+  Of equal ones the first counts, as in PyTorch. Not `max`, whose gradient looks for what equals the
+  result and divides by how many do: none, where XLA computes `x` anew and rounds it otherwise.
+  """
+  rows, columns = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+  x = x[:, :rows, :columns]
+  for axis in (2, 1):
+    one, two = (jax.lax.slice_in_dim(x, i, None, 2, axis) for i in (0, 1))
+    x = jnp.where(one >= two, one, two)
+  return x
 
 
 def _to_map(x: jax.Array, grid: tuple[int, int]) -> jax.Array:

@@ -180,7 +180,7 @@ def test_ade20k_extracted(tmp_path):
 
 
 def test_voc(tmp_path):
-  root = scenes.voc(tmp_path)
+  root = scenes.voc(tmp_path / 'VOC2012')
   source: Any = open_source(f'folder:{root}', 'train')
   assert len(source) == 4
   assert source.num_classes == 21
@@ -192,6 +192,8 @@ def test_voc(tmp_path):
   assert len(open_source(f'folder:{root}', 'val')) == 2
   with pytest.raises(UserError, match="has no split 'test'; it has: train, trainval, val"):
     open_source(f'folder:{root}', 'test')
+  with pytest.raises(UserError, match=rf'{root} has images with label maps: folder:{root}$'):
+    open_source(f'folder:{root.parent}', 'val')
   (root / 'SegmentationClass/2007_000005.png').unlink()
   with pytest.raises(
     UserError, match=r'val\.txt lists 2 images, and 1 .* SegmentationClass/2007_0'

@@ -3,7 +3,6 @@
 import difflib
 import inspect
 import logging
-import os
 from typing import Any, Protocol
 
 from hivit_jax import settings
@@ -80,11 +79,19 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
   """
   if name.startswith('folder:'):
     from hivit_jax.data.sources.folder import FolderSource
-    from hivit_jax.data.sources.layouts import is_paired
+    from hivit_jax.data.sources.layouts import find_paired
     from hivit_jax.data.sources.paired import PairedSource
 
     root = name.removeprefix('folder:')
-    return (PairedSource if is_paired(os.path.expanduser(root)) else FolderSource)(root, split)
+    paired = find_paired(root)
+    if paired == root:
+      return PairedSource(root, split)
+    try:
+      return FolderSource(root, split)
+    except UserError as error:
+      if paired is None:
+        raise
+      raise UserError(f'{error}; {paired} has images with label maps: folder:{paired}') from error
   if settings.is_imported(name):  # TFDS names have numbers behind their colon
     return _imported(name, split, data_dir)
 

@@ -1,13 +1,12 @@
 """From an image and its label map to arrays, as mmsegmentation 0.26 does it.
 
-Steps of the rows of `transforms.TrainTransform`, and the transform of evaluation. Label maps equal
+Steps of the rows of `transforms.TrainTransform`; evaluations are in `tasks.views`. Label maps equal
 mmsegmentation's pixel by pixel, and so do sizes, crops, mirroring and padding. Images are resized
 by PIL, not by OpenCV: enlarged, they differ by at most 1 of 255; reduced, they are smoother,
 because PIL averages over all pixels and OpenCV skips some.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from hivit_jax.settings import image_size
 
 KEYS = ('image', 'segmentation')
 _DRAWS = 10  # crops that are looked at; the one after them is taken unseen
-_ENDLESS = 1 << 30  # pixels
 _BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -69,14 +67,13 @@ class ClassMap:
 
   def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
     del rng
-    stored = np.asarray(example['segmentation'])
-    first = int(self.reduce_zero_label)
-    # One look-up for all: stored number -> class, or -1 for what must not be there.
-    table = np.full(max(int(stored.max()), self.ignore_index) + 1, -1, np.int32)
+    labels, first = example['segmentation'], int(self.reduce_zero_label)
+    present = np.flatnonzero(_counts(labels))
+    # Stored number -> class, or -1 for what must not be there.
+    table = np.full(max(int(present[-1]), self.ignore_index, 255) + 1, -1, np.int32)
     table[first : first + self.num_classes] = np.arange(self.num_classes)
     table[self.ignore_index] = self.ignore_index
     table[:first] = self.ignore_index
-    present = np.flatnonzero(np.bincount(stored.ravel(), minlength=len(table)))
     wrong = present[table[present] < 0]
     if len(wrong):
       last = first + self.num_classes - 1
@@ -86,8 +83,13 @@ class ClassMap:
         f'label map: has class {wrong[0]}; the {self.num_classes} classes are {first} to {last}, '
         f'and {self.ignore_index} is ignored{hint}'
       )
-    dtype = np.uint8 if self.ignore_index < 256 else np.uint16
-    return {**example, 'segmentation': Image.fromarray(table.astype(dtype)[stored])}
+    if self.ignore_index > 255:
+      labels = Image.fromarray(table.astype(np.uint16)[np.asarray(labels)])
+    elif labels.mode == 'L':
+      labels = labels.point(table.astype(np.uint8).tolist()) if first else labels
+    else:
+      labels = Image.fromarray(table.astype(np.uint8)[np.asarray(labels)])
+    return {**example, 'segmentation': labels}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,8 @@ class RandomScaledCrop:
   def resized(self, height: int, width: int, ratio: float) -> tuple[int, int]:
     """Returns the (height, width) of an image at a ratio."""
     long, short = (int(side * ratio) for side in self.scale)
-    return tuple(max(1, side) for side in resized(height, width, (max(1, long), max(1, short))))
+    height, width = resized(height, width, (max(1, long), max(1, short)))
+    return max(1, height), max(1, width)
 
   def window(self, labels: np.ndarray, size: tuple[int, int], draw: Any) -> tuple[int, int]:
     """Returns the (top, left) of the window in the resized image.
@@ -140,7 +143,7 @@ class RandomScaledCrop:
       for _ in range(_DRAWS):
         top, left = place
         seen = labels[rows[top : top + height]][:, columns[left : left + width]]
-        counts = np.bincount(seen.ravel(), minlength=self.ignore_index + 1)
+        counts = _counts(Image.fromarray(seen), self.ignore_index + 1)
         counts[self.ignore_index] = 0
         if np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < self.max_share:
           break
@@ -175,6 +178,13 @@ class RandomScaledCrop:
       return Image.fromarray(np.asarray(labels)[rows][:, columns])
 
     return fields.per_field(example, self, {'image': cut_image, 'segmentation': cut_labels})
+
+
+def _counts(labels: Image.Image, least: int = 1) -> np.ndarray:
+  """How many pixels have each number, for at least so many numbers."""
+  if labels.mode == 'L':  # several times as fast
+    return np.array(labels.histogram())
+  return np.bincount(np.asarray(labels).ravel(), minlength=least)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,61 +262,3 @@ def train_transform(
   if flip:
     steps.append(transforms.RandomFlip())
   return transforms.TrainTransform((*steps, Pad(size, ignore_index)), channels, KEYS)
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalTransform:
-  """Resizes an image, its aspect ratio kept, for measuring at the label map's own size.
-
-  It gives `image`, uint8 (h, w, C), and `label_map`, integers (H, W). With a canvas, both are
-  filled up to it and there are `extent` and `label_extent` as well, see `Pad`; without one, shapes
-  differ from example to example.
-
-  Attributes:
-    classes: What the stored labels mean.
-    scale: What the longer and the shorter side become at most; None: images keep their size.
-    short: If given, the shorter side becomes this or that of `scale`, whichever is more, and the
-      longer side follows, however long: a model that slides a window needs it covered.
-    canvas: (height, width) that every image and label map fits into; None: no padding.
-    channels: Of the image: 3 (RGB) or 1 (greyscale).
-  """
-
-  classes: ClassMap
-  scale: tuple[int, int] | None = None
-  short: int | None = None
-  canvas: tuple[int, int] | None = None
-  channels: int = 3
-
-  @property
-  def ragged(self) -> bool:
-    """Whether shapes differ between examples."""
-    return self.canvas is None
-
-  def resized(self, height: int, width: int) -> tuple[int, int]:
-    """Returns the (height, width) of a resized image."""
-    if self.scale is None:
-      return height, width
-    if self.short is None:
-      return resized(height, width, self.scale)
-    return resized(height, width, (_ENDLESS, max(self.short, min(self.scale))))
-
-  def __call__(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    decoded = self.classes(fields.decode(example, KEYS, self.channels))
-    image, labels = decoded['image'], decoded['segmentation']
-    height, width = self.resized(image.height, image.width)
-    if (width, height) != image.size:
-      image = image.resize((width, height), _BILINEAR)
-    arrays = fields.to_arrays({'image': image, 'label_map': labels})
-    if self.canvas is None:
-      return arrays
-    for name, array in list(arrays.items()):
-      if any(n > m for n, m in zip(array.shape, self.canvas, strict=False)):
-        sizes = [f'{w}x{h}' for h, w in (array.shape[:2], self.canvas)]
-        raise UserError(
-          f'an evaluation image has {sizes[0]} pixels, more than the {sizes[1]} that all are '
-          'padded to; give a larger canvas'
-        )
-      value = 0 if name == 'image' else self.classes.ignore_index
-      arrays[name] = padded(array, self.canvas, value)
-      arrays['extent' if name == 'image' else 'label_extent'] = np.array(array.shape[:2], np.int32)
-    return arrays

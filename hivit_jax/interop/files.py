@@ -160,8 +160,9 @@ def _metadata_in(content: Any, path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(text, str):
     meta = content.get('meta') if isinstance(content, dict) else None
     classes = meta.get('CLASSES') if isinstance(meta, dict) else None
-    known = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
-    return {'class_names': list(classes)} if known else {}
+    if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
+      return {'class_names': list(classes)}
+    return {}
   try:
     return json.loads(text)
   except ValueError as error:

@@ -25,10 +25,11 @@ def arguments(
     size: (height, width) of the crops; None: the square that the bias tables are for.
   """
   classes, channels, *_ = shape[CLASSIFIER]
-  table = next((s for name, s in shape.items() if name.endswith('relative_position_bias_table')), 0)
-  side = math.isqrt(table[0]) if table else 0
-  if size is None and table and side * side == table[0]:
-    size = (8 * (side + 1), 8 * (side + 1))
+  tables = [s for name, s in shape.items() if name.endswith('relative_position_bias_table')]
+  if size is None and tables:
+    side = math.isqrt(tables[0][0])
+    if side * side == tables[0][0]:
+      size = (8 * (side + 1), 8 * (side + 1))
   second = shape.get('auxiliary_head.conv_seg.weight')
   return {
     **encoder,

@@ -2,6 +2,7 @@
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_every_byte_is_kept(tmp_path):
   files = scenes.ade20k_files()
   prepared(tmp_path, archive=scenes.ade20k_zip(tmp_path / 'ade.zip'))
   for split, official, count in (('train', 'training', 5), ('validation', 'validation', 3)):
-    source = open_source('ade20k', split, str(tmp_path))
+    source: Any = open_source('ade20k', split, str(tmp_path))
     assert len(source) == count
     assert source.class_names == ADE20K.names
     np.testing.assert_array_equal(source.palette, ADE20K.palette)

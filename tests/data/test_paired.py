@@ -5,12 +5,13 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from hivit_jax.data import class_lists
+from hivit_jax.data import class_lists, fields
 from hivit_jax.data import segmentation_transforms as seg
 from hivit_jax.data.decode import BrokenImage
 from hivit_jax.data.loader import eval_loader
@@ -23,6 +24,10 @@ from tests.data import scenes_on_disk as scenes
 
 def decoded(data) -> np.ndarray:
   return data if isinstance(data, np.ndarray) else np.asarray(Image.open(io.BytesIO(data)))
+
+
+def label_map(classes: seg.ClassMap, example: dict) -> np.ndarray:
+  return np.asarray(classes(fields.decode(example, seg.KEYS, 3))['segmentation'])
 
 
 def own(root, classes: bytes = b'road\nsky\ntree\n', name: str = 'classes.txt'):
@@ -49,7 +54,7 @@ def test_class_lists_are_those_of_mmsegmentation():
 
 
 def test_own_folders(tmp_path):
-  source = open_source(f'folder:{own(tmp_path)}', 'train')
+  source: Any = open_source(f'folder:{own(tmp_path)}', 'train')
   assert isinstance(source, PairedSource)
   assert source.class_names == ('road', 'sky', 'tree')
   assert source.palette.tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
@@ -73,7 +78,7 @@ def test_own_folders(tmp_path):
 
 def test_classes_with_colours(tmp_path):
   listed = {'names': ['a', 'b', 'c'], 'palette': [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}
-  source = open_source(
+  source: Any = open_source(
     f'folder:{own(tmp_path, json.dumps(listed).encode(), "classes.json")}', 'val'
   )
   assert source.class_names == ('a', 'b', 'c')
@@ -147,8 +152,11 @@ def test_a_label_map_that_does_not_fit_is_named(tmp_path, labels, reason):
   root = own(tmp_path)
   path = root / 'annotations/val/0.png'
   path.write_bytes(scenes.encoded(labels))
-  source = open_source(f'folder:{root}', 'val')
-  transform = seg.EvalTransform(seg.ClassMap(source.num_classes))
+  source: Any = open_source(f'folder:{root}', 'val')
+
+  def transform(example):
+    return {'label_map': label_map(seg.ClassMap(source.num_classes), example)}
+
   with eval_loader(source, transform, batch_size=3, max_broken_fraction=1.0) as loader:
     list(loader)
   (told,) = loader.broken.values()
@@ -156,14 +164,14 @@ def test_a_label_map_that_does_not_fit_is_named(tmp_path, labels, reason):
 
 
 def test_ade20k_extracted(tmp_path):
-  source = open_source(f'folder:{scenes.put(tmp_path, scenes.ade20k_files())}', 'validation')
+  source: Any = open_source(f'folder:{scenes.put(tmp_path, scenes.ade20k_files())}', 'validation')
   assert len(source) == 3
   assert source.class_names[:2] == ('wall', 'building')
   assert len(source.palette) == source.num_classes == 150
   classes = seg.ClassMap(150, reduce_zero_label=True)
   for i in range(3):
     number = decoded(source[i]['image'])[0, 0, 0]
-    labels = seg.EvalTransform(classes)(source[i])['label_map']
+    labels = label_map(classes, source[i])
     assert np.unique(labels[:2]) == 255
     assert np.unique(labels[2:-1]) == number - 1
     assert np.unique(labels[-1]) == 149
@@ -172,18 +180,20 @@ def test_ade20k_extracted(tmp_path):
 
 
 def test_voc(tmp_path):
-  root = scenes.voc(tmp_path)
-  source = open_source(f'folder:{root}', 'train')
+  root = scenes.voc(tmp_path / 'VOC2012')
+  source: Any = open_source(f'folder:{root}', 'train')
   assert len(source) == 4
   assert source.num_classes == 21
   for i in range(4):
     number = decoded(source[i]['image'])[0, 0, 0]
-    labels = seg.EvalTransform(seg.ClassMap(21))(source[i])['label_map']
+    labels = label_map(seg.ClassMap(21), source[i])
     assert np.unique(labels[0]) == 255
     assert np.unique(labels[1:]) == number
   assert len(open_source(f'folder:{root}', 'val')) == 2
   with pytest.raises(UserError, match="has no split 'test'; it has: train, trainval, val"):
     open_source(f'folder:{root}', 'test')
+  with pytest.raises(UserError, match=rf'{root} has images with label maps: folder:{root}$'):
+    open_source(f'folder:{root.parent}', 'val')
   (root / 'SegmentationClass/2007_000005.png').unlink()
   with pytest.raises(
     UserError, match=r'val\.txt lists 2 images, and 1 .* SegmentationClass/2007_0'
@@ -194,10 +204,10 @@ def test_voc(tmp_path):
 @pytest.mark.parametrize('train_ids', [True, False])
 def test_cityscapes(tmp_path, train_ids):
   root = scenes.cityscapes(tmp_path, train_ids)
-  source = open_source(f'folder:{root}', 'train')
+  source: Any = open_source(f'folder:{root}', 'train')
   assert len(source) == 5
   assert source.class_names[18] == 'bicycle'
-  labels = seg.EvalTransform(seg.ClassMap(19))(source[3])['label_map']
+  labels = label_map(seg.ClassMap(19), source[3])
   assert labels.dtype == np.uint8
   assert labels[:, 5].tolist() == [1, 18, 255, 1, 1, 1, 1, 1]
   ending = 'labelTrainIds' if train_ids else 'labelIds'
@@ -209,5 +219,5 @@ def test_cityscapes(tmp_path, train_ids):
 
 def test_images_named_like_a_layout_are_still_classes(tmp_path):
   scenes.put(tmp_path, {'images/a/1.jpg': scenes.photo(1), 'images/b/1.jpg': scenes.photo(2)})
-  source = open_source(f'folder:{tmp_path}', 'images')
+  source: Any = open_source(f'folder:{tmp_path}', 'images')
   assert source.class_names == ('a', 'b')

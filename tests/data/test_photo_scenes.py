@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hivit_jax.data import fields, transforms
 from hivit_jax.data.builders import photo_scenes, photo_tiles
 from hivit_jax.data.builders.photo_tiles import Part
 from hivit_jax.data.order import generator
@@ -50,6 +51,7 @@ def test_objects_are_described_by_what_is_seen_of_them(source):
     for number, (box, label, area) in enumerate(
       zip(objects['boxes'], objects['classes'], objects['area'], strict=True), 1
     ):
+      assert objects['instance'][number - 1] == number
       left, top, right, bottom = box.astype(int)
       mine = instances == number
       inside = mine[top:bottom, left:right]
@@ -65,6 +67,24 @@ def test_objects_are_described_by_what_is_seen_of_them(source):
     borders.append(border.mean())
   assert set(counts) >= {1, 2, 3, 4}
   assert 0.01 < np.mean(borders) < 0.1
+
+
+def test_objects_keep_their_instances_in_a_crop(source):
+  """What is left out by a crop is left out of the map as well."""
+  transform = transforms.train_transform(
+    64, keys=('image', 'instances', 'objects'), scale=(0.2, 0.4)
+  )
+  dropped = 0
+  for i in range(20):
+    decoded = fields.decode(source[i], transform.keys, 3)
+    rng = np.random.default_rng(i)
+    for step in transform.steps:
+      decoded = step(decoded, rng)
+    seen = set(np.unique(np.asarray(decoded['instances'])).tolist()) - {0}
+    # A sliver may be lost by resizing, so that an object is in the list and not in the map.
+    assert seen <= set(decoded['objects']['instance'].tolist())
+    dropped += len(source[i]['objects']['instance']) - len(decoded['objects']['instance'])
+  assert dropped > 5
 
 
 def test_every_class_is_the_background_equally_often(source):

@@ -9,8 +9,9 @@ from PIL import Image
 
 from hivit_jax.data import segmentation_transforms as seg
 from hivit_jax.data.decode import BrokenImage
-from hivit_jax.data.loader import eval_loader, train_loader
+from hivit_jax.data.loader import train_loader
 from hivit_jax.errors import UserError
+from hivit_jax.tasks.views import Views
 from tests import helpers
 
 RATIOS = ('0.5', '0.73', '1.0', '1.37', '2.0')
@@ -54,10 +55,9 @@ def test_sizes_are_those_of_mmsegmentation(golden):
   crop = seg.RandomScaledCrop((640, 640), (2560, 640))
   for height, width, ratio, *expected in config['sizes_2560_640']:
     assert list(crop.resized(height, width, ratio)) == expected
-  classes = seg.ClassMap(150)
   for height, width, ratio, *expected in config['setr_sizes_2560_640']:
-    scale = (int(2560 * ratio), int(640 * ratio))
-    assert list(seg.EvalTransform(classes, scale, 640).resized(height, width)) == expected
+    (view,) = Views((640, 640), 'slide', scales=(ratio,)).of((height, width))
+    assert list(view.size) == expected
 
 
 @pytest.mark.parametrize('ratio', RATIOS)
@@ -69,7 +69,8 @@ def test_resizing(golden, ratio):
     'image': Image.fromarray(arrays['image_rgb']),
     'segmentation': Image.fromarray(arrays['label']),
   }
-  size = crop.resized(*arrays['label'].shape, float(ratio))
+  height, width = arrays['label'].shape
+  size = crop.resized(height, width, float(ratio))
   found = crop.cut(given, size, (0, 0))
   np.testing.assert_array_equal(np.asarray(found['segmentation']), arrays[f'resize/{ratio}/label'])
   expected = arrays[f'resize/{ratio}/image_rgb'].astype(int)
@@ -178,6 +179,18 @@ def test_more_than_255_classes():
   np.testing.assert_array_equal(np.asarray(found['segmentation']), stored - 1)
 
 
+def test_a_small_ignore_index_and_16_bits():
+  """The same classes in every kind of file."""
+  stored = np.array([[0, 1, 2, 3, 2]], np.uint8)
+  for labels in (stored, stored.astype(np.uint16)):
+    for ignore_index, dtype in ((3, np.uint8), (300, np.uint16)):
+      classes = seg.ClassMap(3, ignore_index=ignore_index, reduce_zero_label=True)
+      found = np.asarray(classes({'segmentation': Image.fromarray(labels)})['segmentation'])
+      last = 3 if ignore_index == 3 else 2  # what is ignored is so in the file, too
+      assert found.tolist() == [[ignore_index, 0, 1, last, 1]]
+      assert found.dtype == dtype
+
+
 def test_nonsense_is_explained():
   with pytest.raises(UserError, match='expected 0 < smallest <= largest'):
     seg.train_transform(32, 3, scale=(64, 32), ratios=(2.0, 0.5))
@@ -201,26 +214,6 @@ class Few:
 
   def example_name(self, index):
     return str(index)
-
-
-def test_evaluation_through_the_loader():
-  """With a canvas, one shape; without, each its own. Labels keep their size, images do not."""
-  classes = seg.ClassMap(3)
-  with eval_loader(
-    Few(), seg.EvalTransform(classes, (90, 40), canvas=(48, 64)), batch_size=3
-  ) as loader:
-    (batch,) = list(loader)
-  assert batch['image'].shape == (3, 48, 64, 3)
-  assert batch['extent'].tolist() == [[40, 60], [40, 57], [40, 55]]
-  assert batch['label_extent'].tolist() == [[20, 30], [21, 30], [22, 30]]
-  assert [(labels != 255).sum() for labels in batch['label_map']] == [600, 630, 660]
-  with eval_loader(Few(), seg.EvalTransform(classes), batch_size=3) as loader:
-    (batch,) = list(loader)
-  assert [image.shape for image in batch['image']] == [(20 + i, 30, 3) for i in range(3)]
-  assert [labels.shape for labels in batch['label_map']] == [(20 + i, 30) for i in range(3)]
-  small = seg.EvalTransform(classes, canvas=(21, 64))
-  with pytest.raises(UserError, match=r'30x22 pixels, more than the 64x21 .* larger canvas'):
-    small(Few()[2])
 
 
 def test_training_through_the_loader_is_a_function_of_seed_and_step():

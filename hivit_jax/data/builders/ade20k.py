@@ -3,6 +3,7 @@
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,7 +124,7 @@ class _Zip:
   def read(self, path: str) -> bytes:
     try:
       return self._file.read(path)  # safe in several threads
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
       raise UserError(f'{self.root}: {path} is damaged ({error}); download it again') from error
 
 

@@ -128,7 +128,7 @@ def _annotated(
 
 def _region(parts: Sequence[Part], side: int, rng: np.random.Generator) -> np.ndarray:
   """A square part of a photograph, enlarged: (side, side, 3) uint8."""
-  part = parts[rng.integers(len(parts))].pixels
+  part = parts[int(rng.integers(len(parts)))].pixels
   size = min(math.ceil(side / rng.uniform(*_ZOOM)), *part.shape[:2])
   top, left = (int(rng.integers(n - size + 1)) for n in part.shape[:2])
   square = Image.fromarray(part[top : top + size, left : left + size])
@@ -210,6 +210,7 @@ class _Scenes(Sequence):
         'boxes': scene.boxes.astype(np.float32),
         'classes': scene.labels,
         'area': scene.areas,
+        'instance': np.arange(1, len(scene.labels) + 1),
       },
       'file_name': self.names[index],
     }
@@ -237,11 +238,12 @@ class PhotoScenes(ShardedBuilder, skip_registration=True):
             'boxes': tfds.features.Tensor(shape=(4,), dtype=np.float32),
             'classes': tfds.features.ClassLabel(names=names),
             'area': np.int64,
+            'instance': np.int64,
           }
         ),
       },
       supervised_keys=('image', 'segmentation'),
-      palette=class_lists.distinct_colours(len(names)),
+      palette=class_lists.distinct_colours(len(names) + 1)[1:],  # without black
     )
 
   def _contents(self) -> dict[str, SplitContent]:
@@ -263,7 +265,7 @@ def _silhouette(image: Image.Image) -> Image.Image:
   """What is dark in a drawing on white, cut to its rectangle: 255 in an image of mode 'L'."""
   white = Image.new('RGBA', image.size, 'white')
   white.alpha_composite(image.convert('RGBA'))
-  mask = white.convert('L').point(lambda value: 255 if value < 128 else 0)
+  mask = Image.fromarray(np.where(np.asarray(white.convert('L')) < 128, 255, 0).astype(np.uint8))
   return mask.crop(mask.getbbox())
 
 

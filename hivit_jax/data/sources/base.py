@@ -3,7 +3,6 @@
 import difflib
 import inspect
 import logging
-import os
 from typing import Any, Protocol
 
 from hivit_jax import settings
@@ -45,7 +44,7 @@ class Source(Protocol):
     | `label` | int, its class; -1, or no such key: unknown (the test split of ImageNet) |
     | `segmentation` | bytes of a PNG file of the same size, or integers (H, W): a class a pixel |
     | `objects` | dict with `boxes`, float (n, 4), see `fields`, and arrays with a row a box |
-    | `instances` | like `segmentation`: i + 1 where object i is seen, 0 elsewhere |
+    | `instances` | like `segmentation`: `objects['instance']` where it is seen, 0 elsewhere |
 
     Further keys are of use to transforms that know them. An example that cannot be read raises
     OSError or RuntimeError: the loader counts and replaces it.
@@ -80,11 +79,19 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
   """
   if name.startswith('folder:'):
     from hivit_jax.data.sources.folder import FolderSource
-    from hivit_jax.data.sources.layouts import is_paired
+    from hivit_jax.data.sources.layouts import find_paired
     from hivit_jax.data.sources.paired import PairedSource
 
     root = name.removeprefix('folder:')
-    return (PairedSource if is_paired(os.path.expanduser(root)) else FolderSource)(root, split)
+    paired = find_paired(root)
+    if paired == root:
+      return PairedSource(root, split)
+    try:
+      return FolderSource(root, split)
+    except UserError as error:
+      if paired is None:
+        raise
+      raise UserError(f'{error}; {paired} has images with label maps: folder:{paired}') from error
   if settings.is_imported(name):  # TFDS names have numbers behind their colon
     return _imported(name, split, data_dir)
 

@@ -38,9 +38,16 @@ class Layout:
   table: np.ndarray | None = None
 
 
-def is_paired(root: str) -> bool:
-  """Whether there are label maps beside the images in a folder."""
-  return any(_has(root, names) for names in _LAYOUTS)
+def find_paired(root: str) -> str | None:
+  """Returns the folder, or the first one in it, that has label maps beside its images, if any."""
+  try:
+    inside = sorted(os.listdir(os.path.expanduser(root)))
+  except OSError:  # whoever opens it says why
+    inside = []
+  for folder in (root, *(os.path.join(root, name) for name in inside)):
+    if any(_has(os.path.expanduser(folder), names) for names in _LAYOUTS):
+      return folder
+  return None
 
 
 def layout_of(root: str) -> Layout:

@@ -254,7 +254,8 @@ def _object_keys(feature: Any) -> tuple[str, ...]:
   """Names of what is known of each object, where boxes are in the form of ours."""
   if not isinstance(feature, tfds.features.Sequence) or 'boxes' not in feature:
     return ()
-  return tuple(sorted(feature.feature))
+  objects: Any = feature.feature
+  return tuple(sorted(objects))
 
 
 def _rows(feature: Any) -> np.ndarray:

@@ -9,8 +9,8 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
 
   config.seed = 0  # decides parameters, data order, augmentation, masks
-  # mae: masked autoencoding; simmim; classify; linear: train the last layer alone; or one of your
-  # own, package.module:Name. model.name, data.name and evaluators take such names, too.
+  # mae: masked autoencoding; simmim; classify; linear: train the last layer alone; segment; or one
+  # of your own, package.module:Name. model.name, data.name and evaluators take such names, too.
   config.task = 'mae'
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
   config.channels = 3  # channels of the images: 3 (RGB) or 1 (greyscale)
@@ -43,6 +43,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.norm_pix_loss = config_dict.placeholder(bool)  # predict pixels normalised per unit
   config.model.target = config_dict.placeholder(str)  # pixels; saratrx, saratrx_v2: of SAR images
   config.model.hifeat = config_dict.placeholder(bool)  # decode from all three stages
+  config.model.position_image_size = config_dict.placeholder(tuple)  # of segmenters' embeddings
+  config.model.head_channels = config_dict.placeholder(int)  # of UPerNet
+  config.model.auxiliary_channels = config_dict.placeholder(int)  # of its second head; 0: none
+  config.model.dropout_rate = config_dict.placeholder(float)  # before the classifiers of pixels
   config.model.dtype = 'auto'  # of computations: float32 or bfloat16; auto: float32 on CPUs
   config.model.attention = 'auto'  # on NVIDIA GPUs the fastest for each shape; cudnn; xla
   config.model.ops = 'fast'  # plain: by definition, to tell a kernel's fault from a model's
@@ -83,6 +87,22 @@ def get_config() -> ml_collections.ConfigDict:
   # Consecutive images of a batch that share one draw of mixup or cutmix and are mixed together.
   config.augment.mix_group = config_dict.placeholder(int)  # None or 0: the whole batch
   config.augment.label_smoothing = 0.0  # share of the target spread over all classes
+
+  config.segment = ml_collections.ConfigDict()  # of semantic segmentation
+  # Training images are resized to fit into this many pixels, times a random ratio, and cropped.
+  config.segment.scale = (2560, 640)  # the longer and the shorter side
+  config.segment.ratios = (0.5, 2.0)  # the smallest and the largest
+  config.segment.max_share = 0.75  # of one class in a crop; if it has more, another is drawn
+  config.segment.photometric = True  # change brightness, contrast, saturation and hue
+  config.segment.ignore_index = 255  # label of pixels that do not count
+  config.segment.reduce_zero_label = False  # 0 is no class, and class c is stored as c + 1 (ADE20K)
+  config.segment.mean_over = 'all'  # the loss is a mean over all pixels; or over labelled ones
+  config.segment.class_weights = ()  # one a class, of its pixels in the loss; none: 1
+  config.segment.auxiliary_weight = 0.4  # of the second head's loss
+  config.segment.inference = 'slide'  # windows cover the image; whole: it is fitted into one crop
+  config.segment.stride = (426, 426)  # pixels from one window to the next
+  config.segment.scales = (1.0,)  # of the evaluated image, relative to the crop; they are averaged
+  config.segment.mirrored = False  # evaluate each of them mirrored, too
 
   config.batch_size = 4096  # over all devices and hosts
   config.accumulate_steps = 1  # parts in which a batch is computed, one after the other

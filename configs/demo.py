@@ -3,6 +3,8 @@
 configs/demo.py           MAE pretraining
 configs/demo.py:finetune  the pretrained model learns to tell 16 photographs from few labels
 configs/demo.py:scratch   the same without pretraining, to compare with
+configs/demo.py:segment   the pretrained model learns which photograph each pixel is from
+configs/demo.py:segment_scratch   the same without pretraining
 configs/demo.py:digits    supervised training on handwritten digits
 configs/demo.py:debug     two steps
 """
@@ -10,12 +12,14 @@ configs/demo.py:debug     two steps
 from configs import base, recipes
 from hivit_jax.errors import UserError
 
-_VARIANTS = 'finetune, scratch, digits, debug'
+_VARIANTS = 'finetune, scratch, segment, segment_scratch, digits, debug'
 
 
 def get_config(variant: str | None = None):
   if variant in ('finetune', 'scratch'):
     return _few_labels(pretrained=variant == 'finetune')
+  if variant in ('segment', 'segment_scratch'):
+    return _scenes(pretrained=variant == 'segment')
   if variant == 'digits':
     return _digits()
   config = _small(base.get_config())
@@ -56,6 +60,25 @@ def _few_labels(*, pretrained: bool):
   config.augment.label_smoothing = 0.1
   config.checkpoint.every_epochs = 0.0
   config.evaluation.every_epochs = 40.0
+  return config
+
+
+def _scenes(*, pretrained: bool):
+  config = _small(base.get_config())
+  config.task = 'segment'
+  config.data.name = 'photo_scenes'
+  config.image_size = (128, 128)
+  config.batch_size = 16
+  config.steps = 300
+  config.init = '/tmp/hivit_demo' if pretrained else None
+  config.model.update(name='segment_hivit_tiny', head_channels=32, auxiliary_channels=32)
+  config.model.position_image_size = (64, 64)  # as in pretraining
+  config.segment.update(scale=(512, 128), ratios=(0.75, 1.5), inference='whole')
+  config.optim.update(schedule='poly', lr=2e-3, warmup_steps=30, layer_decay=0.9)
+  config.log_every_steps = 20
+  config.checkpoint.every_epochs = 0.0
+  config.evaluation.update(every_epochs=0.8, batch_size=16)
+  config.pictures.every_epochs = 0.8
   return config
 
 

@@ -67,6 +67,8 @@ def create_model(
       head_batch_norm.
     backbone_hivit_*: as hivit_* up to scan; bias_image_size, window_size, global_blocks,
       level_norms.
+    segment_hivit_*: as hivit_* up to scan; position_image_size, num_classes (of a pixel),
+      head_channels, auxiliary_channels (0: no second head), dropout_rate.
     mae_hivit_*: as hivit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
       mask_ratio, norm_pix_loss, target, hifeat.
     backbone_itpn_*: as hivit_* up to scan; fpn_dim, fpn_depth, join_stages.

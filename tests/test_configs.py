@@ -54,6 +54,10 @@ PARAMETERS = {
   'ladder_1_three_stages': 66_260_864,
   'ladder_2_global': 66_440_064,
   'ladder_3_mlp_stem': 65_776_040,
+  # And the statistics of their BatchNorms.
+  'segment_hivit_t': 129_862_792,
+  'segment_hivit_s': 148_538_308,
+  'segment_hivit_b': 179_726_156 + 25_088,
   'linear_hivit_b': 66_418_952 + 2 * 512,  # and the statistics of its BatchNorm
 }
 
@@ -194,9 +198,9 @@ def test_the_debug_variant_trains_two_steps(name, debug_run):
   assert_two_steps(run.workdir)
   written = json.loads((run.workdir / 'config.json').read_text())['config']
   expected = json.loads(json.dumps(run.config.to_dict()))
-  if run.config.task in ('classify', 'linear'):
+  if run.config.task in ('classify', 'linear', 'segment'):
     assert run.config.model.num_classes is None  # nobody has written into it
-    expected['model']['num_classes'] = 10
+    expected['model']['num_classes'] = 16 if run.config.task == 'segment' else 10
   assert written == expected
 
 

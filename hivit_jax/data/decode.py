@@ -98,8 +98,10 @@ def decode_label_map(data: bytes | np.ndarray) -> Image.Image:
   if labels.ndim != 2:
     raise BrokenImage(f'label map: has mode {image.mode}; expected one integer a pixel')
   # PIL stretches greys of 2 and 4 bits to 0..255, as is right for pictures.
-  labels = labels // (85 if stored == 'L;2' else 17 if stored == 'L;4' else 1)
-  return Image.fromarray(labels.astype(np.uint16 if image.mode.startswith('I') else np.uint8))
+  if stored in ('L;2', 'L;4'):
+    labels = labels // (85 if stored == 'L;2' else 17)
+  dtype = np.uint16 if image.mode.startswith('I') else np.uint8
+  return Image.fromarray(labels.astype(dtype, copy=False))
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:

@@ -6,6 +6,7 @@ A change of geometry - `crop`, `resize`, `mirror` - is made to every field in th
 |---|---|---|---|
 | `image` | encoded file, or uint8 array | PIL image, 'RGB' or 'L' | pixels, interpolated |
 | `segmentation` | PNG, or 2-D array of integers | PIL image, 'L' or 'I;16' | labels, nearest |
+| `instances` | the same | the same | the same |
 | `objects` | dict: `boxes`, and arrays with a row a box | `boxes` as float32 (n, 4) | coordinates |
 | numbers, strings | as they are | as they are | none |
 
@@ -26,6 +27,7 @@ Example = dict[str, Any]
 Box = tuple[int, int, int, int]
 
 CLASSIFIED = ('image', 'label')
+_LABEL_MAPS = ('segmentation', 'instances')
 _SCALARS = (str, int, float, np.generic)  # bool is an int
 
 
@@ -50,16 +52,16 @@ def decode(example: Mapping[str, Any], keys: Sequence[str], channels: int) -> Ex
       decoded[name] = -1
     elif name == 'image':
       decoded[name] = decode_image(example[name], channels=channels)
-    elif name == 'segmentation':
+    elif name in _LABEL_MAPS:
       decoded[name] = decode_label_map(example[name])
     elif name == 'objects':
       boxes = np.asarray(example[name]['boxes'], np.float32).reshape(-1, 4)
       decoded[name] = {**example[name], 'boxes': boxes}
     else:
       decoded[name] = example[name]
-  if 'image' in decoded and 'segmentation' in decoded:
-    sizes = [decoded[name].size for name in ('image', 'segmentation')]
-    if sizes[0] != sizes[1]:
+  for name in _LABEL_MAPS:
+    sizes = [decoded[key].size for key in ('image', name) if 'image' in decoded and name in decoded]
+    if sizes and sizes[0] != sizes[1]:
       image, labels = ('{}x{}'.format(*size) for size in sizes)
       raise BrokenImage(f'the image has {image} pixels, its label map {labels}')
   return decoded
@@ -106,7 +108,7 @@ def crop(example: Example, box: Box, step: object) -> Example:
     step,
     {
       'image': lambda image: image.crop(box),
-      'segmentation': lambda labels: labels.crop(box),
+      **dict.fromkeys(_LABEL_MAPS, lambda labels: labels.crop(box)),
       'objects': lambda objects: _change_boxes(objects, cut, step),
     },
   )
@@ -133,7 +135,7 @@ def resize(
     step,
     {
       'image': lambda image: image.resize(size, interpolation),
-      'segmentation': lambda labels: labels.resize(size, Image.Resampling.NEAREST),
+      **dict.fromkeys(_LABEL_MAPS, lambda labels: labels.resize(size, Image.Resampling.NEAREST)),
       'objects': lambda objects: _change_boxes(objects, stretch, step),
     },
   )
@@ -155,7 +157,7 @@ def mirror(example: Example, step: object) -> Example:
     step,
     {
       'image': flip,
-      'segmentation': flip,
+      **dict.fromkeys(_LABEL_MAPS, flip),
       'objects': lambda objects: _change_boxes(objects, swap, step),
     },
   )

@@ -157,9 +157,13 @@ def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[s
 
 
 def _metadata_in(content: Any, path: pathlib.Path) -> dict[str, Any]:
-  """What `write` left in a PyTorch file beside its state dict."""
+  """What `write` left in a PyTorch file beside its state dict; of OpenMMLab's, the classes."""
   text = content.get(_METADATA_KEY) if isinstance(content, dict) else None
   if not isinstance(text, str):
+    meta = content.get('meta') if isinstance(content, dict) else None
+    classes = meta.get('CLASSES') if isinstance(meta, dict) else None
+    if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
+      return {'class_names': list(classes)}
     return {}
   try:
     return json.loads(text)

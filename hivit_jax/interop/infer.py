@@ -8,7 +8,7 @@ import numpy as np
 
 from hivit_jax import settings
 from hivit_jax.errors import UserError
-from hivit_jax.interop import likeliest, shapes
+from hivit_jax.interop import likeliest, segmenter, shapes
 from hivit_jax.interop.shapes import KINDS, architecture, family
 from hivit_jax.models import MODELS, settings_of
 
@@ -96,11 +96,15 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
     sides = shape['patch_embed.proj.weight'][2:]
     if sides != (patch, patch):
       raise KeyError('patches')
-    arguments = tell(shape, source, told['num_heads'], told['image_size'])
+    size = told['image_size']
+    own = known.pop('position_image_size', None) if kind == 'segmenter' else size
+    arguments = tell(shape, source, told['num_heads'], own)
     if kind == 'classifier':
       arguments['num_classes'] = shape['head.weight'][0]
       if 'head_norm.running_mean' in shape:
         arguments['head_batch_norm'] = True
+    elif kind == 'segmenter':
+      arguments = segmenter.arguments(shape, arguments, size)
     elif kind == 'mae':
       embed = shapes.ITPN_EMBED if base == 'itpn' else 'decoder_embed.weight'
       arguments |= {

@@ -86,7 +86,8 @@ def check_heads(model: Any, state: StateDict) -> None:
   told = carried.read(state.metadata)
   if told is None:
     return
-  parts = {'num_heads': getattr(model, 'blocks', None)}
+  encoder = getattr(model, 'backbone', model)
+  parts = {'num_heads': getattr(encoder, 'blocks', None)}
   if 'decoder_pred.weight' in state.arrays:
     parts['decoder_num_heads'] = getattr(model, 'decoder_blocks', None)
   for key, blocks in parts.items():
@@ -145,7 +146,7 @@ def may_be_new(name: str, state: StateDict, partial: bool) -> bool:
   classes in a partial load, what remains of a decoder that is not there."""
   if infer.family(state.arrays) == 'backbone':
     return bool(re.fullmatch(_LEFTOVERS, name))
-  return partial and name.startswith('head.')
+  return partial and bool(re.match(r'(.*_)?head\.(conv_seg\.)?\w+$', name))
 
 
 def _of_encoder(name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hivit_jax.errors import UserError
 from hivit_jax.interop import fast_itpn as joined_names
+from hivit_jax.interop import segmenter
 from hivit_jax.models import targets
 
 _HEAD_WIDTH = 64  # channels of an attention head in every published HiViT and ViT
@@ -24,6 +25,7 @@ KINDS = {
   'classifier': ('a classifier', ''),
   'mae': ('an MAE checkpoint (with a decoder)', 'mae_'),
   'simmim': ('a SimMIM checkpoint (with a decoder)', 'simmim_'),
+  'segmenter': ('a segmenter', 'segment_'),
   'backbone': ('a backbone without head', 'backbone_'),
 }
 
@@ -34,6 +36,8 @@ def family(arrays: Mapping[str, Any]) -> str:
     return 'mae'
   if 'decoder.0.weight' in arrays:
     return 'simmim'
+  if segmenter.CLASSIFIER in arrays:
+    return 'segmenter'
   return 'classifier' if 'head.weight' in arrays else 'backbone'
 
 

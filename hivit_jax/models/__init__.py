@@ -24,6 +24,7 @@ from hivit_jax.models.itpn import (
 from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
 from hivit_jax.models.simmim import SimMIM, SimMIMSettings
 from hivit_jax.models.swin import Swin, SwinClassifierSettings
+from hivit_jax.models.upernet import Segmenter, SegmenterSettings
 from hivit_jax.models.vit import ViT, ViTClassifierSettings, ViTMAESettings, ViTMaskedAutoencoder
 from hivit_jax.ops.choice import choose
 
@@ -77,6 +78,7 @@ _LADDER: _Sizes = {
 _FAMILIES: tuple[tuple[str, type[nnx.Module], type[Settings], _Sizes], ...] = (
   ('hivit', HiViT, HiViTClassifierSettings, _HIVIT),
   ('backbone_hivit', HiViTBackbone, BackboneSettings, _HIVIT),
+  ('segment_hivit', Segmenter, SegmenterSettings, _HIVIT),
   ('mae_hivit', HiViTMaskedAutoencoder, HiViTMAESettings, _HIVIT),
   ('backbone_itpn', ITPNBackbone, ITPNBackboneSettings, _ITPN),
   ('mae_itpn', ITPNMaskedAutoencoder, ITPNMAESettings, _ITPN),

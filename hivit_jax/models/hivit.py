@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import UserError
@@ -26,7 +25,7 @@ from hivit_jax.models.patches import PatchEmbed, PatchMerge
 from hivit_jax.models.units import (
   PATCH,
   UNIT,
-  pool_cells,
+  max_pool,
   split_units,
   to_map,
   unit_grid,
@@ -269,7 +268,7 @@ class HiViTEncoder(Encoder):
     self._check_features(levels, grid, window_size, global_blocks)
     stem, x = self._of_any_size(images, window_size, global_blocks, drop_path_noise)
     maps = {level: to_map(tap, grid) for level, tap in enumerate(self._taps(stem), 1)} | {3: x}
-    maps[4] = pool_cells(x, jnp.max)
+    maps[4] = max_pool(x)
     return tuple(maps[level] for level in levels)
 
   def _of_any_size(

@@ -17,7 +17,14 @@ from hivit_jax.models import layers, positions, resize
 from hivit_jax.models.encoder import FeatureInfo
 from hivit_jax.models.hivit import HiViTEncoder, HiViTSettings, Stem
 from hivit_jax.models.mae import MAESettings, MaskedAutoencoder
-from hivit_jax.models.units import PATCH, pool_cells, to_map, to_rows_and_columns, unit_grid
+from hivit_jax.models.units import (
+  PATCH,
+  max_pool,
+  mean_pool,
+  to_map,
+  to_rows_and_columns,
+  unit_grid,
+)
 from hivit_jax.ops.modules import LayerNorm, layer_norm, linear
 
 _MLP_RATIO = 4.0  # of the pyramid's blocks
@@ -175,10 +182,10 @@ class ITPNBackbone(ITPNEncoder):
     if self.settings.join_stages:
       own = (to_map(stem.stage1, grid), to_map(stem.stage2, grid), x)
       maps = [jnp.concatenate(pair, axis=-1) for pair in zip(maps, own, strict=True)]
-      maps.append(pool_cells(maps[-1], jnp.max))
+      maps.append(max_pool(maps[-1]))
     else:
-      maps.append(pool_cells(maps[-1], jnp.mean))
-      maps.append(pool_cells(maps[-1], jnp.mean))
+      maps.append(mean_pool(maps[-1]))
+      maps.append(mean_pool(maps[-1]))
     return tuple(maps[level - 1] for level in levels)
 
   def __call__(

@@ -1,8 +1,7 @@
 """Units: the squares of 16x16 pixels that an image is cut into."""
 
-from collections.abc import Callable
-
 import jax
+import jax.numpy as jnp
 
 from hivit_jax.errors import UserError
 
@@ -72,11 +71,25 @@ def to_rows_and_columns(x: jax.Array) -> jax.Array:
   return x.reshape(b, k, 1, 1, c)
 
 
-def pool_cells(x: jax.Array, reduce: Callable) -> jax.Array:
-  """2x2 cells to one: (B, h, w, C) -> (B, h // 2, w // 2, C); an odd last row is dropped."""
+def max_pool(x: jax.Array) -> jax.Array:
+  """The largest of 2x2 cells, an odd last row or column dropped: (B, h, w, C).
+
+  Of equal ones the first counts, as in PyTorch. Not `max`, whose gradient looks for what equals the
+  result and divides by how many do: none, where XLA computes `x` anew and rounds it otherwise.
+  """
+  rows, columns = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+  x = x[:, :rows, :columns]
+  for axis in (2, 1):
+    one, two = (jax.lax.slice_in_dim(x, i, None, 2, axis) for i in (0, 1))
+    x = jnp.where(one >= two, one, two)
+  return x
+
+
+def mean_pool(x: jax.Array) -> jax.Array:
+  """The mean of 2x2 cells, an odd last row or column dropped: (B, h, w, C)."""
   rows, columns = x.shape[1] // 2, x.shape[2] // 2
   cells = x[:, : 2 * rows, : 2 * columns].reshape(len(x), rows, 2, columns, 2, -1)
-  return reduce(cells, axis=(2, 4))
+  return cells.mean(axis=(2, 4))
 
 
 def to_map(x: jax.Array, grid: tuple[int, int]) -> jax.Array:

@@ -3,6 +3,7 @@
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.linear import LinearTask
 from hivit_jax.tasks.mae import MAETask
+from hivit_jax.tasks.segment import SegmentTask
 from hivit_jax.tasks.simmim import SimMIMTask
 from hivit_jax.tasks.task import ImageTask, Task
 
@@ -14,4 +15,5 @@ TASKS: dict[str, type[Task]] = {
   'simmim': SimMIMTask,
   'classify': ClassifyTask,
   'linear': LinearTask,
+  'segment': SegmentTask,
 }

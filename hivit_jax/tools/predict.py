@@ -1,7 +1,10 @@
-"""Predicts the classes of images with a classifier.
+"""Predicts the classes of images with a classifier, or of their pixels with a segmenter.
 
   python -m hivit_jax.tools.predict (--workdir=WORKDIR | --weights=FILE) IMAGES... [--json]
-      [--top=5] [--save=sheet.png] [--labels=names.txt] [--ema]
+      [--top=5] [--save=PICTURE.png | FOLDER] [--labels=names.txt] [--ema]
+
+A segmenter prints the largest classes, and --save is a folder: of NAME.jpg it gets NAME.png with
+the classes themselves, NAME_colour.png, NAME_overlay.png, and legend.png for all.
 
 IMAGES are files, or folders of them. Those that cannot be read are reported and skipped, and the
 exit status is 2.
@@ -28,20 +31,20 @@ from hivit_jax.data import transforms
 from hivit_jax.data.decode import BrokenImage, read_file
 from hivit_jax.data.sources import folder
 from hivit_jax.errors import UserError
-from hivit_jax.interop import carried, files, importer, infer
+from hivit_jax.interop import carried, files, importer, infer, segmenter
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks.images import normalize
-from hivit_jax.tools import contact_sheet
+from hivit_jax.tools import contact_sheet, predict_pixels
 from hivit_jax.train import assemble, weights
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Workdir of a classifier, or a checkpoint.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Workdir of a model, or a checkpoint.')
 _WEIGHTS = flags.DEFINE_string('weights', None, 'A .pth or .safetensors file instead.')
 _EMA = flags.DEFINE_bool('ema', False, 'Use the averaged weights (EMA).')
 _TOP = flags.DEFINE_integer('top', 5, 'Number of classes shown per image.', lower_bound=1)
 _LABELS = flags.DEFINE_string('labels', None, 'File with the class names, one per line.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per image.')
-_SAVE = flags.DEFINE_string('save', None, 'Picture to write, of the images with their classes.')
+_SAVE = flags.DEFINE_string('save', None, 'Picture to write; of a segmenter, a folder.')
 
 _BATCH_SIZE = 32
 _RECIPES = ('hivit', 'vit', 'swin')  # that configs/ has to finetune
@@ -61,6 +64,11 @@ def main(argv: list[str]) -> None:
   source = pathlib.Path(_WORKDIR.value or _WEIGHTS.value or '').expanduser()
   state = weights.read(source, ema=_EMA.value)
   described = carried.model_of(state)
+  if infer.family(state.arrays) == 'segmenter':
+    failed = _pixels(paths, state, described)
+    if failed:
+      raise UserError(f'{len(failed)} of {len(paths)} images could not be read')
+    return
   if infer.family(state.arrays) != 'classifier':
     base = infer.architecture(state.arrays)
     config = f'--config=configs/finetune_{base}_b.py' if base in _RECIPES else '--config=...'
@@ -99,7 +107,8 @@ def main(argv: list[str]) -> None:
 
 def _labels(state: files.StateDict) -> Sequence[str]:
   """The name of every class; its index where no names are known."""
-  count = len(state.arrays['head.weight'])
+  classifier = segmenter.CLASSIFIER if segmenter.CLASSIFIER in state.arrays else 'head.weight'
+  count = len(state.arrays[classifier])
   if _LABELS.value is None:
     names = state.metadata.get('class_names') or ()
     return names if len(names) == count else [str(i) for i in range(count)]
@@ -117,12 +126,8 @@ def _predictor(
   state: files.StateDict, described: infer.Described, *, batch_size: int
 ) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
   """Returns a function from up to `batch_size` images to (B, classes) probabilities."""
-  told, config = carried.pixels(state, described), state.metadata.get('config')
-  statistics = {key: tuple(told.get(key, value)) for key, value in _IMAGENET.items()}
-  dtype = assemble.compute_dtype(ml_collections.ConfigDict(config)) if config else 'float32'
-  create = functools.partial(models.create_model, described.name, **described.arguments)
-  model, _ = importer.load_new(functools.partial(create, dtype=dtype), state)
-  graphdef, params = nnx.split(model)
+  statistics = _statistics(state, described)
+  graphdef, params = nnx.split(_model(state, described))
 
   @jax.jit
   def probabilities(params, images):
@@ -134,6 +139,27 @@ def _predictor(
     return np.asarray(probabilities(params, batch))[: len(images)]
 
   return predict
+
+
+def _statistics(state: files.StateDict, described: infer.Described) -> dict[str, tuple[float, ...]]:
+  told = carried.pixels(state, described)
+  return {key: tuple(told.get(key, value)) for key, value in _IMAGENET.items()}
+
+
+def _model(state: files.StateDict, described: infer.Described) -> nnx.Module:
+  config = state.metadata.get('config')
+  dtype = assemble.compute_dtype(ml_collections.ConfigDict(config)) if config else 'float32'
+  create = functools.partial(models.create_model, described.name, **described.arguments)
+  return importer.load_new(functools.partial(create, dtype=dtype), state)[0]
+
+
+def _pixels(paths: list[str], state: files.StateDict, described: infer.Described) -> list[str]:
+  """What a segmenter says; the images that could not be read."""
+  model = _model(state, described)
+  task = predict_pixels.task_of(state.metadata, model, **_statistics(state, described))
+  return predict_pixels.predict(
+    paths, model, task, _labels(state), top=_TOP.value, as_json=_JSON.value, folder=_SAVE.value
+  )
 
 
 def _read(

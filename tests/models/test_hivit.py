@@ -60,6 +60,11 @@ PARAMETERS = {
   'backbone_fast_itpn_small': 39_524_832,
   'backbone_fast_itpn_base': 84_323_456,
   'backbone_fast_itpn_large': 311_277_504,
+  # For crops of 224 pixels, with the running statistics.
+  'segment_hivit_tiny': 129_532_072,
+  'segment_hivit_small': 147_876_868,
+  'segment_hivit_base': 178_869_324,
+  'segment_hivit_large': 407_362_636,
   # As published, with the fixed position embeddings of the autoencoders.
   'vit_base': 86_567_656,
   'vit_large': 304_326_632,

@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hivit_jax.data import segmentation_transforms
-from hivit_jax.data.segmentation_transforms import ClassMap
 from hivit_jax.errors import UserError
 from hivit_jax.models.upernet import Segmenter
 from hivit_jax.tasks import photometric, pixels, segmentation
@@ -90,12 +88,16 @@ class SegmentTask(Task):
   @property
   def views(self) -> Views:
     """What evaluations show to the model."""
+    from hivit_jax.data.segmentation_transforms import ClassMap  # a benchmark needs no data
+
     classes = ClassMap(self.num_classes, self.ignore_index, self.reduce_zero_label)
     return Views(self.image_size, self.inference, self.stride, self.scales, self.mirrored, classes)
 
   def input(self, train: bool) -> Callable[..., dict[str, Any]]:
     if not train:
       return self.views
+    from hivit_jax.data import segmentation_transforms
+
     return segmentation_transforms.train_transform(
       self.image_size,
       self.num_classes,

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from hivit_jax.data import class_lists
-
 _UNKNOWN = (255, 255, 255)  # colour of ignored pixels, which is none of a palette
 _MIN_SIDE = 144  # pixels: smaller images are enlarged by a whole factor
 _MAX_SIDE = 640  # larger ones are reduced
@@ -27,6 +25,8 @@ def class_names(source: Any, count: int) -> Sequence[str]:
 def palette(source: Any, count: int) -> np.ndarray:
   """(count, 3) uint8 colours of a source's classes, or some that differ."""
   own = getattr(source, 'palette', None)
+  from hivit_jax.data import class_lists  # a benchmark of a step needs no data
+
   return class_lists.distinct_colours(count) if own is None or len(own) != count else own
 
 

@@ -8,15 +8,16 @@ to the original. So it is a product with one matrix for the rows and one for the
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from hivit_jax.data import fields
-from hivit_jax.data.segmentation_transforms import KEYS, ClassMap
 from hivit_jax.errors import UserError
 from hivit_jax.models import resize
+
+if TYPE_CHECKING:  # a benchmark of a step needs no data
+  from hivit_jax.data.segmentation_transforms import ClassMap
 
 _STRIDE = 4  # pixels from one place of the logits to the next
 _MODES = ('whole', 'slide')
@@ -61,7 +62,7 @@ class Views:
   stride: Size = (426, 426)
   scales: tuple[float, ...] = (1.0,)
   flip: bool = False
-  classes: ClassMap | None = None
+  classes: 'ClassMap | None' = None
   ragged = True  # see `loader.eval_loader`
 
   def __post_init__(self):
@@ -115,6 +116,9 @@ class Views:
       (n, 2) int32, how many rows and columns of each are of the image; `label_map` (H, W), if there
       is one, and `image` (H, W, 3) uint8.
     """
+    from hivit_jax.data import fields
+    from hivit_jax.data.segmentation_transforms import KEYS
+
     decoded = fields.decode(example, ('image',) if self.classes is None else KEYS, 3)
     if self.classes is not None:
       decoded = self.classes(decoded)

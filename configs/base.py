@@ -9,9 +9,9 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
 
   config.seed = 0  # of parameters, data order, augmentation, masks
-  # mae: masked autoencoding; simmim; classify; linear: train the last layer alone; segment. Or one
-  # of your own, package.module:Name. model.name, data.name and evaluators take such names, too.
-  config.task = 'mae'  # what is trained
+  # Linear trains the last layer alone. Or one of your own, package.module:Name; model.name,
+  # data.name and evaluators take such names, too.
+  config.task = 'mae'  # masked autoencoding; simmim; classify; linear; segment
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
   config.channels = 3  # of the images: 3 (RGB) or 1 (greyscale)
   config.epochs = 300.0  # length of the run and of the learning rate's schedule
@@ -84,21 +84,20 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.label_smoothing = 0.0  # share of the target spread over all classes
 
   config.segment = ml_collections.ConfigDict()  # of semantic segmentation
-  # Training: images are resized so that they fit into `scale` times a random ratio, and cropped.
-  config.segment.scale = (2560, 640)  # longer and shorter side in pixels
-  config.segment.ratios = (0.5, 2.0)  # smallest and largest
-  config.segment.max_share = 0.75  # of one class in the labelled pixels of a crop; more: again
+  # Training images are resized to fit into this many pixels, times a random ratio, and cropped.
+  config.segment.scale = (2560, 640)  # the longer and the shorter side
+  config.segment.ratios = (0.5, 2.0)  # the smallest and the largest
+  config.segment.max_share = 0.75  # of one class in a crop; if it has more, another is drawn
   config.segment.photometric = True  # change brightness, contrast, saturation and hue
   config.segment.ignore_index = 255  # label of pixels that do not count
   config.segment.reduce_zero_label = False  # 0 is no class, and class c is stored as c + 1 (ADE20K)
-  config.segment.mean_over = 'all'  # pixels, as published; or labelled
+  config.segment.mean_over = 'all'  # the loss is a mean over all pixels; or over labelled ones
   config.segment.class_weights = ()  # one a class, of its pixels in the loss; none: 1
   config.segment.auxiliary_weight = 0.4  # of the second head's loss
-  # Evaluation: `whole`, the image is fitted into one crop; `slide`, windows cover all of it.
-  config.segment.inference = 'slide'  # or whole
+  config.segment.inference = 'slide'  # windows cover the image; whole: it is fitted into one crop
   config.segment.stride = (426, 426)  # pixels from one window to the next
-  config.segment.scales = (1.0,)  # of the shorter side, times the crop; several are averaged
-  config.segment.mirrored = False  # and each of them mirrored, too
+  config.segment.scales = (1.0,)  # of the evaluated image, relative to the crop; they are averaged
+  config.segment.mirrored = False  # evaluate each of them mirrored, too
 
   config.batch_size = 4096  # over all devices and hosts
   config.accumulate_steps = 1  # parts that a batch is computed in, one after the other

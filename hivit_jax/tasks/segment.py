@@ -88,7 +88,8 @@ class SegmentTask(Task):
   @property
   def views(self) -> Views:
     """What evaluations show to the model."""
-    from hivit_jax.data.segmentation_transforms import ClassMap  # a benchmark needs no data
+    # Here and below: a benchmark of a step needs no data.
+    from hivit_jax.data.segmentation_transforms import ClassMap
 
     classes = ClassMap(self.num_classes, self.ignore_index, self.reduce_zero_label)
     return Views(self.image_size, self.inference, self.stride, self.scales, self.mirrored, classes)

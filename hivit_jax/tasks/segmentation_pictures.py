@@ -24,9 +24,9 @@ def class_names(source: Any, count: int) -> Sequence[str]:
 
 def palette(source: Any, count: int) -> np.ndarray:
   """(count, 3) uint8 colours of a source's classes, or some that differ."""
-  own = getattr(source, 'palette', None)
-  from hivit_jax.data import class_lists  # a benchmark of a step needs no data
+  from hivit_jax.data import class_lists  # here: a benchmark of a step needs no data
 
+  own = getattr(source, 'palette', None)
   return class_lists.distinct_colours(count) if own is None or len(own) != count else own
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 from hivit_jax.interop import torch_names
 from hivit_jax.tasks.classify import ClassifyTask
+from hivit_jax.tasks.segment import SegmentTask
 from hivit_jax.train import optim, sharding, step
 from tests import patience
 from tests.helpers import random_model
@@ -46,7 +47,18 @@ def _segmentation():
   return graphdef, nnx.to_pure_dict(params), task, {'segmentation': labels}
 
 
+def _upernet():
+  model = {'image_size': SIDE, 'position_image_size': SIDE, 'embed_dim': 16, 'depths': (1, 1, 1)}
+  model |= {'num_heads': 2, 'num_classes': 3, 'head_channels': 8, 'auxiliary_channels': 4}
+  graphdef, params = random_model('segment_hivit_tiny', **model, drop_path_rate=0.3)
+  task = SegmentTask(**STATISTICS, image_size=(SIDE, SIDE), num_classes=3, photometric=True)
+  labels = _segmentation()[-1]['segmentation']
+  extent = np.full((BATCH, 2), SIDE, np.int32)
+  return graphdef, params, task, {'label_map': labels, 'extent': extent}
+
+
 KINDS = {'classify': _classification, 'segment': _segmentation}
+WHOLE = {'upernet': _upernet}  # BatchNorm does not allow parts
 
 
 def _remembering(params) -> optim.Optimizer:
@@ -58,7 +70,7 @@ def _remembering(params) -> optim.Optimizer:
 
 def gradients(kind: str, devices: int, accumulate_steps: int) -> dict:
   """Gradients of the first step, before the optimizer, and its metrics, as lists."""
-  graphdef, params, task, batch = KINDS[kind]()
+  graphdef, params, task, batch = (KINDS | WHOLE)[kind]()
   images = np.random.default_rng(0).integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8)
   mesh = sharding.make_mesh(devices)
   optimizer = _remembering(params)
@@ -78,10 +90,10 @@ def gradients(kind: str, devices: int, accumulate_steps: int) -> dict:
   }
 
 
-def _on_eight_devices(kind: str) -> list[dict]:
+def _on_eight_devices(kind: str, parts: tuple[int, ...] = (1, 4)) -> list[dict]:
   code = (
     'import json; from tests.train import test_normalisers as t; '
-    f'print(json.dumps([t.gradients({kind!r}, 8, parts) for parts in (1, 4)]))'
+    f'print(json.dumps([t.gradients({kind!r}, 8, parts) for parts in {parts}]))'
   )
   child = subprocess.run(
     [sys.executable, '-c', code],
@@ -101,6 +113,16 @@ def test_what_is_ignored_is_ignored_on_any_number_of_devices_and_in_any_parts(ki
     for name, expected in whole['gradients'].items():
       difference = np.linalg.norm(np.subtract(split['gradients'][name], expected).ravel())
       assert difference <= 1e-5 * np.linalg.norm(np.ravel(expected)), name
+
+
+def test_batch_norm_has_the_statistics_of_all_devices():
+  """And ignored pixels, dropout, drop path and photometric distortion are those of the batch."""
+  whole, (split,) = gradients('upernet', 1, 1), _on_eight_devices('upernet', (1,))
+  assert split['metrics'] == pytest.approx(whole['metrics'], rel=1e-4)
+  found, expected = (
+    np.concatenate([np.ravel(x) for x in one['gradients'].values()]) for one in (split, whole)
+  )
+  assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize('kind', KINDS)

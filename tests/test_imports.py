@@ -23,10 +23,11 @@ ALLOWED = {
   'environment': {'errors'},
   'cli': {'errors', 'environment', 'settings'},
   'ops': {'errors'},
-  'models': {'errors', 'settings', 'ops'},
+  'detection': set(),
+  'models': {'errors', 'settings', 'ops', 'detection'},
   'data': {'errors', 'settings', 'reporting'},
   'interop': {'errors', 'settings', 'models', 'ops'},
-  'tasks': {'errors', 'models', 'data'},
+  'tasks': {'errors', 'models', 'data', 'detection'},
   'runtime': {'errors'},
   'reporting': {'errors', 'settings'},
   'train': {

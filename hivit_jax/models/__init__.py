@@ -10,6 +10,7 @@ from hivit_jax.models.backbone import BackboneSettings, HiViTBackbone
 from hivit_jax.models.encoder import Settings
 from hivit_jax.models.hivit import HiViT, HiViTClassifierSettings
 from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
+from hivit_jax.models.mask_rcnn import MaskRCNN, MaskRCNNSettings
 from hivit_jax.models.simmim import SimMIM, SimMIMSettings
 from hivit_jax.models.swin import Swin, SwinClassifierSettings
 from hivit_jax.models.vit import ViT, ViTClassifierSettings, ViTMAESettings, ViTMaskedAutoencoder
@@ -23,6 +24,15 @@ _HIVIT: _Sizes = {
   'small': {'embed_dim': 384, 'depths': (2, 2, 20), 'num_heads': 6},
   'base': {'embed_dim': 512, 'depths': (2, 2, 20), 'num_heads': 8},
   'large': {'embed_dim': 768, 'depths': (2, 2, 40), 'num_heads': 12},
+}
+
+# Transformer blocks that attend globally in detectors: the published base has every fifth. Large,
+# twice as deep, has as many.
+_DETECT: _Sizes = {
+  size: {**own, 'global_blocks': blocks}
+  for (size, own), blocks in zip(
+    _HIVIT.items(), ((4, 9), (4, 9, 14, 19), (4, 9, 14, 19), (9, 19, 29, 39)), strict=True
+  )
 }
 
 # Table 5 of arXiv 2111.06377's ViT; Table 7 of arXiv 2103.14030.
@@ -52,6 +62,7 @@ _LADDER: _Sizes = {
 _FAMILIES: tuple[tuple[str, type[nnx.Module], type[Settings], _Sizes], ...] = (
   ('hivit', HiViT, HiViTClassifierSettings, _HIVIT),
   ('backbone_hivit', HiViTBackbone, BackboneSettings, _HIVIT),
+  ('detect_hivit', MaskRCNN, MaskRCNNSettings, _DETECT),
   ('mae_hivit', HiViTMaskedAutoencoder, HiViTMAESettings, _HIVIT),
   ('vit', ViT, ViTClassifierSettings, _VIT),
   ('mae_vit', ViTMaskedAutoencoder, ViTMAESettings, _VIT),

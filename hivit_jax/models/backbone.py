@@ -60,6 +60,7 @@ class HiViTBackbone(HiViTEncoder):
     images: jax.Array,
     levels: Sequence[int] = (1, 2, 3, 4),
     *,
+    own: jax.Array | None = None,
     drop_path_noise: jax.Array | None = None,
   ) -> tuple[jax.Array, ...]:
     """Feature maps, see `HiViTEncoder.features`, with this model's windows and norms."""
@@ -68,6 +69,7 @@ class HiViTBackbone(HiViTEncoder):
       levels,
       window_size=self.settings.window_size,
       global_blocks=self.settings.global_blocks,
+      own=own,
       drop_path_noise=drop_path_noise,
     )
     if not self.settings.level_norms:

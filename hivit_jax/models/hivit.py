@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import UserError
@@ -187,6 +188,7 @@ class HiViTEncoder(Encoder):
     *,
     window_size: int | None = None,
     global_blocks: Sequence[int] = (),
+    own: jax.Array | None = None,
     drop_path_noise: jax.Array | None = None,
   ) -> tuple[jax.Array, ...]:
     """Feature maps of strides 4, 8, 16 and 32 for dense tasks.
@@ -201,6 +203,8 @@ class HiViTEncoder(Encoder):
       window_size: the transformer blocks attend within windows of so many units a side; None:
         globally.
       global_blocks: transformer blocks, counted from 0, that attend globally even so.
+      own: (B, 2) rows and columns of units, the upper left ones, of images that are smaller than
+        their canvas. Their features are those of the images alone; outside they mean nothing.
       drop_path_noise: from the method of that name; None (evaluation) switches drop path off.
 
     Returns:
@@ -214,30 +218,50 @@ class HiViTEncoder(Encoder):
     grid = unit_grid((images.shape[1], images.shape[2]))
     self._check_features(levels, grid, window_size, global_blocks)
     stem = self._stem(split_units(images), drop_path_noise)
-    position = resize.position_embedding(
-      self.absolute_pos_embed[...], self.grid, grid, overhang=OVERHANG
-    )
+    if own is None:
+      position = resize.position_embedding(
+        self.absolute_pos_embed[...], self.grid, grid, overhang=OVERHANG
+      )
+      inside = None
+    else:
+      position = resize.own_position_embeddings(
+        self.absolute_pos_embed[...], self.grid, grid, own, overhang=OVERHANG
+      )
+      inside = units_inside(own, grid)
     x = layers.add_parameter(stem.tokens, position)
     x = x.reshape(len(x), *grid, -1)  # (B, rows, columns, C)
-    first, depth, scan = sum(self.stem_blocks), self.settings.depths[2], self.settings.scan
-    everywhere = [window_size is None or i in global_blocks for i in range(depth)]
-    for is_global, run in itertools.groupby(range(depth), key=everywhere.__getitem__):
-      start, *rest = (first + i for i in run)
-      blocks = self.blocks[start + 2 : start + 3 + len(rest)]  # two merges are before them
-      if is_global or window_size is None:
-        tokens = x.reshape(len(x), -1, x.shape[-1])  # (B, N, C)
-        x = self._run(blocks, start, tokens, drop_path_noise, None, grid, scan=scan).reshape(
-          x.shape
-        )
-      else:
-        cut = windows.split_windows(x, window_size)  # (B, windows, side * side, C)
-        cut = self._run(blocks, start, cut, drop_path_noise, None, grid, scan=scan)
-        x = windows.join_windows(cut, grid, window_size)
+    x = self._dense_blocks(x, window_size, global_blocks, inside, drop_path_noise)
     maps = {1: _to_map(stem.middle, grid), 2: _to_map(stem.merged, grid), 3: x}
     rows, columns = grid[0] // 2, grid[1] // 2
     cells = x[:, : 2 * rows, : 2 * columns].reshape(len(x), rows, 2, columns, 2, -1)
     maps[4] = cells.max(axis=(2, 4))
     return tuple(maps[level] for level in levels)
+
+  def _dense_blocks(self, x, window_size, global_blocks, inside, drop_path_noise) -> jax.Array:
+    """The transformer blocks on a map (B, rows, columns, C), of which `inside` is the image's."""
+    grid = x.shape[1], x.shape[2]
+    first, depth, scan = sum(self.stem_blocks), self.settings.depths[2], self.settings.scan
+    keys = None if inside is None else inside.reshape(len(x), -1)  # (B, N)
+    # What a block makes of the outside must not come into the windows of the next.
+    alone = inside is not None and window_size is not None
+
+    def kind(i: int) -> tuple[bool, int]:
+      everywhere = window_size is None or i in global_blocks
+      return everywhere, i if alone and not everywhere else -1
+
+    for (everywhere, _), run in itertools.groupby(range(depth), key=kind):
+      start, *rest = (first + i for i in run)
+      blocks = self.blocks[start + 2 : start + 3 + len(rest)]  # two merges are before them
+      if everywhere:
+        tokens = x.reshape(len(x), -1, x.shape[-1])  # (B, N, C)
+        tokens = self._run(blocks, start, tokens, drop_path_noise, None, grid, keys, scan=scan)
+        x = tokens.reshape(x.shape)
+      else:
+        x = x if inside is None else jnp.where(inside[..., None], x, 0)
+        cut = windows.split_windows(x, window_size)  # (B, windows, side * side, C)
+        cut = self._run(blocks, start, cut, drop_path_noise, None, grid, scan=scan)
+        x = windows.join_windows(cut, grid, window_size)
+    return x
 
   def _check_features(self, levels, grid, window_size, global_blocks) -> None:
     if not set(levels) <= {1, 2, 3, 4}:
@@ -260,6 +284,12 @@ class HiViTEncoder(Encoder):
         'window attention has no relative position bias: create the model with rpe=False, '
         'or leave out window_size'
       )
+
+
+def units_inside(own: jax.Array, grid: tuple[int, int]) -> jax.Array:
+  """(B, 2) rows and columns of the images in a grid -> (B, *grid) bool, the units in them."""
+  rows, columns = (jnp.arange(n) < own[:, i : i + 1] for i, n in enumerate(grid))
+  return rows[:, :, None] & columns[:, None]
 
 
 def _to_map(x: jax.Array, grid: tuple[int, int]) -> jax.Array:

@@ -18,6 +18,8 @@ from hivit_jax.detection.roi_align import roi_align
 from hivit_jax.errors import UserError
 from hivit_jax.models.backbone import BackboneSettings, HiViTBackbone
 from hivit_jax.models.detection_heads import FPN, BoxHead, MaskHead, RPNHead
+from hivit_jax.models.hivit import HiViTSettings
+from hivit_jax.models.units import UNIT
 
 RPN_STDS = (1.0, 1.0, 1.0, 1.0)
 BOX_STDS = (0.1, 0.1, 0.2, 0.2)
@@ -28,10 +30,15 @@ _NEVER = -jnp.inf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskRCNNSettings(BackboneSettings):
+class MaskRCNNSettings(HiViTSettings):
   """Settings of HiViT with FPN and Mask R-CNN; the defaults are the published detector's.
 
+  `image_size` is only what is usual: images may have any size whose sides are multiples of 32.
+
   Attributes:
+    position_image_size: (height, width) that the position embedding is for; it is resized to the
+      images in every forward pass.
+    window_size, global_blocks: see `HiViTEncoder.features`.
     num_classes: of objects, without the background.
     neck_channels: of the pyramid and the heads' convolutions.
     hidden: width of the box head's layer between.
@@ -42,8 +49,10 @@ class MaskRCNNSettings(BackboneSettings):
     score_threshold: which a detection must exceed.
   """
 
+  rpe: bool = False
+  position_image_size: tuple[int, int] = (224, 224)
   window_size: int | None = 14
-  level_norms: bool = True
+  global_blocks: tuple[int, ...] = ()
   num_classes: int = 80
   neck_channels: int = 256
   hidden: int = 1024
@@ -63,6 +72,17 @@ class MaskRCNNSettings(BackboneSettings):
         'nms_pre, proposals, detections and candidates must be at least 1, got '
         f'{self.nms_pre}, {self.proposals}, {self.detections} and {self.candidates}'
       )
+
+  @property
+  def backbone(self) -> BackboneSettings:
+    """Settings of the encoder."""
+    shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(HiViTSettings)}
+    return BackboneSettings(
+      **shared | {'image_size': self.position_image_size},
+      window_size=self.window_size,
+      global_blocks=self.global_blocks,
+      level_norms=True,
+    )
 
 
 class Proposals(NamedTuple):
@@ -102,7 +122,9 @@ class MaskRCNN(nnx.Module):
   """Detector and instance segmenter.
 
   Images are (B, H, W, channels), normalised, with sides that are multiples of 32. Each may be
-  smaller than the canvas of its batch: `sizes` (B, 2) is its height and width without padding.
+  smaller than the canvas of its batch, in whose upper left it is: `sizes` (B, 2) are heights and
+  widths without padding, `canvases` (B, 2) are these rounded up to multiples of 32. With them
+  nothing depends on the batch's canvas; without (None) all of it takes part, as in mmdetection.
   """
 
   def __init__(self, settings: MaskRCNNSettings, *, rngs: nnx.Rngs):
@@ -110,7 +132,7 @@ class MaskRCNN(nnx.Module):
     self.image_size, self.channels = settings.image_size, settings.channels
     self.num_classes = settings.num_classes
     width, options = settings.neck_channels, {'rngs': rngs, 'dtype': settings.dtype}
-    self.backbone = HiViTBackbone(settings, rngs=rngs)
+    self.backbone = HiViTBackbone(settings.backbone, rngs=rngs)
     inputs = [info.channels for info in self.backbone.feature_info]
     self.neck = FPN(inputs, width, **options)
     self.rpn_head = RPNHead(width, **options)
@@ -129,14 +151,23 @@ class MaskRCNN(nnx.Module):
     return self.backbone.drop_path_noise(rng, batch)
 
   def pyramid(
-    self, images: jax.Array, *, drop_path_noise: jax.Array | None = None
+    self,
+    images: jax.Array,
+    canvases: jax.Array | None = None,
+    *,
+    drop_path_noise: jax.Array | None = None,
   ) -> tuple[jax.Array, ...]:
-    """(B, H, W, channels) -> five maps (B, h, w, C) of strides 4 to 64."""
-    return self.neck(self.backbone(images, drop_path_noise=drop_path_noise))
+    """(B, H, W, channels) -> five maps (B, h, w, C) of strides 4 to 64; see the class."""
+    units = None if canvases is None else canvases // UNIT
+    maps = self.backbone(images, own=units, drop_path_noise=drop_path_noise)
+    return self.neck(maps, own_maps(canvases))
 
-  def rpn(self, maps: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+  def rpn(
+    self, maps: Sequence[jax.Array], canvases: jax.Array | None = None
+  ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Logits (B, A) and deltas (B, A, 4) of the anchors of each level."""
-    logits, deltas = zip(*map(self.rpn_head, maps), strict=True)
+    found = map(self.rpn_head, maps, own_maps(canvases) or [None] * len(maps))
+    logits, deltas = zip(*found, strict=True)
     return list(logits), list(deltas)
 
   def proposals(
@@ -145,6 +176,7 @@ class MaskRCNN(nnx.Module):
     deltas: Sequence[jax.Array],
     shapes: Sequence[tuple[int, int]],
     sizes: jax.Array,
+    canvases: jax.Array | None = None,
     *,
     train: bool,
   ) -> Proposals:
@@ -155,7 +187,7 @@ class MaskRCNN(nnx.Module):
     Args:
       logits, deltas: from `rpn`.
       shapes: (rows, columns) of each level.
-      sizes: (B, 2) height and width of each image, without padding.
+      sizes, canvases: see the class.
       train: takes the first number of `nms_pre`.
 
     Returns:
@@ -166,13 +198,20 @@ class MaskRCNN(nnx.Module):
     logits, deltas = jax.lax.stop_gradient((list(logits), list(deltas)))
     anchors = [anchor_ops.level_anchors(shape, s) for shape, s in zip(shapes, strides, strict=True)]
 
+    own = own_maps(canvases)
+    if own is not None:
+      logits = [
+        jnp.where(jax.vmap(anchor_ops.level_valid, (None, 0))(shape, size), score, _NEVER)
+        for score, shape, size in zip(logits, shapes, own, strict=True)
+      ]
+
     def of_image(logits, deltas, size):
       found = []
       for score, delta, anchor in zip(logits, deltas, anchors, strict=True):
         score, index = jax.lax.top_k(score, min(per_level, len(score)))
         decoded = box_ops.decode(anchor[index], delta[index], RPN_STDS)
         decoded = box_ops.clip(decoded, size)
-        keep = nms(decoded, 0.7, ~box_ops.is_empty(decoded))
+        keep = nms(decoded, 0.7, ~box_ops.is_empty(decoded) & (score > _NEVER))
         found.append((decoded, jnp.where(keep, score, _NEVER)))
       boxes, scores = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
       scores, index = jax.lax.top_k(scores, min(settings.proposals, len(scores)))
@@ -181,29 +220,32 @@ class MaskRCNN(nnx.Module):
 
     return jax.vmap(of_image)(logits, deltas, sizes)
 
-  def roi_features(self, maps: Sequence[jax.Array], rois: jax.Array, size: int) -> jax.Array:
-    """(B, R, 4) RoIs -> (B * R, size, size, C) features from P2..P5."""
-    strides = anchor_ops.STRIDES[:4]
+  def roi_features(
+    self,
+    maps: Sequence[jax.Array],
+    rois: jax.Array,
+    size: int,
+    canvases: jax.Array | None = None,
+  ) -> jax.Array:
+    """(B, R, 4) RoIs -> (B * R, size, size, C) features from P2..P5; see the class."""
+    strides, own = anchor_ops.STRIDES[:4], own_maps(canvases)
 
-    def of_image(levels, rois):
-      return roi_align(levels, rois, strides, size)
+    def of_image(levels, rois, own):
+      return roi_align(levels, rois, strides, size, own)
 
-    out = jax.vmap(of_image)(list(maps[:4]), rois)
+    out = jax.vmap(of_image)(list(maps[:4]), rois, None if own is None else own[:4])
     return out.reshape(-1, *out.shape[2:])
 
-  def detect(self, images: jax.Array, sizes: jax.Array) -> Detections:
-    """Finds objects.
-
-    Args:
-      images: (B, H, W, channels), see the class.
-      sizes: (B, 2) height and width of each image, without padding.
-    """
-    maps = self.pyramid(images)
-    logits, deltas = self.rpn(maps)
+  def detect(
+    self, images: jax.Array, sizes: jax.Array, canvases: jax.Array | None = None
+  ) -> Detections:
+    """Finds objects; the arguments are those that the class tells."""
+    maps = self.pyramid(images, canvases)
+    logits, deltas = self.rpn(maps, canvases)
     shapes = [(x.shape[1], x.shape[2]) for x in maps]
-    proposals = self.proposals(logits, deltas, shapes, sizes, train=False)
+    proposals = self.proposals(logits, deltas, shapes, sizes, canvases, train=False)
     b, r = proposals.valid.shape
-    features = self.roi_features(maps, proposals.boxes, BOX_SIZE)
+    features = self.roi_features(maps, proposals.boxes, BOX_SIZE, canvases)
     class_logits, deltas = self.roi_head.bbox_head(features)
     boxes, scores, labels, valid = jax.vmap(self.final_boxes)(
       proposals.boxes,
@@ -212,7 +254,7 @@ class MaskRCNN(nnx.Module):
       deltas.reshape(b, r, -1, 4),
       sizes,
     )
-    features = self.roi_features(maps, boxes, MASK_SIZE)
+    features = self.roi_features(maps, boxes, MASK_SIZE, canvases)
     mask_logits = self.roi_head.mask_head(features, labels.reshape(-1))
     masks = nnx.sigmoid(mask_logits).reshape(*labels.shape, MASK_CELLS, MASK_CELLS)
     return Detections(boxes, scores, labels, valid, masks)
@@ -246,6 +288,13 @@ class MaskRCNN(nnx.Module):
       candidates=self.settings.candidates,
       most=self.settings.detections,
     )
+
+
+def own_maps(canvases: jax.Array | None) -> list[jax.Array] | None:
+  """(B, 2) canvases of the images -> (B, 2) rows and columns of their maps on each level."""
+  if canvases is None:
+    return None
+  return [-(-canvases // stride) for stride in anchor_ops.STRIDES]
 
 
 def suppress_classes(

@@ -30,6 +30,7 @@ from tests.helpers import (
 
 DETECTOR = {
   'image_size': 64,
+  'position_image_size': 64,
   'embed_dim': 32,
   'depths': (1, 1, 2),
   'num_heads': 4,

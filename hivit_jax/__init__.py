@@ -35,7 +35,8 @@ def create_model(
     logits = forward(model, images)
 
   Classifiers (`hivit_*`, `vit_*`, `swin_*`) give (B, num_classes) logits, autoencoders (`mae_*`,
-  `simmim_*`) a loss, predictions and a mask, backbones feature maps. All of them have
+  `simmim_*`) a loss, predictions and a mask, backbones feature maps; detectors (`detect_*`) have
+  `detect(images, sizes)`. All but detectors have
   `forward_features(images)`, what the last stage gives; `pooled(images)`, (B, C) its mean; and
   `feature_info`, channels and strides.
 
@@ -64,6 +65,9 @@ def create_model(
       num_classes (0: no head, the model gives the features before it), head_std, head_batch_norm.
     backbone_hivit_*: as hivit_* up to scan; bias_image_size, window_size, global_blocks,
       level_norms.
+    detect_hivit_*: as hivit_* up to scan; position_image_size, window_size, global_blocks,
+      num_classes, neck_channels, hidden, nms_pre, proposals, detections, candidates,
+      score_threshold.
     mae_hivit_*: as hivit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
       mask_ratio, norm_pix_loss, hifeat.
     vit_*: embed_dim, depth, num_heads, mlp_ratio, scan, num_classes, head_std, head_batch_norm.

@@ -50,6 +50,7 @@ CONFINED = {
   'tensorflow_datasets': ('hivit_jax/data/',),
   'array_record': ('hivit_jax/data/',),
   'grain': ('hivit_jax/data/',),
+  'pycocotools': ('hivit_jax/data/coco.py',),
   'tensorboard': ('hivit_jax/reporting/tensorboard.py',),
   'matplotlib': (
     'hivit_jax/tools/compare.py',

@@ -49,6 +49,7 @@ class DetectTask(ImageTask):
     (r'.*', 'decay'),
   )
   encoder = 'backbone/'
+  stem_is_one_layer = True
   measures = frozenset(('evaluation',))
 
   num_classes: int

@@ -31,6 +31,7 @@ class Task(Protocol):
       are frozen whatever the rules say.
     encoder: beginning of the paths of the encoder's parameters, such as backbone/: with layer decay
       all others are of the last layer.
+    stem_is_one_layer: with layer decay, all before the first attention is of the first layer.
     needs_classes: the examples need integer labels, and the model one output for each class.
     measures: sections of the config that its evaluators read: evaluation, knn, pictures.
     without_weights: warning for a run that starts from random parameters, if it needs one.
@@ -44,6 +45,7 @@ class Task(Protocol):
     (r'.*', 'decay'),
   )
   encoder: ClassVar[str] = ''
+  stem_is_one_layer: ClassVar[bool] = False
   needs_classes: ClassVar[bool] = False
   measures: ClassVar[frozenset[str]] = frozenset()
   without_weights: ClassVar[str | None] = None

@@ -224,6 +224,7 @@ def optimizer(config: ml_collections.ConfigDict) -> Callable[..., optim.Optimize
     'clip_norm': o.clip_norm,
     'layer_decay': o.layer_decay,
     'encoder': chosen.encoder,
+    'stem_is_one_layer': chosen.stem_is_one_layer,
   }
   if o.name == 'adamw':
     numbers = {'b1': o.b1, 'b2': o.b2, 'eps': o.eps}

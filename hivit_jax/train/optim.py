@@ -44,7 +44,9 @@ _PLACE = re.compile(r'(blocks/\d+|layers/\d+/(?:blocks/\d+|downsample))/')
 _FIRST = ('patch_embed', 'absolute_pos_embed', 'pos_embed', 'cls_token')
 
 
-def layer_scales(params: Any, decay: float, encoder: str = '') -> Any:
+def layer_scales(
+  params: Any, decay: float, encoder: str = '', stem_is_one_layer: bool = False
+) -> Any:
   """Factors of the learning rate that fall towards the input ("layer-wise decay").
 
   As in BEiT (arXiv 2106.08254): `decay ** (L + 1 - layer)`, L residual blocks in all. Patch and
@@ -57,6 +59,8 @@ def layer_scales(params: Any, decay: float, encoder: str = '') -> Any:
     decay: in (0, 1].
     encoder: beginning of the paths of the encoder, such as 'backbone/'; all others are of the last
       layer.
+    stem_is_one_layer: blocks without attention and their merges are of layer 0, and L counts the
+      others, as in the published segmenter.
 
   Returns:
     A pytree of floats, of the structure of `params`.
@@ -65,10 +69,14 @@ def layer_scales(params: Any, decay: float, encoder: str = '') -> Any:
   paths = [path.removeprefix(encoder) for path in paths if path.startswith(encoder)]
   places = {match[1] for path in paths if (match := _PLACE.match(path))}
   merges = {place for place in places if any(p.startswith(f'{place}/reduction') for p in paths)}
+  if stem_is_one_layer:
+    attending = {place for place in places if any(p.startswith(f'{place}/attn') for p in paths)}
+  else:
+    attending = places
   layers: dict[str, int] = {}
   count = 0
   for place in sorted(places, key=_numbers):
-    count += place not in merges
+    count += place in attending and place not in merges
     layers[place] = count
 
   def scale(path, _):
@@ -100,6 +108,7 @@ def adamw(
   clip_norm: float | None = None,
   layer_decay: float | None = None,
   encoder: str = '',
+  stem_is_one_layer: bool = False,
 ) -> Optimizer:
   """AdamW.
 
@@ -110,7 +119,7 @@ def adamw(
     weight_decay: decoupled, of the parameters labelled 'decay'.
     clip_norm: global norm to clip the gradients to, or None.
     layer_decay: see `layer_scales`; None: the same rate for all.
-    encoder: see `layer_scales`.
+    encoder, stem_is_one_layer: see `layer_scales`.
   """
   trained, decayed = _labels(rules, params)
   tx = optax.chain(
@@ -118,7 +127,7 @@ def adamw(
     optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
     optax.add_decayed_weights(weight_decay, mask=decayed),
   )
-  return Optimizer(tx, trained, _scales(params, trained, layer_decay, encoder))
+  return Optimizer(tx, trained, _scales(params, trained, layer_decay, encoder, stem_is_one_layer))
 
 
 def lars(
@@ -130,6 +139,7 @@ def lars(
   clip_norm: float | None = None,
   layer_decay: float | None = None,
   encoder: str = '',
+  stem_is_one_layer: bool = False,
 ) -> Optimizer:
   """LARS (arXiv 1708.03888) as in MAE's linear probe: matrices alone decay and get a trust ratio.
 
@@ -140,7 +150,7 @@ def lars(
     weight_decay: of the parameters labelled 'decay', part of the update that is scaled.
     clip_norm: global norm to clip the gradients to, or None.
     layer_decay: see `layer_scales`; None: the same rate for all.
-    encoder: see `layer_scales`.
+    encoder, stem_is_one_layer: see `layer_scales`.
   """
   trained, decayed = _labels(rules, params)
   tx = optax.chain(
@@ -149,7 +159,7 @@ def lars(
     optax.masked(optax.scale_by_trust_ratio(trust_coefficient=TRUST_COEFFICIENT), decayed),
     optax.trace(momentum),
   )
-  return Optimizer(tx, trained, _scales(params, trained, layer_decay, encoder))
+  return Optimizer(tx, trained, _scales(params, trained, layer_decay, encoder, stem_is_one_layer))
 
 
 def _labels(rules: Rules, params: Any) -> tuple[Any, Any]:
@@ -159,8 +169,8 @@ def _labels(rules: Rules, params: Any) -> tuple[Any, Any]:
   return trained, split(jax.tree.map(lambda label: label == 'decay', labels), trained)[0]
 
 
-def _scales(params: Any, trained: Any, decay: float | None, encoder: str) -> Any:
-  return None if decay is None else split(layer_scales(params, decay, encoder), trained)[0]
+def _scales(params: Any, trained: Any, decay: float | None, *place: Any) -> Any:
+  return None if decay is None else split(layer_scales(params, decay, *place), trained)[0]
 
 
 def _clip(norm: float | None) -> optax.GradientTransformation:

@@ -10,6 +10,7 @@ import hivit_jax
 from hivit_jax import models
 from hivit_jax.errors import UserError
 from hivit_jax.models.classifier import Classifier
+from hivit_jax.models.mask_rcnn import MaskRCNN
 from hivit_jax.ops.precision import widen
 from tests.helpers import (
   TINY,
@@ -42,8 +43,9 @@ def family(request):
   return request.param, nnx.merge(graphdef, params)
 
 
-def test_no_family_is_left_out():
-  assert {models.MODELS[name][0] for name in FAMILIES} == {cls for cls, _ in models.MODELS.values()}
+def test_no_encoder_is_left_out():
+  encoders = {cls for cls, _ in models.MODELS.values() if cls is not MaskRCNN}
+  assert {models.MODELS[name][0] for name in FAMILIES} == encoders
 
 
 def test_features_their_mean_and_their_channels(family):

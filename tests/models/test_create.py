@@ -18,6 +18,7 @@ from tests.helpers import abstract_model
 def test_models_are_listed():
   assert hivit_jax.list_models() == [
     'backbone_hivit_base', 'backbone_hivit_large', 'backbone_hivit_small', 'backbone_hivit_tiny',
+    'detect_hivit_base', 'detect_hivit_large', 'detect_hivit_small', 'detect_hivit_tiny',
     'hivit_base', 'hivit_large', 'hivit_small', 'hivit_tiny',
     'mae_hivit_base', 'mae_hivit_large', 'mae_hivit_small', 'mae_hivit_tiny',
     'mae_vit_base', 'mae_vit_large', 'simmim_swin_base', 'simmim_swin_small', 'simmim_swin_tiny',

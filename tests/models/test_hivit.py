@@ -46,6 +46,11 @@ PARAMETERS = {
   'backbone_hivit_small': 37_053_216,
   'backbone_hivit_base': 65_788_288,
   'backbone_hivit_large': 289_591_872,
+  # Mask R-CNN of 80 classes; its 2048 running statistics are counted, too.
+  'detect_hivit_tiny': 40_243_664,
+  'detect_hivit_small': 58_544_720,
+  'detect_hivit_base': 87_370_608,
+  'detect_hivit_large': 311_355_824,
   # As published, with the fixed position embeddings of the autoencoders.
   'vit_base': 86_567_656,
   'vit_large': 304_326_632,

@@ -1,5 +1,7 @@
 """Training Mask R-CNN: against mmdetection's numbers, and what they do not show."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,13 @@ from flax import nnx
 
 from hivit_jax.data import masks
 from hivit_jax.detection.assign import Sample
+from hivit_jax.interop import torch_names
 from hivit_jax.models.mask_rcnn import MASK_CELLS
 from hivit_jax.tasks import detect
 from hivit_jax.tasks import detection_targets as targets
+from hivit_jax.train import optim, rules
 from tests.helpers import (
+  GOLDEN,
   abstract_model,
   assert_close,
   golden_params,
@@ -151,6 +156,23 @@ def test_losses_gradients_and_statistics_equal_the_official_ones(golden, monkeyp
   clear = ~unpack(arrays['rcnn/mask_targets_at_half'], 28, 28).astype(bool)
   differ = (np.asarray(wanted).reshape(-1, 28, 28) != official.reshape(-1, 28, 28)) & clear
   assert differ.mean() < 0.01, differ.mean()
+
+
+def test_layer_and_weight_decay_are_the_official_ones():
+  expected = json.loads((GOLDEN / 'detection_layer_decay.json').read_text())
+  _, abstract = abstract_model('detect_hivit_base')
+  task = detect.DetectTask
+  scales = optim.layer_scales(abstract, 0.9, task.encoder, task.stem_is_one_layer)
+  labels = torch_names.flatten(rules.apply_rules(task.rules, abstract))
+  found = {}
+  for path, scale in torch_names.flatten(scales).items():
+    if path[-1] not in ('mean', 'var'):  # running statistics, which no optimizer sees
+      leaf = np.zeros((1, 1, 1, 1)) if path[-1] == 'kernel' else np.zeros(1)
+      name = torch_names.to_torch(path, leaf)[0]
+      found[name] = [scale, 0.05 if labels[path] == 'decay' else 0.0]
+  assert found.keys() == expected.keys()
+  for name, pair in expected.items():
+    assert found[name] == pytest.approx(pair), name
 
 
 def batch_of(canvas, *, sizes=((90, 120), (64, 61)), objects=2, seed=0):

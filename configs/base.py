@@ -15,7 +15,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
   config.channels = 3  # of the images: 3 (RGB) or 1 (greyscale)
   config.epochs = 300.0  # length of the run and of the learning rate's schedule
-  config.max_steps = config_dict.placeholder(int)  # end here instead of after `epochs`
+  config.steps = config_dict.placeholder(int)  # the same in steps; instead of epochs
+  config.max_steps = config_dict.placeholder(int)  # end here; the schedule stays as it is
 
   # Any argument of the model's class; those left at None have the named model's value.
   config.model = ml_collections.ConfigDict()
@@ -51,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, or folder:/path
   config.data.data_dir = config_dict.placeholder(str)  # None: TFDS_DATA_DIR or TFDS's default
-  config.data.train_split = 'train'  # may be cut: train[:90%]; see docs/data.md
+  config.data.train_split = 'train'  # may be cut: train[:90%]; see docs/guide/data.md
   config.data.eval_split = 'validation'  # of accuracies and pictures
   # Share of the sides that the central crop of an evaluation keeps; None: 7/8 up to 224 pixels.
   config.data.eval_crop = config_dict.placeholder(float)  # 1: the whole image
@@ -85,17 +86,19 @@ def get_config() -> ml_collections.ConfigDict:
   config.optim.name = 'adamw'  # or lars
   config.optim.base_lr = 1e-4  # per 256 images of batch_size: lr = base_lr * batch_size / 256
   config.optim.lr = config_dict.placeholder(float)  # peak; instead of base_lr
-  config.optim.base_end_lr = 0.0  # final rate of the cosine, per 256 images
+  config.optim.base_end_lr = 0.0  # final rate of cosine and poly, per 256 images
   config.optim.end_lr = config_dict.placeholder(float)  # for any batch; replaces base_end_lr
   config.optim.base_warmup_start_lr = 0.0  # at the first step, per 256 images
   config.optim.warmup_start_lr = config_dict.placeholder(float)  # for any batch; replaces it
-  config.optim.warmup_epochs = 40.0  # of linear rise, part of `epochs`
-  config.optim.schedule = 'cosine'  # after the warmup; or multistep
+  config.optim.warmup_epochs = 40.0  # of linear rise, part of the run's length
+  config.optim.warmup_steps = config_dict.placeholder(int)  # the same in steps; instead of epochs
+  config.optim.schedule = 'cosine'  # poly: from step 0, scaled by the warmup (mmseg); step (mmdet)
   # Does the cosine start after the warmup? If not, it counts from epoch 0: the warmup hides its
   # beginning, and the rate drops where the warmup ends.
   config.optim.warmup_prefix = True  # False: as Swin, SimMIM and supervised HiViT
-  config.optim.milestones = ()  # of multistep: epochs at which the rate is multiplied
-  config.optim.milestone_factor = 0.1  # by this
+  config.optim.power = 1.0  # of poly: the share of the run that is left, to this power
+  config.optim.milestones = ()  # of step: epochs, or steps of a run in steps, where the rate falls
+  config.optim.milestone_factor = 0.1  # to this share, again at each of them
   config.optim.b1 = 0.9  # AdamW: decay of the mean of the gradients
   config.optim.b2 = 0.95  # and of the mean of their squares
   config.optim.eps = 1e-8  # of AdamW
@@ -115,6 +118,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint.every_epochs = 1.0  # save; 0: at the end only
   config.checkpoint.keep_last = 2  # how many of the newest are kept
   config.checkpoint.keep_every_epochs = 100.0  # and keep these for ever; 0: none
+  # And the best by an evaluation, eval/top1:max or eval/loss:min; --config.init=WORKDIR/best.
+  config.checkpoint.keep_best = config_dict.placeholder(str)  # None: no best is kept
 
   config.log_every_steps = 50  # one line of metrics: the means since the last one
 

@@ -1,7 +1,7 @@
 """Recipes: what the published runs, and those derived from them, change in `base.py`.
 
 Rates are per 256 images of a batch: 2.5e-4 at a batch of 1024 is the paper's 1e-3. Where each
-number comes from is in docs/reproduce.md.
+number comes from is in docs/results/reproduce.md.
 """
 
 import ml_collections
@@ -74,7 +74,7 @@ def simmim(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
     config.optim.warmup_prefix = False
   else:  # 4e-4 and 2e-6
     config.optim.update(base_lr=5e-5, base_warmup_start_lr=2.5e-7)
-    config.optim.update(schedule='multistep', milestones=(700.0,))
+    config.optim.update(schedule='step', milestones=(700.0,))
   return with_variant(config, variant, '800', '100')
 
 

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import inspect
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,18 @@ class Finished(NamedTuple):
 
   workdir: pathlib.Path
   log: str
+
+
+_TRAINED = {'finished', 'longer'}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Marks as slow the tests that start training runs or need one that has ended."""
+  for item in items:
+    asked = inspect.signature(item.function).parameters
+    if 'runs' in asked or _TRAINED & set(item.fixturenames):
+      item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope='session')

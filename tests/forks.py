@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 
+import jax
 import tensorflow_datasets  # noqa: F401
 
 import hivit_jax.train.evaluation  # noqa: F401
@@ -21,6 +22,8 @@ def _run(job: dict) -> int:
   for number, file in ((1, job['stdout']), (2, job['stderr'])):
     os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
   os.environ.update(job['environment'])
+  quick = os.environ.get('JAX_DISABLE_MOST_OPTIMIZATIONS') == '1'
+  jax.config.update('jax_disable_most_optimizations', quick)  # JAX has read it before the fork
   signal.alarm(job['seconds'])
   program, *arguments = job['program']
   try:

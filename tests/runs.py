@@ -34,6 +34,8 @@ SETTINGS = {
   'optim.warmup_epochs': 1.0,
 }
 _PATIENCE = 300  # seconds on an idle machine
+# Of a process in which the compiler does all it can, unlike in the others.
+OPTIMIZED = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
 # No two runs agree in them.
 TIMING = (
   *('train/images_per_second', 'train/data_wait_fraction'),
@@ -49,6 +51,7 @@ class Runs:
       'JAX_COMPILATION_CACHE_DIR': str(directory / 'compiled'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # slower code, which steps of milliseconds do not tell
     }
     self.environment = cache | os.environ | {'TFDS_DATA_DIR': str(directory / 'data')}
     self.forks = Forks(self.environment, directory)
@@ -91,11 +94,10 @@ class Runs:
     *commands: list[str],
     found_by: str = 'environment',
     devices: int = 2,
-    quick_compiler: bool = False,
   ) -> Iterator[list['Process']]:
     """Starts a command as the two processes of a job, or several as one process each.
 
-    Only process 0 keeps what it compiles. `quick_compiler`: to slower code.
+    Only process 0 keeps what it compiles.
     """
     count = max(2, len(commands))
     with socket.socket() as free:
@@ -110,8 +112,6 @@ class Runs:
       for index in range(count):
         flags, environment = tell(port, index, count)
         environment |= on_devices(devices)
-        if quick_compiler:
-          environment['XLA_FLAGS'] += ' --xla_backend_optimization_level=0'
         process = self.start([*commands[index % len(commands)], *flags], environment)
         processes.append(stack.enter_context(process))
       yield processes

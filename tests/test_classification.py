@@ -263,7 +263,7 @@ def _error(done) -> str:
       {'optim.milestones': '5,3'},
       'config.optim.milestones=(5, 3): expected epochs in rising order, such as (700,)',
     ),
-    ({'optim.schedule': 'multistep'}, 'config.optim.milestones=(): config.optim.schedule=multiste'),
+    ({'optim.schedule': 'step'}, 'config.optim.milestones=(): config.optim.schedule=step takes'),
     ({'optim.layer_decay': 0}, 'config.optim.layer_decay=0.0: expected more than 0, at most 1'),
   ],
 )

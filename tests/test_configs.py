@@ -21,7 +21,6 @@ from ml_collections import config_dict
 from configs import base
 from hivit_jax import settings
 from hivit_jax.errors import UserError
-from hivit_jax.ops import barriers
 from hivit_jax.train import assemble, hints, validate
 from hivit_jax.train.run import train
 
@@ -138,8 +137,9 @@ def debug_run(tmp_path_factory):
   cache = {
     'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
     'jax_persistent_cache_min_compile_time_secs': 0.0,
+    'jax_disable_most_optimizations': True,  # two steps may be slow
   }
-  before = {key: getattr(jax.config, key) for key in cache}
+  before = {key: jax.config.values[key] for key in cache}
   for key, value in cache.items():
     jax.config.update(key, value)
 
@@ -153,9 +153,6 @@ def debug_run(tmp_path_factory):
     return Run(workdir, config, reads)
 
   data_dir = str(tmp_path_factory.mktemp('data'))
-  options = barriers.compiler_options
-  quick = {'xla_backend_optimization_level': '0'}  # to compile; two steps may be slow
-  monkeypatch.setattr(barriers, 'compiler_options', lambda platform: options(platform) | quick)
   yield run
   monkeypatch.undo()
   for key, value in before.items():
@@ -190,6 +187,7 @@ def test_an_unknown_variant_is_refused_with_the_known_ones(name):
     assert re.search(rf'\b{variant}\b', str(error.value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_the_debug_variant_trains_two_steps(name, debug_run):
   run = debug_run(name)
@@ -202,6 +200,7 @@ def test_the_debug_variant_trains_two_steps(name, debug_run):
   assert written == expected
 
 
+@pytest.mark.slow
 def test_every_setting_is_read_by_some_run(debug_run):
   read = set().union(*(debug_run(name).reads for name in NAMES))
   assert keys(base.get_config()) - read == set()
@@ -236,6 +235,7 @@ def count_parameters(model: str) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sorted(PARAMETERS))
 def test_parameter_counts(name):
   config = load(name).to_dict()

@@ -99,7 +99,7 @@ def test_two_processes_continue_what_one_saved_and_stop_at_one_step(runs, alone,
 
 def test_of_three_processes_two_end_with_one_line_each(runs, tmp_path):
   command = runs.command(tmp_path / 'run', batch_size=12, evaluation__batch_size=12, **BARE)
-  with runs.job(command, command, command, devices=1, quick_compiler=True) as job:
+  with runs.job(command, command, command, devices=1) as job:
     job[0].wait_until(lambda: last_step(tmp_path / 'run') >= 6, 'step 6')
     job[1].send(signal.SIGKILL)
     ends = [process.wait(END) for process in job]
@@ -128,7 +128,7 @@ def test_no_process_ends_before_the_checkpoint_is_complete(runs, tmp_path):
   """Process 0 writes the sums of all files, which takes its time."""
   workdir = tmp_path / 'run'
   python, *arguments = runs.command(workdir, checkpoint__every_epochs=0, **BARE)
-  with runs.job([python, '-c', _SLOW, *arguments], devices=1, quick_compiler=True) as job:
+  with runs.job([python, '-c', _SLOW, *arguments], devices=1) as job:
     job[0].wait_until(lambda: last_step(workdir) >= 6, 'step 6')
     for process in job:
       process.send(signal.SIGTERM)

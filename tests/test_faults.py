@@ -1,4 +1,4 @@
-"""What docs/reliability.md promises of whole runs, with real processes, files and disks."""
+"""What docs/guide/reliability.md promises of whole runs, with real processes, files and disks."""
 
 import os
 import re

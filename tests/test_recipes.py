@@ -248,6 +248,7 @@ def _numbers(name: str) -> list[int]:
   return [int(number) for number in re.findall(r'\d+', name)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [n for n in RECIPES if not n.endswith('_linear')])
 def test_the_model_and_what_it_drops(name):
   golden, config = recipe(name)

@@ -28,6 +28,7 @@ from tests.runs import (
   folder_of_images,
   last_step,
   metrics,
+  on_devices,
   warnings_of,
 )
 
@@ -139,8 +140,7 @@ def test_more_steps_continue_a_finished_run(longer, finished):
 
 def test_on_other_devices_a_run_goes_on_with_the_same_numbers(runs, longer, finished, tmp_path):
   workdir = copy(finished, tmp_path)
-  two_devices = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
-  done = runs.finish(runs.command(workdir, max_steps=STEPS + 4), two_devices)
+  done = runs.finish(runs.command(workdir, max_steps=STEPS + 4), on_devices(2))
   assert done.returncode == 0, done.stderr
   assert 'float32 on 2 x cpu' in done.stderr
   for ours, expected in zip(metrics(workdir), metrics(longer.workdir), strict=True):

@@ -39,3 +39,28 @@ def test_dotted_keys_reach_every_value():
   config = ml_collections.ConfigDict(nested)
   assert settings.dotted(config).keys() == flat.keys()
   assert settings.get(config, 'b.d.e') == settings.get(nested, 'b.d.e') == (2, 3)
+
+
+@pytest.mark.parametrize(
+  ('text', 'expected'),
+  [
+    ('package.module:Name', True),
+    ('module:Name', True),
+    ('cifar10', False),
+    ('cifar10:3.0.2', False),
+    ('cifar10:3.*.*', False),
+    ('name/config:1.0.0', False),
+    ('folder:/path', False),
+    ('package.module', False),
+    ('package..module:Name', False),
+    ('package.module:Name.more', False),
+  ],
+)
+def test_what_names_something_in_a_module(text, expected):
+  assert settings.is_imported(text) == expected
+
+
+def test_what_is_imported_is_the_thing_itself():
+  assert settings.imported('hivit_jax.errors:UserError', 'config.x') is UserError
+  with pytest.raises(UserError, match=r'^config\.x=hivit_jax\.errors:UsrError: .* did you mean'):
+    settings.imported('hivit_jax.errors:UsrError', 'config.x')

@@ -143,7 +143,7 @@ class Chunks(abc.ABC):
   def _all_broken(self, tried: Broken) -> UserError:
     names = [f'{example_name(self.source, i)} ({reason})' for i, reason in tried]
     return UserError(
-      f'{len(tried)} examples of {self.source.name} ({self.source.split}), tried one after the '
+      f'{len(tried)} examples of {self.source.name} ({self.source.split}), drawn one after the '
       f'other, are all broken: {listed(names)}'
     )
 

@@ -2,8 +2,8 @@
 
 All tokens of a head fit into one block: softmax needs no second pass, the backward pass computes
 the weights again from q and k alone, and nothing is split, padded or joined in memory. What it
-measured on an H100 is in docs/benchmarks.md. Pallas' Triton backend is deprecated in JAX 0.11 and
-still there in 0.12.
+measured on an H100 is in docs/internals/performance-ledger.md. Pallas' Triton backend is deprecated
+in JAX 0.11 and still there in 0.12.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """What a config's training step will need on devices that need not be there.
 
 The step is compiled as training would, for TPUs by libtpu, for GPUs by JAX's CUDA plugin; nothing
-is allocated. What the numbers mean is in docs/scaling.md.
+is allocated. What the numbers mean is in docs/guide/scaling.md.
 """
 
 import importlib.util

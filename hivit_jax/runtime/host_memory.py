@@ -27,7 +27,7 @@ def keep_freed_memory(*, one_arena: bool) -> bool:
   that size from the kernel and gives them back at once, and then every step pays for the kernel's
   clearing of every page. Does nothing where the C library is another one, or where JAX may find an
   accelerator. Call it before JAX looks for devices: threads that have begun keep arenas of their
-  own. Measurements are in docs/benchmarks.md.
+  own. Measurements are in docs/internals/performance-ledger.md.
 
   Args:
     one_arena: all threads allocate from one arena. Others cannot hold blocks above 64 MB, which

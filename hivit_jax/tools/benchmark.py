@@ -155,7 +155,7 @@ def measure_step(
     repeats: measurements.
 
   Returns:
-    Numbers by name, units in the names; what each means is in docs/benchmarks.md.
+    Numbers by name, units in the names; what each means is in docs/internals/performance-ledger.md.
   """
   step = TrainingStep(config, batch_size=batch_size)
   step.start()

@@ -4,7 +4,7 @@
   python -m hivit_jax.tools.convert to-torch WORKDIR|CHECKPOINT|FILE --out=FILE.pth|FILE.safetensors
       [--layout=official|mae|simmim|backbone|mmpretrain]
 
-A DIR gets a checkpoint like those of a training run. docs/porting.md tells what loads where.
+A DIR gets a checkpoint like those of a training run. docs/guide/weights.md tells what loads where.
 """
 
 import math

@@ -122,12 +122,15 @@ def draw(runs: Mapping[str, Rows]) -> Figure:
   return figure
 
 
-def draw_rates(name: str, epochs: np.ndarray, rates: Mapping[str, np.ndarray]) -> Figure:
-  """Learning rates over the epochs, each in a panel of its own: a layer's may be a thousandth.
+def draw_rates(
+  name: str, times: np.ndarray, rates: Mapping[str, np.ndarray], *, unit: str = 'epoch'
+) -> Figure:
+  """Learning rates over time, each in a panel of its own: a layer's may be a thousandth.
 
   Args:
     name: of the config.
-    epochs: (N,).
+    times: (N,).
+    unit: of the times.
     rates: (N,) each, from `rates.learning_rates`; the gid of a line is the key.
   """
   figure = Figure(figsize=(1 + 4.2 * len(rates), 4.2), layout='constrained')
@@ -135,9 +138,9 @@ def draw_rates(name: str, epochs: np.ndarray, rates: Mapping[str, np.ndarray]) -
   layered = ('learning rate of the head', 'of the first layer')
   titles = layered if len(rates) > 1 else ('learning rate',)
   for axis, title, (key, values), color in zip(axes, titles, rates.items(), _COLORS, strict=False):
-    axis.plot(epochs, values, gid=key, color=color, linewidth=1.3)
+    axis.plot(times, values, gid=key, color=color, linewidth=1.3)
     _finish(axis, title, [title], several_runs=False)
-    axis.set_xlabel('epoch')
+    axis.set_xlabel(unit)
     axis.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
   figure.suptitle(name)
   return figure

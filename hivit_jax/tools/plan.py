@@ -6,7 +6,7 @@
 
 Compiles the step as training would, for devices that need not be there, and allocates nothing. For
 TPUs that takes libtpu, for GPUs JAX's CUDA plugin, for simulated CPUs nothing. What the numbers
-mean is in docs/scaling.md.
+mean is in docs/guide/scaling.md.
 """
 
 import json

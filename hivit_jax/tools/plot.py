@@ -2,13 +2,14 @@
 
   python -m hivit_jax.tools.plot WORKDIR... [--out=plot.png]
 
-Or the learning rate of a config, before it runs; --epochs prints it instead, exactly there:
+Or the learning rate of a config, before it runs; --epochs or --steps print it, exactly there:
 
   python -m hivit_jax.tools.plot --config=configs/finetune_swin_b.py:100 [--out=plot.png]
   python -m hivit_jax.tools.plot --config=configs/finetune_swin_b.py:100 --epochs=0,1.5,20 --json
 
-With layer decay it is the rate of the head, and next to it that of the first layer. Neither the
-data set nor `config.init` is needed.
+With layer decay it is the rate of the head, and next to it that of the first layer. `config.init`
+is not needed, and the data set only where the config counts in steps and you in epochs, or the
+other way round, or where it does both.
 """
 
 import json
@@ -26,13 +27,14 @@ from hivit_jax.errors import UserError
 _OUT = flags.DEFINE_string('out', 'plot.png', 'Picture to write: .png, .pdf or .svg.')
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config whose learning rate to draw.')
 _EPOCHS = flags.DEFINE_list('epochs', None, 'Print the rate at these epochs; fractions count.')
-_JSON = flags.DEFINE_bool('json', False, 'With --epochs: one JSON object of lists.')
+_STEPS = flags.DEFINE_list('steps', None, 'Print the rate at these steps; the first one is 0.')
+_JSON = flags.DEFINE_bool('json', False, 'With --epochs or --steps: one JSON object of lists.')
 
 
 def main(argv: list[str]) -> None:
   workdirs = list(dict.fromkeys(argv[1:]))
   if _CONFIG.value is None:
-    for flag in (_EPOCHS, _JSON):
+    for flag in (_EPOCHS, _STEPS, _JSON):
       if flag.value:
         raise UserError(f'--{flag.name} of what? --config=configs/mae_hivit_b.py')
     if not workdirs:
@@ -46,8 +48,11 @@ def main(argv: list[str]) -> None:
   import jax
 
   jax.config.update('jax_platforms', 'cpu')  # an accelerator that others use is left alone
-  if _EPOCHS.value is not None:
-    return _print_rates(_parse(_EPOCHS.value))
+  asked = [flag for flag in (_EPOCHS, _STEPS) if flag.value is not None]
+  if len(asked) > 1:
+    raise UserError('--epochs and --steps: give one of them')
+  if asked:
+    return _print_rates(asked[0].name.removesuffix('s'), _parse(asked[0]))
   if _JSON.value:
     raise UserError('--json: at which epochs? --epochs=0,1.5,20')
   return _draw_config()
@@ -65,16 +70,17 @@ def _draw_config() -> None:
 
   path, _, variant = config_flags.get_config_filename(flags.FLAGS['config']).partition(':')
   name = ':'.join(filter(None, (pathlib.Path(path).stem, variant)))
-  epochs = rates.grid(_CONFIG.value)
-  _save(curves.draw_rates(name, epochs, rates.learning_rates(_CONFIG.value, epochs)))
+  config = _CONFIG.value
+  times = rates.grid(config)
+  values = rates.learning_rates(config, times)
+  _save(curves.draw_rates(name, times, values, unit=rates.unit(config)))
 
 
-def _print_rates(epochs: Sequence[float]) -> None:
+def _print_rates(unit: str, times: Sequence[float]) -> None:
   from hivit_jax.tools import rates
 
-  columns = {'epoch': epochs} | {
-    key: values.tolist() for key, values in rates.learning_rates(_CONFIG.value, epochs).items()
-  }
+  values = rates.learning_rates(_CONFIG.value, times, per=unit)
+  columns = {unit: times} | {key: rate.tolist() for key, rate in values.items()}
   if _JSON.value:
     print(json.dumps(columns))
     return
@@ -83,18 +89,20 @@ def _print_rates(epochs: Sequence[float]) -> None:
     print(''.join(f'{value:<20.12g}' for value in row).rstrip())
 
 
-def _parse(texts: Sequence[str]) -> list[float]:
-  epochs = []
-  for text in texts:
+def _parse(flag: flags.FlagHolder) -> list[float]:
+  times = []
+  for text in flag.value:
     try:
-      epochs.append(float(text))
+      times.append(float(text))
     except ValueError:
-      epochs.append(math.nan)
-    if not 0 <= epochs[-1] < math.inf:
-      raise UserError(f'--epochs: "{text}" is no epoch; expected numbers from 0 on: 0,1.5,20')
-  if not epochs:
-    raise UserError('--epochs is empty; expected numbers from 0 on: 0,1.5,20')
-  return epochs
+      times.append(math.nan)
+    if not 0 <= times[-1] < math.inf:
+      raise UserError(
+        f'--{flag.name}: "{text}" is no {flag.name[:-1]}; expected numbers from 0 on: 0,1.5,20'
+      )
+  if not times:
+    raise UserError(f'--{flag.name} is empty; expected numbers from 0 on: 0,1.5,20')
+  return times
 
 
 def _save(figure: Any) -> None:

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     given = ' '.join(argv[1:])
     raise UserError(
       f'cannot prepare "{given}"{suggest(given, known)}; name one of: {", ".join(known)} (other '
-      'data sets of TFDS: docs/data.md)'
+      'data sets of TFDS: docs/guide/data.md)'
     )
   options = {}
   for flag in _IMAGENET_FLAGS:

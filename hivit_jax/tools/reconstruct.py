@@ -21,7 +21,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks import reconstruction
-from hivit_jax.train import assemble, inputs
+from hivit_jax.train import assemble, inputs, manifest
 from hivit_jax.train.checkpoint import load_metadata, load_params
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Of a pretraining run, or one of its checkpoints.')
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
 def _run_directory(workdir: pathlib.Path) -> pathlib.Path:
   """The workdir, also when one of its checkpoints was given: those must stay as they are."""
   path = workdir.absolute()
-  if (path / 'state').is_dir():
+  if (path / 'state').is_dir() or manifest.names_best(path):
     path = path.parent
   is_run = path.name != 'checkpoints' or (path / 'checkpoints').is_dir()
   return path if is_run else path.parent

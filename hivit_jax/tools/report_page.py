@@ -74,12 +74,13 @@ def draw(report: dict[str, Any]) -> Any:
   left, right = figure.subplots(1, 2, sharey=True)
   rates = [row['images_per_second'] for row in rows]
   shares = [100 * row['matmul_share'] for row in rows]
-  panels = ((left, rates, '{:#.3g}', 'images/s'), (right, shares, '{:.1f} %', 'share of matmul, %'))
+  rate = '{:.0f}' if max(rates, default=0) >= 100 else '{:.2f}'
+  panels = ((left, rates, rate, 'images/s'), (right, shares, '{:.1f} %', 'share of matmul, %'))
   for axes, values, form, label in panels:
     bars = axes.barh(names, values, color='#56B4E9')
     axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8)
     axes.set_xlabel(label)
-    axes.set_xlim(0, 1.2 * max(values, default=1))
+    axes.set_xlim(0, 1.3 * max(values, default=1))
   left.invert_yaxis()
   machine = report['machine']
   figure.suptitle(f'{machine["device"]}, jax {machine["jax"]}, {machine["date"]}', fontsize=9)

@@ -237,9 +237,16 @@ def optimizer(config: ml_collections.ConfigDict) -> Callable[..., optim.Optimize
   raise UserError(f'config.optim.name="{o.name}" is unknown; there are: adamw, lars')
 
 
-def schedule(config: ml_collections.ConfigDict) -> schedules.Schedule:
-  """Fractional epoch -> learning rate."""
+def schedule(config: ml_collections.ConfigDict, epochs_per_step: float = 1.0) -> schedules.Schedule:
+  """Step -> learning rate.
+
+  Args:
+    config: see configs/base.py.
+    epochs_per_step: batch size / examples in an epoch. With 1, a schedule whose lengths are all in
+      epochs is a function of epochs; where all are in steps it does not matter.
+  """
   o = config.optim
+  unit = epochs_per_step if config.steps is None else 1  # of length and milestones, for a step
 
   def rate(key: str) -> float:
     return o[f'base_{key}'] * config.batch_size / 256 if o[key] is None else o[key]
@@ -249,13 +256,22 @@ def schedule(config: ml_collections.ConfigDict) -> schedules.Schedule:
     lr=rate('lr'),
     end_lr=rate('end_lr'),
     warmup_start_lr=rate('warmup_start_lr'),
-    warmup_epochs=o.warmup_epochs,
+    warmup=o.warmup_epochs / epochs_per_step if o.warmup_steps is None else o.warmup_steps,
     warmup_prefix=o.warmup_prefix,
-    epochs=config.epochs,
-    milestones=tuple(o.milestones),
+    length=(config.steps or config.epochs) / unit,
+    power=o.power,
+    milestones=tuple(milestone / unit for milestone in o.milestones),
     milestone_factor=o.milestone_factor,
     scaled=o.layer_decay_of,
   )
+
+
+def mixes_units(config: ml_collections.ConfigDict) -> bool:
+  """Whether the learning rate has lengths in epochs and in steps."""
+  o = config.optim
+  if config.steps is None:
+    return o.warmup_steps is not None
+  return o.warmup_steps is None and o.warmup_epochs > 0
 
 
 class Training(NamedTuple):
@@ -287,7 +303,7 @@ def training(
     config: see configs/base.py.
     mesh: the devices.
     chosen: the config's task; None: without data.
-    epochs_per_step: batch size / examples in an epoch, for the learning rate.
+    epochs_per_step: see `schedule`.
   """
   chosen = chosen or task(config)  # first: it checks the model's name
   graphdef, tx, abstract = step.abstract_state(
@@ -300,8 +316,7 @@ def training(
     graphdef,
     chosen,
     tx,
-    schedule(config),
-    epochs_per_step=epochs_per_step,
+    schedule(config, epochs_per_step),
     seed=config.seed,
     abstract=abstract,
     accumulate_steps=config.accumulate_steps,

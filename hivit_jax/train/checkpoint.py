@@ -20,7 +20,6 @@ import functools
 import logging
 import os
 import pathlib
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -50,6 +49,10 @@ class Restored(NamedTuple):
 
 class Checkpoints:
   """The checkpoints of one run, in one directory; use it as a context manager.
+
+  Attributes:
+    best: what the next checkpoints shall tell of the best one, which is kept as long as they do;
+      from `restore`, and set by `best.KeepBest`.
 
   Saving returns as soon as the values are safe from the next step, even from one that donates the
   state; the rest happens in the background. An error there is raised by the next `save`, `wait` or
@@ -81,6 +84,7 @@ class Checkpoints:
     self.directory = pathlib.Path(directory).absolute()
     self._keep_last = keep_last
     self._keep_every_steps = keep_every_steps
+    self.best: manifest.Best | None = None
     self._primary = jax.process_index() == 0
     self._ours: set[int] = set()  # steps restored or saved here; other steps are another run's
     self._pending: tuple[int, concurrent.futures.Future] | None = None
@@ -142,7 +146,7 @@ class Checkpoints:
         f'choose another --workdir, or remove it: rm -r {self.path(step)}'
       )
     leaves, _ = manifest.flatten(state)
-    record = manifest.make_record(leaves, metadata)
+    record = manifest.make_record(leaves, metadata, self.best)
     try:
       if self._primary:  # a probe: Orbax notices only in the background, and leaves warnings behind
         self._writing(step).mkdir(parents=True)
@@ -151,7 +155,8 @@ class Checkpoints:
     except Exception as error:
       self._abandon(step)
       raise self._explain(step, error) from error
-    self._pending = step, self._worker.submit(self._complete, step, response)
+    best = self.best and self.best.step
+    self._pending = step, self._worker.submit(self._complete, step, response, best)
     if wait:
       self.wait()
     return True
@@ -187,8 +192,10 @@ class Checkpoints:
     manifest.check_fit(path, record.leaves, leaves)
     values = storage.load(path, leaves)
     self._ours.add(found)
+    there = record.best is not None and record.best.step in self.steps()
+    self.best = record.best if distributed.on_primary(lambda: there) else None
     for bad in damaged if self._primary else ():
-      self._set_aside(bad)
+      integrity.set_aside(self.path(bad))
     return Restored(found, jax.tree.unflatten(treedef, values.values()), record.metadata)
 
   def _choose(self, step: int | None) -> tuple[int, list[int]] | None:
@@ -226,7 +233,7 @@ class Checkpoints:
   def _writing(self, step: int) -> pathlib.Path:
     return self.directory / f'{step}{_WRITING}'
 
-  def _complete(self, step: int, response: Any) -> None:
+  def _complete(self, step: int, response: Any, best: int | None) -> None:
     """The background half of a save: nothing is deleted before the new checkpoint is complete."""
     try:
       response.result()
@@ -238,17 +245,18 @@ class Checkpoints:
     except Exception:
       self._abandon(step)
       raise
-    for old in self._superseded(step):
+    for old in self._superseded(step, best):
       try:
         shutil.rmtree(self.path(old))
       except OSError as error:
         _log.warning('could not remove the old checkpoint %s: %s', self.path(old), error)
 
-  def _superseded(self, newest: int) -> list[int]:
+  def _superseded(self, newest: int, best: int | None) -> list[int]:
     # Later steps are another run's and do not count: the one just saved must never be the victim.
     steps = [step for step in self.steps() if step <= newest]
     every = self._keep_every_steps
-    return [s for s in steps[: -self._keep_last] if every is None or s % every != 0]
+    old = [s for s in steps[: -self._keep_last] if every is None or s % every != 0]
+    return [s for s in old if s != best]
 
   def _abandon(self, step: int) -> None:
     """Removes what a failed save has left: a full disk needs the room."""
@@ -268,24 +276,13 @@ class Checkpoints:
       shutil.rmtree(path, ignore_errors=True)
     return found
 
-  def _set_aside(self, step: int) -> None:
-    aside = self.path(step).with_name(f'{step}.damaged')
-    try:
-      shutil.rmtree(aside, ignore_errors=True)
-      self.path(step).rename(aside)
-    except OSError as error:
-      _log.warning('could not move the damaged checkpoint %s: %s', self.path(step), error)
-    else:
-      _log.warning('moved the damaged checkpoint of step %d to %s', step, aside)
-
   def _explain(self, step: int, error: Exception) -> Exception:
     """Turns what the storage said into a message; anything else keeps its type and its trace."""
     message = f'could not save the checkpoint {self.path(step)}'
     last = self.latest_step()
     kept = 'there is no earlier one' if last is None else f'{self.path(last)} is kept'
-    reason = str(error).split('\n')[0]
-    if isinstance(error, OSError) or 'os_error_code=' in reason:  # the latter is tensorstore's
-      reason = re.sub(r' .[a-z_ ]+=.*', '', reason)  # [os_error_code=..., source locations=...]
+    reason = storage.fault_of_the_disk(error)
+    if reason is not None:
       return UserError(
         f'{message}: {reason}; {kept}; '
         'make room there (df -h) or choose another --workdir, and start the same command again'

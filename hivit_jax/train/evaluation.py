@@ -22,7 +22,7 @@ from hivit_jax.train.setup import Setup
 
 
 @dataclasses.dataclass
-class Measuring:
+class EvaluationContext:
   """The `Context` of evaluators.
 
   Attributes:
@@ -108,16 +108,16 @@ class Measuring:
       self.writer.write_image(step, name, np.asarray(picture))
 
 
-def evaluators(measuring: Measuring) -> list[Evaluator]:
+def evaluators(context: EvaluationContext) -> list[Evaluator]:
   """Those of the task and those that `config.evaluators` names, for training and evaluation.
 
   Raises:
     UserError: there is no such evaluator, or the data do not fit one.
   """
-  found = list(measuring.task.evaluators(measuring))
-  for name in validate.listed(measuring.setup.config.evaluators):
+  found = list(context.task.evaluators(context))
+  for name in validate.listed(context.setup.config.evaluators):
     factory = settings.imported(name, 'config.evaluators')
-    made = factory(measuring) if callable(factory) else factory
+    made = factory(context) if callable(factory) else factory
     if not isinstance(made, Evaluator):
       raise UserError(
         f'config.evaluators={name}: expected a function from a context to an Evaluator, see '

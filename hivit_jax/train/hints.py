@@ -34,6 +34,11 @@ def _no_choice(config: _Config) -> str | None:
   return None if both else 'used only with both augment.mixup and augment.cutmix'
 
 
+def _not_in(config: _Config, *schedules: str) -> str | None:
+  chosen = config.optim.schedule
+  return None if chosen in schedules else f'optim.schedule={chosen}'
+
+
 # Settings with their defaults, and why nothing reads them in a config; None: something does.
 _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] = (
   *(
@@ -51,12 +56,11 @@ _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] 
   ),
   (
     {'optim.milestones': (), 'optim.milestone_factor': 0.1},
-    lambda c: None if c.optim.schedule == 'multistep' else f'optim.schedule={c.optim.schedule}',
+    lambda c: _not_in(c, 'step'),
   ),
-  (
-    {'optim.base_end_lr': 0.0, 'optim.end_lr': None, 'optim.warmup_prefix': True},
-    lambda c: None if c.optim.schedule == 'cosine' else f'optim.schedule={c.optim.schedule}',
-  ),
+  ({'optim.power': 1.0}, lambda c: _not_in(c, 'poly')),
+  ({'optim.warmup_prefix': True}, lambda c: _not_in(c, 'cosine')),
+  ({'optim.base_end_lr': 0.0, 'optim.end_lr': None}, lambda c: _not_in(c, 'cosine', 'poly')),
   (
     {'optim.layer_decay_of': 'rate'},
     lambda c: 'optim.layer_decay=None' if c.optim.layer_decay is None else None,
@@ -115,9 +119,10 @@ def for_finite_numbers(config: _Config) -> str:
   ways = [flag('optim.clip_norm', 1.0 if o.clip_norm is None else o.clip_norm / 2)]
   key = 'optim.base_lr' if o.lr is None else 'optim.lr'
   ways.append(flag(key, f'{settings.get(config, key) / 2:g}'))
-  warmup = 2 * o.warmup_epochs or config.epochs / 20
-  if warmup < config.epochs:
-    ways.append(flag('optim.warmup_epochs', f'{warmup:g}'))
+  if o.warmup_steps:
+    ways.append(flag('optim.warmup_steps', 2 * o.warmup_steps))
+  elif config.steps is None and 2 * o.warmup_epochs < config.epochs:
+    ways.append(flag('optim.warmup_epochs', f'{2 * o.warmup_epochs or config.epochs / 20:g}'))
   if assemble.compute_dtype(config) != 'float32':
     ways.append(flag('model.dtype', 'float32'))
   return ', '.join(ways)
@@ -127,6 +132,8 @@ def to_train_longer(config: _Config) -> str:
   """The setting that ends a run, doubled."""
   if config.max_steps is not None:
     return flag('max_steps', 2 * config.max_steps)
+  if config.steps is not None:
+    return flag('steps', 2 * config.steps)
   return flag('epochs', f'{2 * config.epochs:g}')
 
 

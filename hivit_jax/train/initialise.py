@@ -101,6 +101,8 @@ def _as_trained(
   own = settings.dotted(config)
   theirs = infer.tuples(settings.dotted(ml_collections.ConfigDict(trained)))
   theirs = {key: value for key, value in theirs.items() if key in own and key not in _OWN}
+  if theirs.get('optim.schedule') == 'multistep':  # as older runs call it
+    theirs['optim.schedule'] = 'step'
   with config.ignore_type():
     config.update_from_flattened_dict({k: v for k, v in theirs.items() if k not in given})
   if knn_alone:

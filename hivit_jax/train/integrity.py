@@ -5,12 +5,15 @@ bit is loaded without a word; and an Orbax read that fails half-way says so once
 """
 
 import hashlib
+import logging
 import os
 import pathlib
 import re
+import shutil
 
 from hivit_jax.errors import UserError
 
+_log = logging.getLogger(__name__)
 _SUMS_FILE = 'SHA256SUMS'
 
 
@@ -69,3 +72,15 @@ def verify(path: pathlib.Path, names: list[str] | None) -> None:
     raise Damaged(f'{os.path.relpath(error.filename, path)} is missing') from error
   except OSError as error:  # an unreadable sector
     raise Damaged(f'{name}: {error.strerror}') from error
+
+
+def set_aside(path: pathlib.Path) -> None:
+  """Moves a damaged checkpoint to `<step>.damaged`, or says that this did not work."""
+  aside = path.with_name(f'{path.name}.damaged')
+  try:
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+  except OSError as error:
+    _log.warning('could not move the damaged checkpoint %s: %s', path, error)
+  else:
+    _log.warning('moved the damaged checkpoint of step %s to %s', path.name, aside)

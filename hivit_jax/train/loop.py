@@ -18,6 +18,7 @@ from hivit_jax.runtime import distributed, host_memory
 from hivit_jax.runtime.signals import Interrupted, StopSignals
 from hivit_jax.tasks.evaluators import Evaluator
 from hivit_jax.train import sharding
+from hivit_jax.train.best import KeepBest
 
 _log = logging.getLogger(__name__)
 _IN_FLIGHT = 2  # steps given to the device beyond the one it works on
@@ -73,6 +74,7 @@ class Run:
     evaluators: see `Evaluator`.
     evaluated: the evaluators have run at `start_step`: `evaluated` of the checkpoint's metadata.
     checkpoints: see `checkpoint.Checkpoints`.
+    keep_best: chooses the best of them; None: nobody does.
     metadata: saved with every checkpoint, and `step`, `epoch` and `evaluated` with it.
     save_every: steps between checkpoints, one more at the end; None: only that one.
     writer: has `write(step, metrics)`.
@@ -96,6 +98,7 @@ class Run:
   writer: Any
   progress: Any
   log_every: int
+  keep_best: KeepBest | None = None
 
 
 def train(run: Run, signals: StopSignals) -> Any:
@@ -154,12 +157,17 @@ def train(run: Run, signals: StopSignals) -> Any:
     flush(interval)
     interval, late = _Interval(), None
 
+  unknown = run.keep_best is not None and not run.keep_best.known
+
   def evaluators_at(step: int) -> list[Evaluator]:
-    ends = step in (0, run.total_steps)
+    ends = step in (0, run.total_steps) or (unknown and step == run.start_step)
     return [e for e in run.evaluators if ends or step % e.every == 0]
 
-  def evaluate(step: int) -> None:
-    for evaluator in evaluators_at(step):
+  def evaluate(step: int) -> bool:
+    """Whether the step is the best until now."""
+    found: dict[str, float] = {}
+    chosen = evaluators_at(step)
+    for evaluator in chosen:
       flush_all()
       last = step == run.total_steps > run.start_step
       try:
@@ -168,10 +176,14 @@ def train(run: Run, signals: StopSignals) -> Any:
       except Interrupted:
         stop(step, evaluated=False)
       if metrics:
+        found |= metrics
         writer.write(step, metrics)
         shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
         _log.info('step %d: %s', step, shown)
       interval.restart_clock()
+    if run.keep_best is None:
+      return False
+    return run.keep_best.improved(step, found, complete=len(chosen) == len(run.evaluators))
 
   def save(step: int, *, evaluated: bool = True, wait: bool = False) -> None:
     flush_all()
@@ -188,8 +200,8 @@ def train(run: Run, signals: StopSignals) -> Any:
     )
 
   in_flight: collections.deque = collections.deque()
-  if not run.evaluated:
-    evaluate(run.start_step)
+  if (unknown or not run.evaluated) and evaluate(run.start_step):
+    save(run.start_step)
   for step in range(run.start_step + 1, run.total_steps + 1):
     before = time.perf_counter()
     try:
@@ -222,8 +234,8 @@ def train(run: Run, signals: StopSignals) -> Any:
     elif stopping:
       stop(step, evaluated=not evaluators_at(step))
     else:
-      evaluate(step)
-      if run.save_every and step % run.save_every == 0:
+      best = evaluate(step)
+      if best or (run.save_every and step % run.save_every == 0):
         save(step)
   return state
 

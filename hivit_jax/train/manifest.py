@@ -38,6 +38,20 @@ class Leaf(NamedTuple):
     return f'{self.dtype} {self.shape}'
 
 
+class Best(NamedTuple):
+  """The best checkpoint of a run so far.
+
+  Attributes:
+    of: metric and direction that decide, such as 'eval/top1:max'.
+    value: of the metric; finite.
+    step: where it was measured.
+  """
+
+  of: str
+  value: float
+  step: int
+
+
 class Record(NamedTuple):
   """What a checkpoint says of itself.
 
@@ -45,11 +59,14 @@ class Record(NamedTuple):
     leaves: of the state, by path.
     metadata: what was given to `Checkpoints.save`.
     format: of the state.
+    best: of the run when this checkpoint was saved, which may be this one; None: nothing is kept
+      for being the best.
   """
 
   leaves: dict[KeyPath, Leaf]
   metadata: dict[str, Any]
   format: int = FORMAT
+  best: Best | None = None
 
 
 def steps(directory: pathlib.Path) -> list[int]:
@@ -62,6 +79,8 @@ def steps(directory: pathlib.Path) -> list[int]:
 def locate(path: str | os.PathLike[str], step: int | None) -> tuple[pathlib.Path, int | None]:
   """Finds the directory of the checkpoints, and the step if the path names one."""
   path = pathlib.Path(path).absolute()
+  if names_best(path):
+    return path.parent / 'checkpoints', _best_step(path)
   if (path / 'checkpoints').is_dir():
     return path / 'checkpoints', step
   if path.name.isdecimal() and step is None and (path / 'state').is_dir():
@@ -70,6 +89,28 @@ def locate(path: str | os.PathLike[str], step: int | None) -> tuple[pathlib.Path
     what = 'is no directory' if path.exists() else 'does not exist'
     raise UserError(f'{path} {what}; give the --workdir of a training run')
   return path, step
+
+
+def names_best(path: str | os.PathLike[str]) -> bool:
+  """Whether a path is `WORKDIR/best`, which is no file but what the newest checkpoint tells."""
+  path = pathlib.Path(path).absolute()
+  return path.name == 'best' and not path.exists() and (path.parent / 'checkpoints').is_dir()
+
+
+def _best_step(path: pathlib.Path) -> int:
+  directory = path.parent / 'checkpoints'
+  best = newest_usable(directory, None, read_record)[1].best
+  if best is None:
+    raise UserError(
+      f'{path}: this run keeps no best checkpoint, which '
+      f'{flag("checkpoint.keep_best", "eval/top1:max")} does; its newest is {path.parent}'
+    )
+  if best.step not in steps(directory):
+    raise UserError(
+      f'{path}: the best by {best.of} was {directory / str(best.step)}, which is gone; '
+      f'the newest is {path.parent}'
+    )
+  return best.step
 
 
 def newest_usable(
@@ -139,7 +180,9 @@ def _name(path: KeyPath) -> str:
   return '/'.join(map(str, path))
 
 
-def make_record(leaves: Mapping[KeyPath, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+def make_record(
+  leaves: Mapping[KeyPath, Any], metadata: Mapping[str, Any], best: Best | None = None
+) -> dict[str, Any]:
   """What `read_record` reads, as JSON has it; raises what is wrong with a leaf or with metadata."""
   for path, leaf in leaves.items():
     if not isinstance(leaf, jax.Array):
@@ -149,6 +192,7 @@ def make_record(leaves: Mapping[KeyPath, Any], metadata: Mapping[str, Any]) -> d
   record = {
     'format': FORMAT,
     'metadata': dict(metadata),
+    'best': best and best._asdict(),
     'leaves': [[list(path), leaf.dtype.name, list(leaf.shape)] for path, leaf in leaves.items()],
   }
   return json.loads(json.dumps(record, allow_nan=False))  # complains here, not in the background
@@ -164,7 +208,8 @@ def read_record(path: pathlib.Path) -> Record:
       f'{FORMAT}; use the version that wrote it'
     )
   leaves = {tuple(name): Leaf(dtype, tuple(shape)) for name, dtype, shape in record['leaves']}
-  return Record(leaves, record['metadata'], record['format'])
+  best = record.get('best')  # older ones have none
+  return Record(leaves, record['metadata'], record['format'], best and Best(**best))
 
 
 def read_verified(path: pathlib.Path) -> Record:

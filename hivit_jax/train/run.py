@@ -32,6 +32,7 @@ from hivit_jax.train import (
   validate,
   weights,
 )
+from hivit_jax.train.best import KeepBest
 from hivit_jax.train.checkpoint import Checkpoints, Restored
 from hivit_jax.train.manifest import Misfit
 from hivit_jax.train.setup import Setup, check_local, has_head, set_up
@@ -69,7 +70,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, given: Collection[str
   ):
     try:
       with signals.interruptible():
-        checked = validate.checked(config)
+        checked = validate.checked(config, given)
         ignored = hints.without_effect(checked, given)
         if ignored and primary:
           _log.warning('settings without effect in this run: %s', ', '.join(ignored))
@@ -135,7 +136,7 @@ def _evaluate(
   state = weights.read(path, ema=config.init_ema)
   setup = set_up(initialise.config_for(config, state, given), evaluated=state)
   graphdef, params = _evaluated(setup, state)
-  evaluators = evaluation.evaluators(evaluation.Measuring(setup, graphdef))
+  evaluators = evaluation.evaluators(evaluation.EvaluationContext(setup, graphdef))
   if not evaluators:
     raise UserError(
       f'{state.source} is {setup.config.model.name}, which has no classifier; evaluate its '
@@ -196,11 +197,13 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
   """The run at its first step or where it was left; None if it is finished; `stack` closes it."""
   config, mesh, steps = setup.config, setup.mesh, setup.steps
   primary = distributed.primary()
+  validate.check_lengths(config, steps.epochs_per_step)
   training = assemble.training(
     config, mesh, chosen=setup.task, epochs_per_step=steps.epochs_per_step
   )
   memory.check_state(mesh, training.abstract)
-  total = config.max_steps or steps.of(config.epochs)
+  keep_best = config.checkpoint.keep_best
+  total = config.max_steps or config.steps or steps.of(config.epochs)
 
   distributed.on_primary(lambda: stack.enter_context(lock.hold(directory)))
   checkpoints = stack.enter_context(
@@ -224,8 +227,8 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
       checkpoints.path(start), start, total, hints.to_train_longer(config),
     )  # fmt: skip
     return None
-  measuring = evaluation.Measuring(setup, training.graphdef, directory)
-  evaluators = evaluation.evaluators(measuring)  # before anything is written: data may not fit
+  context = evaluation.EvaluationContext(setup, training.graphdef, directory)
+  evaluators = evaluation.evaluators(context)  # before anything is written: data may not fit
   state = restored.state if restored else _initial_state(setup, training)
   if primary:
     write_run_info(directory, config.to_dict())
@@ -237,7 +240,7 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
     mesh.size, mesh.devices.flat[0].device_kind,
   )  # fmt: skip
   writer = stack.enter_context(MetricWriter(directory, start_step=start, primary=primary))
-  measuring.writer = writer
+  context.writer = writer
   return loop.Run(
     state=state,
     train_step=training.train_step,
@@ -256,6 +259,7 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
       'class_names': list(examples.class_names),
     },
     save_every=steps.between_saves(config.checkpoint),
+    keep_best=keep_best and KeepBest(keep_best, checkpoints),
     writer=writer,
     progress=stack.enter_context(Progress(total, start_step=start, primary=primary)),
     log_every=config.log_every_steps,

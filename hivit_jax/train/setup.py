@@ -88,18 +88,20 @@ def set_up(config: ml_collections.ConfigDict, evaluated: files.StateDict | None 
     sharding.check_batch_size(config.evaluation.batch_size, mesh, key=key)
     _check_images(config, mesh, key)
   assemble.check_model(config)
+  chosen = assemble.task_class(config)
+  knn = config.knn.every_epochs and 'knn' in chosen.measures
   train_source: Any = None
   with distributed.primary_first():  # embedded data sets are prepared
-    if training or config.knn.every_epochs:
+    if training or knn:
       train_source = inputs.open_source(config, config.data.train_split)
     sets = {'eval': inputs.open_source(config, config.data.eval_split)} | _more_sets(config)
-  chosen, class_sets = assemble.task_class(config), {}
+  class_sets = {}
   if chosen.needs_classes:
     if evaluated is None:
       class_sets = _trained_classes(config, train_source, sets)
     elif has_head(evaluated) and config.evaluation.every_epochs:
       class_sets = _classes_of_weights(config, evaluated, sets)
-  if config.knn.every_epochs and 'knn' in chosen.measures and train_source.class_names:
+  if knn and train_source.class_names:
     sets = {'eval': sets['eval']} | _with_classes_of(train_source, sets)
   frozen = config_dict.FrozenConfigDict(config)
   task = assemble.task(frozen, functools.partial(_transform, frozen))

@@ -79,7 +79,6 @@ def make_train_step(
   optimizer: optim.Optimizer,
   schedule: Callable,
   *,
-  epochs_per_step: float,
   seed: int,
   abstract: State | None = None,
   accumulate_steps: int = 1,
@@ -92,9 +91,8 @@ def make_train_step(
     graphdef: from `abstract_state`.
     task: see `tasks.task.Task`.
     optimizer: from `abstract_state`.
-    schedule: fractional epoch -> learning rate; with `optimizer.scales`, `(epoch, scale)`, see
+    schedule: step, from 0 on -> learning rate; with `optimizer.scales`, `(step, scale)`, see
       `schedules.Schedule`.
-    epochs_per_step: batch size / examples in an epoch.
     seed: all randomness is a function of it and of the step.
     abstract: from `abstract_state`: the state stays where this says; None: on one device.
     accumulate_steps: parts that a batch is computed in, one after the other. The result is that of
@@ -148,12 +146,11 @@ def make_train_step(
     trained, others = optim.split(state['params'], optimizer.trained)
     grads, (metrics, statistics) = summed_gradients(trained, others, batch)
     updates, opt_state = optimizer.tx.update(grads, state['opt_state'], trained)
-    epoch = state['step'] * epochs_per_step
-    lr = schedule(epoch)
+    lr = schedule(state['step'])
     if optimizer.scales is None:
       trained = jax.tree.map(lambda p, u: p - lr * u, trained, updates)
     else:
-      lowest = schedule(epoch, 0.0)  # the rate is an affine function of the layer's factor
+      lowest = schedule(state['step'], 0.0)  # the rate is an affine function of the layer's factor
       trained = jax.tree.map(
         lambda p, u, scale: p - (lowest + scale * (lr - lowest)) * u,
         trained,

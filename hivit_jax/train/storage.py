@@ -3,6 +3,7 @@
 import functools
 import logging
 import pathlib
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,14 @@ def load(path: pathlib.Path, wanted: Mapping[KeyPath, Any]) -> dict[KeyPath, jax
   with _context():
     tree = _orbax().load(path, nest(abstract))
   return {name: functools.reduce(lambda node, key: node[str(key)], name, tree) for name in wanted}
+
+
+def fault_of_the_disk(error: Exception) -> str | None:
+  """What the operating system said, if that is why `save` failed, in one line."""
+  reason = str(error).split('\n')[0]
+  if isinstance(error, OSError) or 'os_error_code=' in reason:  # the latter is tensorstore's
+    return re.sub(r' .[a-z_ ]+=.*', '', reason)  # [os_error_code=..., source locations=...]
+  return None
 
 
 @functools.cache

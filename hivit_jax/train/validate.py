@@ -6,7 +6,7 @@ What depends on the model, the devices or the data is checked where it is built.
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ml_collections
@@ -14,7 +14,7 @@ import ml_collections
 from hivit_jax.data import randaugment, transforms
 from hivit_jax.errors import UserError, flag
 from hivit_jax.settings import dotted, get, is_imported
-from hivit_jax.train import assemble, schedules
+from hivit_jax.train import assemble, best, schedules
 
 _Test = Callable[[Any], bool]
 
@@ -23,7 +23,7 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
   (
     'at least 1',
     lambda x: x >= 1,
-    'max_steps batch_size accumulate_steps log_every_steps checkpoint.keep_last knn.k '
+    'steps max_steps batch_size accumulate_steps log_every_steps checkpoint.keep_last knn.k '
     'evaluation.batch_size pictures.count model.embed_dim model.depth model.window_size '
     'model.num_heads model.num_classes '
     'model.decoder_embed_dim model.decoder_depth model.decoder_num_heads',
@@ -32,12 +32,13 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     '0 or more',
     lambda x: x >= 0,
     'data.num_threads data.num_workers optim.base_lr optim.lr optim.base_end_lr optim.end_lr '
-    'optim.base_warmup_start_lr optim.warmup_start_lr optim.warmup_epochs optim.milestone_factor '
+    'optim.base_warmup_start_lr optim.warmup_start_lr optim.warmup_epochs optim.warmup_steps '
+    'optim.milestone_factor '
     'augment.mix_group optim.weight_decay checkpoint.every_epochs checkpoint.keep_every_epochs '
     'evaluation.every_epochs knn.every_epochs knn.bank_size pictures.every_epochs augment.mixup '
     'augment.cutmix augment.color_jitter model.head_std model.mlp_stages',
   ),
-  ('more than 0', lambda x: x > 0, 'epochs optim.eps optim.clip_norm knn.temperature'),
+  ('more than 0', lambda x: x > 0, 'epochs optim.eps optim.clip_norm optim.power knn.temperature'),
   (
     '0 or more, and less than 1',
     lambda x: 0 <= x < 1,
@@ -71,9 +72,14 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     )
   ),
   (
-    'epochs in rising order, such as (700,)',
+    'epochs, or with config.steps steps, in rising order, such as (700,)',
     lambda x: all(0 < a < b for a, b in itertools.pairwise((*x, math.inf))),
     'optim.milestones',
+  ),
+  (
+    'METRIC:max or METRIC:min, such as eval/top1:max',
+    lambda x: bool(best.parse(x)),
+    'checkpoint.keep_best',
   ),
   (
     'two ratios, 0 < narrowest <= widest',
@@ -99,29 +105,33 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
 
 # What may be None; everything else always has a value.
 _OPTIONAL = (
-  'max_steps model.name model.embed_dim model.depth model.depths model.window_size '
+  'steps max_steps model.name model.embed_dim model.depth model.depths model.window_size '
   'model.mlp_stages model.num_heads model.stem_blocks model.rpe model.num_classes model.head_std '
   'model.head_batch_norm model.decoder_embed_dim model.decoder_depth model.decoder_num_heads '
   'model.mask_ratio model.norm_pix_loss model.hifeat model.scan '
   'init data.data_dir data.eval_crop augment.rand_augment augment.mix_group optim.lr optim.end_lr '
-  'optim.warmup_start_lr optim.layer_decay optim.clip_norm ema_decay'
+  'optim.warmup_start_lr optim.warmup_steps optim.layer_decay optim.clip_norm ema_decay '
+  'checkpoint.keep_best'
 )
 OPTIONAL = frozenset(_OPTIONAL.split())
 
 
-def checked(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def checked(
+  config: ml_collections.ConfigDict, given: Collection[str] = ()
+) -> ml_collections.ConfigDict:
   """A copy of a config that `check` accepts, with the image size as (height, width)."""
-  check(config)
+  check(config, given)
   config = config.copy_and_resolve_references()
   config.image_size = assemble.image_size(config)
   return config
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: ml_collections.ConfigDict, given: Collection[str] = ()) -> None:
   """Raises UserError, with the key, its value and what is possible, unless all values make sense.
 
   Args:
     config: see configs/base.py; it stays as it is.
+    given: dotted settings on the command line.
   """
   for key, value in dotted(config).items():
     if value is None and key not in OPTIONAL:
@@ -132,19 +142,14 @@ def check(config: ml_collections.ConfigDict) -> None:
       if value is not None and not _holds(test, value):
         raise UserError(f'config.{key}={value}: expected {expected}')
   assemble.image_size(config)
-  if config.optim.warmup_epochs >= config.epochs:
-    raise UserError(
-      f'config.optim.warmup_epochs={config.optim.warmup_epochs} is not shorter than '
-      f'config.epochs={config.epochs}: the learning rate would only rise; for a short run: '
-      f'--config.optim.warmup_epochs={config.epochs / 20:g}'
-    )
-  o = config.optim
-  if o.schedule == 'multistep' and not (o.milestones and o.milestones[-1] < config.epochs):
-    raise UserError(
-      f'config.optim.milestones={tuple(o.milestones)}: config.optim.schedule=multistep takes '
-      f'epochs before the end, config.epochs={config.epochs}; for a short run: '
-      f'--config.optim.milestones={config.epochs * 7 / 8:g}, or --config.optim.schedule=cosine'
-    )
+  for epochs, steps in (('epochs', 'steps'), ('optim.warmup_epochs', 'optim.warmup_steps')):
+    if epochs in given and get(config, steps) is not None:
+      raise UserError(
+        f'{flag(epochs, get(config, epochs))} and config.{steps}={get(config, steps)}: one of them '
+        f'must go; to count in epochs: {flag(steps, None)}'
+      )
+  if not assemble.mixes_units(config):
+    check_lengths(config)
   further_sets(config)
   if config.augment.rand_augment:
     randaugment.rand_augment(config.augment.rand_augment, tuple(config.data.mean))
@@ -181,8 +186,34 @@ def further_sets(config: ml_collections.ConfigDict) -> dict[str, tuple[str, str]
   return found
 
 
+def check_lengths(config: ml_collections.ConfigDict, epochs_per_step: float = 1.0) -> None:
+  """Raises UserError unless warmup and milestones are over before the run is.
+
+  Args:
+    config: see configs/base.py.
+    epochs_per_step: see `assemble.schedule`.
+  """
+  o, made = config.optim, assemble.schedule(config, epochs_per_step)
+  key = 'epochs' if config.steps is None else 'steps'
+  end = f'config.{key}={config[key]}'
+  if made.warmup >= made.length:
+    warmup = 'optim.warmup_epochs' if o.warmup_steps is None else 'optim.warmup_steps'
+    short = made.length / 20
+    short = f'{short * epochs_per_step:g}' if o.warmup_steps is None else int(short)
+    raise UserError(
+      f'config.{warmup}={get(config, warmup)} is not shorter than {end}: the learning rate would '
+      f'only rise; for a short run: {flag(warmup, short)}'
+    )
+  if o.schedule == 'step' and not (o.milestones and made.milestones[-1] < made.length):
+    raise UserError(
+      f'config.optim.milestones={tuple(o.milestones)}: config.optim.schedule=step takes {key} '
+      f'before the end, {end}; for a short run: '
+      f'{flag("optim.milestones", f"{config[key] * 7 / 8:g}")}, or --config.optim.schedule=cosine'
+    )
+
+
 def _holds(test: _Test, value: Any) -> bool:
   try:
     return test(value) and (not isinstance(value, float) or math.isfinite(value))
-  except TypeError:  # text where numbers belong
+  except (TypeError, ValueError):  # text where numbers belong, or not of this form
     return False

@@ -13,6 +13,7 @@ from flax import nnx
 from hivit_jax import models
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, exporter, files, importer
+from hivit_jax.train import manifest
 from hivit_jax.train.checkpoint import load_params
 
 _EMA_KEY = 'ema'  # of the training state
@@ -22,7 +23,7 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> files.StateDict:
   """Reads weights under their PyTorch names.
 
   Args:
-    path: a `.pth` or `.safetensors` file, a workdir, or one of its checkpoints.
+    path: a `.pth` or `.safetensors` file, a workdir, its `best`, or one of its checkpoints.
     ema: the exponential moving average of the weights instead of the weights.
 
   Raises:
@@ -34,7 +35,7 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> files.StateDict:
       'workdir'
     )
   path = pathlib.Path(path).expanduser()
-  if path.is_dir():
+  if path.is_dir() or manifest.names_best(path):
     restored = load_params(path, key=_EMA_KEY if ema else 'params')
     source = f'step {restored.step} of {path}'
     return files.StateDict(exporter.named_arrays(restored.state), source, restored.metadata)

@@ -404,6 +404,7 @@ def test_forgotten_loader_ends_its_threads():
 # Worker processes.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [1, 2])
 def test_worker_processes_change_nothing_and_report_what_is_broken(workers, caplog):
   source = MemorySource(90, broken=[3, 50], gone=[7])
@@ -484,6 +485,7 @@ def script(tmp_path):
     process.kill()
 
 
+@pytest.mark.slow
 def test_workers_outlive_signals_to_the_group_and_a_script_ends_without_a_sound(script):
   os.killpg(script.pid, signal.SIGINT)
   os.killpg(script.pid, signal.SIGTERM)

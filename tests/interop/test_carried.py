@@ -88,6 +88,7 @@ def test_a_workdir_gives_its_model_to_the_bit(workdir, loss, caplog, name):
   assert other.blocks[-1].attn.heads == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 def test_exported_files_give_it_too_and_official_code_reads_them(
   convert, workdir, loss, caplog, tmp_path, suffix

@@ -21,6 +21,7 @@ from tests.helpers import (
 
 
 # As in test_golden: the same on every processor in float64, and near it in float32.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('dtype', 'scan', 'tolerance'),
   [('float64', False, 1e-5), ('float64', True, 1e-5), ('float32', False, 5e-5)],

@@ -35,7 +35,8 @@ def cases(*names_and_options: tuple[str, Mapping[str, Any]]) -> pytest.MarkDecor
   for name, options in names_and_options:
     for dtype in ['float64', 'float32'][: 1 if options else 2]:
       label = '-'.join([name, '+'.join(options) or 'plain', dtype])
-      found.append(pytest.param(name, options, dtype, id=label))
+      marks = pytest.mark.slow if dtype == 'float64' else ()
+      found.append(pytest.param(name, options, dtype, id=label, marks=marks))
   return pytest.mark.parametrize(('name', 'options', 'dtype'), found)
 
 

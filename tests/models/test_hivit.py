@@ -421,6 +421,7 @@ def _training_function(graphdef, images, noise):
   return jax.value_and_grad(loss, has_aux=True)
 
 
+@pytest.mark.slow
 def test_remat_and_scan_change_nothing():
   options = TINY | {'image_size': 32, 'depths': (1, 1, 3), 'drop_path_rate': 0.5, 'num_classes': 5}
   _, params = random_model('hivit_tiny', **options)

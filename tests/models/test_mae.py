@@ -254,6 +254,7 @@ def test_other_channel_counts(channels):
   assert np.isfinite(out.loss)
 
 
+@pytest.mark.slow
 def test_scan_changes_nothing():
   options = TINY_MAE | {'rpe': True, 'drop_path_rate': 0.5, 'mask_ratio': 0.5}
   _, params = random_model(NAME, **options)

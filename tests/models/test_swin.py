@@ -99,6 +99,7 @@ def test_simmim_sees_no_masked_pixel_and_learns_from_no_other(simmim):
   assert_close(out.loss, np.abs(pred - images)[by_pixel].mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'reach'),
   [

@@ -15,6 +15,7 @@ from hivit_jax.ops import attention, triton_attention
 from tests.runs import on_devices
 
 PLAIN = attention.projected
+pytestmark = pytest.mark.slow
 
 
 def draw(*shape: int) -> jax.Array:

@@ -81,6 +81,7 @@ def eight():
   return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_collectives_of_a_function(eight):
   whole, part = 4 * 1000, 4 * 250
   assert eight['collectives'] == {
@@ -92,6 +93,7 @@ def test_collectives_of_a_function(eight):
   }
 
 
+@pytest.mark.slow
 def test_data_parallel_steps_send_the_gradients_once(eight):
   report = eight['fsdp=1']
   assert {row['kind'] for row in report['collectives']} == {'all-reduce'}
@@ -101,6 +103,7 @@ def test_data_parallel_steps_send_the_gradients_once(eight):
   assert all(row['devices'] == 8 and row['complete'] for row in report['collectives'])
 
 
+@pytest.mark.slow
 def test_split_state_is_a_part_of_the_whole(eight):
   one, four = eight['fsdp=1'], eight['fsdp=4']
   assert one['memory']['parameters'] == one['memory']['average'] > eight['gradients']
@@ -117,6 +120,7 @@ def test_split_state_is_a_part_of_the_whole(eight):
   assert gathered['devices'] == 4  # those that share the state
 
 
+@pytest.mark.slow
 def test_memory_adds_up(eight):
   memory = eight['fsdp=4']['memory']
   assert sum(memory.values()) == 2 * memory['total']
@@ -124,6 +128,7 @@ def test_memory_adds_up(eight):
   assert memory['padding'] < 10_000  # also the metrics
 
 
+@pytest.mark.slow
 def test_reports_of_cpus_have_no_times(eight):
   report = {'topology': 'cpu:8'} | eight['fsdp=4']
   assert 'estimate' not in report
@@ -134,6 +139,7 @@ def test_reports_of_cpus_have_no_times(eight):
   assert 'Compiled, not run' in text
 
 
+@pytest.mark.slow
 def test_reports_of_what_does_not_fit(eight):
   refusal = 'RESOURCE_EXHAUSTED: Ran out of memory on HBM'
   report = {'topology': 'v5e:4x2'} | eight['fsdp=4'] | {'fits': False, 'refusal': refusal}
@@ -243,6 +249,7 @@ def test_loops_count_with_their_length_if_the_compiler_tells_it(known, count):
   }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_a_gpu_has_no_memory_for():
   config = mae_hivit_t.get_config('debug')
   config.model.update(embed_dim=16, depths=(1, 1, 1))

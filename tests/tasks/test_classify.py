@@ -60,6 +60,7 @@ def test_the_loss_is_the_mean_cross_entropy():
   np.testing.assert_allclose(metrics['accuracy'], np.mean(logits.argmax(axis=1) == [0, 3, 6]))
 
 
+@pytest.mark.slow
 def test_everything_random_is_drawn_for_the_whole_batch():
   """So that a part of a batch is computed as within the whole."""
   task = ClassifyTask(

@@ -13,7 +13,7 @@ from hivit_jax.tools import compare
 from tests.runs import error_of
 
 
-@pytest.mark.parametrize('config', ['mae_hivit_t', 'linear_hivit_b', 'supervised_swin_t'])
+@pytest.mark.parametrize('config', ['mae_hivit_t', 'linear_hivit_b', 'supervised_hivit_t'])
 def test_every_kind_of_step_is_measured(runs, config):
   command = [sys.executable, '-m', 'hivit_jax.tools.benchmark', '--json', '--steps=1']
   done = runs.finish([*command, f'--config=configs/{config}.py:debug', '--batch_size=2'])
@@ -27,7 +27,7 @@ def test_every_kind_of_step_is_measured(runs, config):
 
 def test_steps_are_compared_in_turns(runs, tmp_path):
   command = [sys.executable, '-m', 'hivit_jax.tools.benchmark', '--steps=3', '--batch_size=2']
-  names = 'mae_hivit_t:debug,simmim_swin_b:debug'
+  names = 'mae_hivit_t:debug,linear_hivit_b:debug'
   done = runs.finish([*command, f'--compare={names}', f'--out={tmp_path / "new" / "out"}'])
   assert done.returncode == 0, done.stderr
   out = tmp_path / 'new' / 'out'

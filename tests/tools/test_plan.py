@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.runs import OPTIMIZED
+
 
 def test_a_batch_that_does_not_divide(runs):
   command = [sys.executable, '-m', 'hivit_jax.tools.plan', '--config=configs/mae_hivit_t.py:debug']
@@ -29,7 +31,7 @@ def test_plans_for_gpus(runs):
   command = [sys.executable, '-m', 'hivit_jax.tools.plan', '--config=configs/mae_hivit_t.py:debug']
 
   def finish(*arguments):
-    done = runs.finish([*command, *arguments])
+    done = runs.finish([*command, *arguments], OPTIMIZED)
     assert (done.returncode, done.stderr) == (0, '')
     return json.loads(done.stdout)
 
@@ -56,7 +58,7 @@ def test_plans_for_tpus(runs):
   command = [sys.executable, '-m', 'hivit_jax.tools.plan', '--config=configs/mae_hivit_t.py:debug']
 
   def finish(*arguments):
-    done = runs.finish([*command, *arguments])
+    done = runs.finish([*command, *arguments], OPTIMIZED)
     assert (done.returncode, done.stderr) == (0, '')
     return done.stdout
 

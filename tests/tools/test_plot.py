@@ -192,6 +192,32 @@ def test_settings_change_the_rate_and_epochs_are_not_rounded(plot):
   ]  # fmt: skip
 
 
+def test_steps_and_epochs_of_the_same_config(plot):
+  """Ten steps are an epoch."""
+  data = ('--config.data.train_split=train[:1000]', '--config.batch_size=100')
+  digits = ('--config=configs/demo.py:digits', *data, '--json')
+  printed = lambda *flags: json.loads(plot(*digits, *flags).stdout.splitlines()[-1])  # noqa: E731
+  epochs = [0, 0.3, 1.5, 30.3]
+  for own in ('--config.optim.warmup_steps=7', '--config.steps=600'):
+    by_epochs = printed(own, f'--epochs={",".join(map(str, epochs))}')
+    by_steps = printed(own, '--steps=0,3,15,303')
+    assert by_steps['step'] == [0, 3, 15, 303]
+    np.testing.assert_allclose(by_steps['learning_rate'], by_epochs['learning_rate'], rtol=1e-12)
+    assert len(set(by_steps['learning_rate'])) == 4
+
+
+def test_the_picture_of_a_config_in_steps():
+  config = importlib.import_module('configs.mae_hivit_b').get_config()
+  config.update(steps=1000)
+  config.optim.update(warmup_steps=100, schedule='step', milestones=(700.0,))
+  steps = rates.grid(config)
+  assert {0.0, 100.0, 700.0, np.nextafter(700.0, 0.0), 1000.0} <= set(steps)
+  values = rates.learning_rates(config, steps)
+  figure = curves.draw_rates('it', steps, values, unit=rates.unit(config))
+  assert [axis.get_xlabel() for axis in figure.axes] == ['step']
+  assert values['learning_rate'][-1] == pytest.approx(0.1 * values['learning_rate'].max())
+
+
 def test_the_picture_of_a_config(plot, tmp_path):
   out = tmp_path / 'rate.png'
   assert plot(CONFIG, f'--out={out}') == (0, '', f'wrote {out}\n')
@@ -228,10 +254,12 @@ def test_what_is_drawn_of_a_config():
     ([CONFIG, '--epochs=-1'], '--epochs: "-1" is no epoch'),
     ([CONFIG, '--epochs=nan'], '--epochs: "nan" is no epoch'),
     ([CONFIG, '--epochs='], '--epochs is empty'),
-    ([CONFIG, '--config.optim.schedule=poly'], 'config.optim.schedule=poly: expected one of cos'),
+    ([CONFIG, '--steps=x'], '--steps: "x" is no step'),
+    ([CONFIG, '--steps=1', '--epochs=1'], '--epochs and --steps: give one of them'),
+    ([CONFIG, '--config.optim.schedule=line'], 'config.optim.schedule=line: expected one of cos'),
     (
       [CONFIG, '--config.epochs=100', '--epochs=1'],
-      'config.optim.milestones=(700.0,): config.optim.schedule=multistep takes epochs before the '
+      'config.optim.milestones=(700.0,): config.optim.schedule=step takes epochs before the '
       'end, config.epochs=100.0; for a short run: --config.optim.milestones=87.5, or',
     ),
     ([CONFIG, '--out={tmp}/no/x.png'], 'cannot write --out={tmp}/no/x.png: No such file or'),

@@ -38,7 +38,8 @@ def test_no_config_has_a_setting_without_effect(name):
     (demo, 'init_ema', True, 'init=None'),
     (mae_hivit_b, 'augment.mix_group', 64, 'no augment.mixup or augment.cutmix'),
     (mae_hivit_b, 'optim.milestones', (5.0,), 'optim.schedule=cosine'),
-    (simmim_swin_b, 'optim.warmup_prefix', False, 'optim.schedule=multistep'),
+    (mae_hivit_b, 'optim.power', 0.9, 'optim.schedule=cosine'),
+    (simmim_swin_b, 'optim.warmup_prefix', False, 'optim.schedule=step'),
     (mae_hivit_b, 'optim.layer_decay_of', 'peak', 'optim.layer_decay=None'),
   ],
 )

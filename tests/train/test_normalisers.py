@@ -67,7 +67,7 @@ def gradients(kind: str, devices: int, accumulate_steps: int) -> dict:
   state = sharding.put(jax.tree.map(jnp.copy, state), sharding.state_shardings(state, mesh))
   train_step = step.make_train_step(
     graphdef, task, optimizer, lambda _: 0.1,
-    epochs_per_step=1.0, seed=0, abstract=state, accumulate_steps=accumulate_steps,
+    seed=0, abstract=state, accumulate_steps=accumulate_steps,
     compiler_options={'xla_backend_optimization_level': '0'},
   )  # fmt: skip
   state, metrics = train_step(state, sharding.put_batch({'image': images, **batch}, mesh))

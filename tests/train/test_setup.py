@@ -1,5 +1,8 @@
 """What training and evaluation begin with."""
 
+import dataclasses
+import types
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -48,6 +51,32 @@ def test_training_learns_and_evaluates_the_same_classes(config):
   assert setup.class_sets == setup.sets == {'eval': setup.eval_source}
   assert setup.steps.of(1) == 1
   assert [list(batch['label']) for batch in setup.eval_batches(setup.eval_source)] == [[0, 1]]
+
+
+class _InTurn:
+  """The examples one after the other, the same in every epoch."""
+
+  def example(self, position):
+    return position % 2
+
+  def replacement(self, position, rng):
+    return 0
+
+  def shape(self, step):
+    return None
+
+
+def test_order_and_transforms_are_the_tasks(config):
+  setup = set_up(validate.checked(config))
+  task = types.SimpleNamespace(
+    order=lambda source, seed: _InTurn(),
+    input=lambda train: setup.task.input(train) if train else lambda example: {'x': np.ones(3)},
+  )
+  own = dataclasses.replace(setup, task=task)
+  with own.train_batches(0, 3) as batches:
+    assert [list(batch['label']) for batch in batches] == [[0, 1]] * 3
+  (batch,) = own.eval_batches(setup.eval_source)
+  assert batch['x'].shape == (2, 3)
 
 
 def test_pretraining_has_no_classes(config, tmp_path):

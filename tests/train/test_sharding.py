@@ -205,7 +205,6 @@ def _start(mesh, accumulate_steps: int, *, classify: bool, group: int | None = _
     task,
     optimizer,
     lambda _: 1e-3,
-    epochs_per_step=1.0,
     seed=0,
     abstract=state,
     accumulate_steps=accumulate_steps,

@@ -65,7 +65,7 @@ def _training(make_optimizer=_adamw, *, task=TASK, seed=0, schedule=lambda _: 0.
     'params': params,
     'opt_state': jax.jit(optimizer.tx.init)(optim.split(params, optimizer.trained)[0]),
   }
-  options = {'epochs_per_step': 0.5, 'seed': seed, 'compiler_options': QUICK} | options
+  options = {'seed': seed, 'compiler_options': QUICK} | options
   return state, step.make_train_step(graphdef, task, optimizer, schedule, **options)
 
 
@@ -87,7 +87,7 @@ def test_five_steps_equal_those_of_torch_adamw():
   torch = pytest.importorskip('torch')
   state, train_step = _training(
     lambda params: _remembering(_adamw(params)),
-    schedule=Schedule(lr=0.05, end_lr=0.01, warmup_start_lr=0.02, warmup_epochs=1.0, epochs=3.0),
+    schedule=Schedule(lr=0.05, end_lr=0.01, warmup_start_lr=0.02, warmup=2.0, length=6.0),
   )
   start = jax.device_get(torch_names.flatten(state['params']))
   theirs = {path: torch.nn.Parameter(torch.tensor(value)) for path, value in start.items()}
@@ -128,7 +128,7 @@ def test_five_steps_equal_those_of_torch_adamw():
 def test_layer_decay_scales_the_whole_update_weight_decay_included(scaled):
   """The whole rate of a layer, or what depends on the peak in it."""
   schedule = Schedule(
-    lr=0.05, end_lr=0.01, warmup_start_lr=0.02, warmup_epochs=1.0, epochs=3.0, scaled=scaled
+    lr=0.05, end_lr=0.01, warmup_start_lr=0.02, warmup=2.0, length=6.0, scaled=scaled
   )
   ends = {}
   for decay in (None, 0.5):
@@ -240,7 +240,7 @@ def _classifier(optimizer, *, schedule=lambda _: 0.1, ema=False, **options):
   graphdef, optimizer, abstract = step.abstract_state(create, optimizer, mesh, ema=ema)
   task = ClassifyTask(mean=(0.5,), std=(0.25,), num_classes=5)
   state = step.init_state(create, optimizer, abstract)
-  options = {'epochs_per_step': 0.5, 'seed': 0, 'compiler_options': QUICK} | options
+  options = {'seed': 0, 'compiler_options': QUICK} | options
   return state, step.make_train_step(graphdef, task, optimizer, schedule, **options), graphdef
 
 
@@ -319,7 +319,7 @@ def test_statistics_inside_any_model_follow_the_batch_and_are_averaged():
     assert optimizer.trained['norm'] == {'bias': True, 'scale': True, 'mean': False, 'var': False}
     state = step.init_state(create, optimizer, abstract)
     train_step = step.make_train_step(
-      graphdef, task, optimizer, lambda _: 0.1, epochs_per_step=1.0, seed=0,
+      graphdef, task, optimizer, lambda _: 0.1, seed=0,
       accumulate_steps=parts, ema_decay=0.8, compiler_options=QUICK,
     )  # fmt: skip
     state, _ = train_step(state, {'image': images, 'segmentation': labels})

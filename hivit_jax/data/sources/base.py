@@ -100,19 +100,19 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
 
 
 def _imported(name: str, split: str, data_dir: str | None) -> Source:
-  make = settings.imported(name, 'data.name')
+  make = settings.imported(name, 'config.data.name')
   options = {'split': split, 'data_dir': data_dir}
   try:
     inspect.signature(make).bind(**options)
   except TypeError as error:
     raise UserError(
-      f'data.name={name} has to take the arguments split and data_dir: {error}'
+      f'config.data.name={name} has to take the arguments split and data_dir: {error}'
     ) from error
   source = make(**options)
   missing = [key for key in _MEMBERS if not hasattr(source, key)]
   if missing:
     raise UserError(
-      f'data.name={name} is no source of examples: it has no {", ".join(missing)}; see '
+      f'config.data.name={name} is no source of examples: it has no {", ".join(missing)}; see '
       'hivit_jax.data.sources.base.Source'
     )
   return source

@@ -9,17 +9,24 @@ A batch has, for each example, objects in M slots:
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from hivit_jax.data import detection_transforms
+from hivit_jax.data.masks import CROP
 from hivit_jax.detection import anchors as anchor_ops
 from hivit_jax.detection import boxes as box_ops
 from hivit_jax.detection.assign import Sample
 from hivit_jax.detection.mask_targets import mask_targets
+from hivit_jax.errors import UserError
 from hivit_jax.models.mask_rcnn import BOX_SIZE, MASK_CELLS, MASK_SIZE, MaskRCNN
 from hivit_jax.tasks import detection_losses as losses
+from hivit_jax.tasks import detection_results
 from hivit_jax.tasks import detection_targets as targets
+from hivit_jax.tasks.evaluators import Collected, Context, Evaluator
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tasks.task import Batch, ImageTask
 
@@ -35,8 +42,19 @@ def own_canvas(sizes: jax.Array) -> jax.Array:
 class DetectTask(ImageTask):
   """Find objects: their boxes, classes and masks.
 
+  The defaults are the published recipe's, for a canvas that all of its images fit on.
+
   Attributes:
     num_classes: of the model, without the background.
+    image_size: (height, width) of the canvas that images are padded to, multiples of 32.
+    channels: of the images.
+    flip: half of the images are mirrored.
+    short_sides, long_side: what the sides of an image become at most, see
+      `detection_transforms.Augmentation`.
+    crop_first: the same for the images that are cropped; empty: no image is.
+    crop_sides: least and most of a crop's sides.
+    eval_short_side: of images in evaluations.
+    objects: slots for the objects of an image.
     anchors: of an image that the proposals learn from.
     rois: of an image that the heads learn from; the masks learn from a quarter at most.
   """
@@ -53,8 +71,48 @@ class DetectTask(ImageTask):
   measures = frozenset(('evaluation',))
 
   num_classes: int
+  image_size: tuple[int, int] = (1344, 1344)
+  channels: int = 3
+  flip: bool = True
+  short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
+  long_side: int = 1333
+  crop_first: tuple[int, ...] = (400, 500, 600)
+  crop_sides: tuple[int, int] = (384, 600)
+  eval_short_side: int = 800
+  objects: int = 100
   anchors: int = 256
   rois: int = 512
+
+  def __post_init__(self):
+    if any(side % PADDING for side in self.image_size):
+      raise UserError(
+        f'image_size={self.image_size}: detection needs sides that are multiples of {PADDING}'
+      )
+
+  def input(self, train: bool) -> Callable[..., dict[str, Any]]:
+    """See `detection_transforms.TrainTransform` and `EvalTransform`."""
+    if not train:
+      return detection_transforms.EvalTransform(
+        self.eval_short_side, self.long_side, self.image_size, self.channels
+      )
+    augmentation = detection_transforms.Augmentation(
+      self.short_sides, self.long_side, self.crop_first, self.crop_sides, self.flip
+    )
+    return detection_transforms.TrainTransform(
+      augmentation, self.image_size, self.objects, self.channels
+    )
+
+  def shapes(self, size: tuple[int, int], channels: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """See `Task`."""
+    slots, side = self.objects, CROP
+    return {
+      'image': jax.ShapeDtypeStruct((*size, channels), jnp.uint8),
+      'size': jax.ShapeDtypeStruct((2,), jnp.int32),
+      'boxes': jax.ShapeDtypeStruct((slots, 4), jnp.float32),
+      'labels': jax.ShapeDtypeStruct((slots,), jnp.int32),
+      'exists': jax.ShapeDtypeStruct((slots,), jnp.bool_),
+      'masks': jax.ShapeDtypeStruct((slots, side, side), jnp.uint8),
+    }
 
   def prepare(self, model: MaskRCNN, batch: Batch, rng: jax.Array) -> Batch:
     """Draws all random numbers, and chooses the anchors that learn: the objects alone decide.
@@ -162,6 +220,34 @@ class DetectTask(ImageTask):
     )
     total = losses.mask_sum(logits, wanted.reshape(logits.shape), positive.reshape(-1))
     return total / jnp.maximum(positive.sum(), 1)
+
+  def evaluators(self, context: Context) -> list[Evaluator]:
+    """COCO's measures of boxes and masks on each set."""
+    every = context.every('evaluation')
+    if every is None:
+      return []
+    return [
+      Evaluator(
+        every,
+        Collected(
+          context,
+          source,
+          self.detections,
+          detection_results.Measured(source, self.channels),
+          name=name,
+          host=detection_results.of_batch,
+        ),
+      )
+      for name, source in context.sets.items()
+    ]
+
+  def detections(self, model: MaskRCNN, batch: Batch) -> dict[str, jax.Array]:
+    """What `detection_results.of_batch` needs of an evaluation batch."""
+    sizes = batch['size']
+    # Rows that are padding have no size; on a canvas of their own they would divide by zero.
+    canvases = jnp.maximum(own_canvas(sizes), PADDING)
+    found = model.detect(self.padded_images(batch), sizes, canvases)
+    return {**found._asdict(), 'size': sizes, 'original': batch['original']}
 
   def padded_images(self, batch: Batch) -> jax.Array:
     """Normalised images with zeros, not black, around the pictures."""

@@ -39,6 +39,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.mask_ratio = config_dict.placeholder(float)  # share of the units removed
   config.model.norm_pix_loss = config_dict.placeholder(bool)  # predict pixels normalised per unit
   config.model.hifeat = config_dict.placeholder(bool)  # decode from all three stages
+  config.model.position_image_size = config_dict.placeholder(tuple)  # of segmenters' embeddings
+  config.model.head_channels = config_dict.placeholder(int)  # of UPerNet
+  config.model.auxiliary_channels = config_dict.placeholder(int)  # of its second head; 0: none
+  config.model.dropout_rate = config_dict.placeholder(float)  # before the classifiers of pixels
   config.model.dtype = 'auto'  # of the computation: float32, bfloat16; auto: float32 on CPU only
   config.model.attention = 'auto'  # on NVIDIA GPUs the fastest for each shape; cudnn; xla
   config.model.ops = 'fast'  # plain: by the definitions, to tell a kernel's fault from a model's
@@ -78,6 +82,23 @@ def get_config() -> ml_collections.ConfigDict:
   # Consecutive images of a batch that share one draw of mixup or cutmix and are mixed together.
   config.augment.mix_group = config_dict.placeholder(int)  # None or 0: the whole batch
   config.augment.label_smoothing = 0.0  # share of the target spread over all classes
+
+  config.segment = ml_collections.ConfigDict()  # of semantic segmentation
+  # Training: images are resized so that they fit into `scale` times a random ratio, and cropped.
+  config.segment.scale = (2560, 640)  # longer and shorter side in pixels
+  config.segment.ratios = (0.5, 2.0)  # smallest and largest
+  config.segment.max_share = 0.75  # of one class in the labelled pixels of a crop; more: again
+  config.segment.photometric = True  # change brightness, contrast, saturation and hue
+  config.segment.ignore_index = 255  # label of pixels that do not count
+  config.segment.reduce_zero_label = False  # 0 is no class, and class c is stored as c + 1 (ADE20K)
+  config.segment.mean_over = 'all'  # pixels, as published; or labelled
+  config.segment.class_weights = ()  # one a class, of its pixels in the loss; none: 1
+  config.segment.auxiliary_weight = 0.4  # of the second head's loss
+  # Evaluation: whole, the image fitted into one crop; or slide, windows over all of it.
+  config.segment.inference = 'slide'
+  config.segment.stride = (426, 426)  # pixels from one window to the next
+  config.segment.scales = (1.0,)  # of the shorter side, times the crop; several are averaged
+  config.segment.mirrored = False  # and each of them mirrored, too
 
   config.batch_size = 4096  # over all devices and hosts
   config.accumulate_steps = 1  # parts that a batch is computed in, one after the other

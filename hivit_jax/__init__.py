@@ -68,6 +68,8 @@ def create_model(
     detect_hivit_*: as hivit_* up to scan; position_image_size, window_size, global_blocks,
       num_classes, neck_channels, hidden, nms_pre, proposals, detections, candidates,
       score_threshold.
+    segment_hivit_*: as hivit_* up to scan; position_image_size, num_classes (of a pixel),
+      head_channels, auxiliary_channels (0: no second head), dropout_rate.
     mae_hivit_*: as hivit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
       mask_ratio, norm_pix_loss, hifeat.
     vit_*: embed_dim, depth, num_heads, mlp_ratio, scan, num_classes, head_std, head_batch_norm.

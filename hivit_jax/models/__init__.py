@@ -13,6 +13,7 @@ from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
 from hivit_jax.models.mask_rcnn import MaskRCNN, MaskRCNNSettings
 from hivit_jax.models.simmim import SimMIM, SimMIMSettings
 from hivit_jax.models.swin import Swin, SwinClassifierSettings
+from hivit_jax.models.upernet import Segmenter, SegmenterSettings
 from hivit_jax.models.vit import ViT, ViTClassifierSettings, ViTMAESettings, ViTMaskedAutoencoder
 from hivit_jax.ops.choice import choose
 
@@ -63,6 +64,7 @@ _FAMILIES: tuple[tuple[str, type[nnx.Module], type[Settings], _Sizes], ...] = (
   ('hivit', HiViT, HiViTClassifierSettings, _HIVIT),
   ('backbone_hivit', HiViTBackbone, BackboneSettings, _HIVIT),
   ('detect_hivit', MaskRCNN, MaskRCNNSettings, _DETECT),
+  ('segment_hivit', Segmenter, SegmenterSettings, _HIVIT),
   ('mae_hivit', HiViTMaskedAutoencoder, HiViTMAESettings, _HIVIT),
   ('vit', ViT, ViTClassifierSettings, _VIT),
   ('mae_vit', ViTMaskedAutoencoder, ViTMAESettings, _VIT),

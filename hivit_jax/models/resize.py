@@ -1,7 +1,7 @@
-"""Position parameters for another grid of units.
+"""Maps and position parameters for another grid.
 
-Both schemes are linear in the parameter and separate over rows and columns, so each is a product
-with two small constant matrices: it works on numpy arrays, inside `jit`, and under `grad`.
+All schemes are linear and separate over rows and columns, so each is a product with two small
+constant matrices: it works on numpy arrays, inside `jit`, and under `grad`.
 """
 
 import functools
@@ -112,6 +112,63 @@ def apply_separable(rows: np.ndarray, columns: np.ndarray, values: Any) -> Any:
   x = product(columns.astype(values.dtype), values.reshape(b, rows.shape[1], columns.shape[1], c))
   x = product(rows.astype(values.dtype), x.reshape(b, rows.shape[1], -1))
   return x.reshape(b, -1, c)
+
+
+def bilinear(x: Any, size: tuple[int, int]) -> Any:
+  """Resizes maps without antialiasing, half-pixel centres.
+
+  Args:
+    x: (B, h, w, C) numpy or JAX array.
+    size: (H, W).
+
+  Returns:
+    (B, H, W, C): what PyTorch's `interpolate(size=size, mode='bilinear', align_corners=False)`
+    gives.
+  """
+  return _resize_map(x, size, bilinear_matrix)
+
+
+def adaptive_mean(x: Any, cells: int) -> Any:
+  """Means over `cells` x `cells` parts of a map, which overlap where its sides are no multiples.
+
+  Args:
+    x: (B, h, w, C) numpy or JAX array.
+    cells: a side.
+
+  Returns:
+    (B, cells, cells, C): what PyTorch's `adaptive_avg_pool2d` gives.
+  """
+  return _resize_map(x, (cells, cells), _mean_matrix)
+
+
+def _resize_map(x: Any, size: tuple[int, int], matrix: Any) -> Any:
+  if x.shape[1:3] == size and matrix is bilinear_matrix:
+    return x
+  rows, columns = (matrix(*sides) for sides in zip(x.shape[1:3], size, strict=True))
+  cells = apply_separable(rows, columns, x.reshape(len(x), -1, x.shape[-1]))
+  return cells.reshape(len(x), *size, -1)
+
+
+@functools.lru_cache(maxsize=256)
+def bilinear_matrix(source: int, target: int) -> np.ndarray:
+  """(target, source) weights of a linear interpolation whose border is repeated; float64."""
+  center = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, None)
+  first = np.minimum(np.floor(center).astype(int), source - 1)
+  second = np.minimum(first + 1, source - 1)
+  matrix, places = np.zeros((target, source)), np.arange(target)
+  np.add.at(matrix, (places, first), 1 - (center - first))
+  np.add.at(matrix, (places, second), center - first)
+  return matrix
+
+
+@functools.lru_cache(maxsize=64)
+def _mean_matrix(source: int, target: int) -> np.ndarray:
+  """(target, source) weights of the means over floor(i n / m) .. ceil((i + 1) n / m)."""
+  matrix = np.zeros((target, source))
+  for i in range(target):
+    first, end = i * source // target, -(-(i + 1) * source // target)
+    matrix[i, first:end] = 1 / (end - first)
+  return matrix
 
 
 @functools.lru_cache(maxsize=64)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 
 from hivit_jax.errors import UserError
-from hivit_jax.ops import attention, gather, linear, norm, relative_position, triton_attention
+from hivit_jax.ops import attention, conv, gather, linear, norm, relative_position, triton_attention
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -18,6 +18,7 @@ class Ops:
   """
 
   linear: Callable[..., jax.Array]
+  convolve: Callable[..., jax.Array]
   layer_norm: Callable[..., jax.Array]
   attend: Callable[..., jax.Array]
   relative_position_bias: Callable[..., jax.Array]
@@ -31,6 +32,7 @@ class Ops:
 
 PLAIN = Ops(
   linear=linear.plain,
+  convolve=conv.plain,
   layer_norm=norm.plain,
   attend=attention.projected,
   relative_position_bias=relative_position.plain,
@@ -41,6 +43,7 @@ PLAIN = Ops(
 
 FAST = Ops(
   linear=linear.fast,
+  convolve=conv.fast,
   layer_norm=norm.fast,
   attend=attention.projected,
   relative_position_bias=relative_position.fast,

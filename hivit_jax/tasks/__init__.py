@@ -4,6 +4,7 @@ from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.detect import DetectTask
 from hivit_jax.tasks.linear import LinearTask
 from hivit_jax.tasks.mae import MAETask
+from hivit_jax.tasks.segment import SegmentTask
 from hivit_jax.tasks.simmim import SimMIMTask
 from hivit_jax.tasks.task import ImageTask, Task
 
@@ -16,4 +17,5 @@ TASKS: dict[str, type[Task]] = {
   'classify': ClassifyTask,
   'linear': LinearTask,
   'detect': DetectTask,
+  'segment': SegmentTask,
 }

@@ -1,7 +1,7 @@
 """What is measured or drawn between the steps of a run, and of weights without training."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -58,6 +58,11 @@ class Context(Protocol):
   @property
   def draws(self) -> bool: ...
 
+  @property
+  def devices(self) -> Sequence[Any]:
+    """This process's devices."""
+    ...
+
   def every(self, section: str) -> int | None:
     """Steps between evaluations, from `every_epochs` of a section of the config; None: never."""
     ...
@@ -68,6 +73,10 @@ class Context(Protocol):
 
   def batches(self, source: Any) -> AbstractContextManager[Iterator[dict[str, jax.Array]]]:
     """One pass over a source, as global arrays; `mask` and `index` tell padding from examples."""
+    ...
+
+  def own_batches(self, source: Any) -> AbstractContextManager[Iterator[dict[str, Any]]]:
+    """This process's share of one pass, as numpy arrays, or lists of them where shapes differ."""
     ...
 
   def some(self, source: Any, size: int) -> Any:
@@ -82,6 +91,14 @@ class Context(Protocol):
     """Parameters as arrays that every device has all of; all processes take part."""
     ...
 
+  def local(self, params: Any) -> Any:
+    """Parameters as arrays that this process's devices have all of; all processes take part."""
+    ...
+
+  def total(self, counts: np.ndarray) -> np.ndarray:
+    """The sum over all processes of int64 counts, on every process."""
+    ...
+
   def here(self, params: Any) -> Any:
     """Parameters as process 0's own arrays, None on the others; all processes take part."""
     ...
@@ -92,6 +109,10 @@ class Context(Protocol):
 
   def fetch(self, array: jax.Array) -> np.ndarray:
     """A global array on every process."""
+    ...
+
+  def keep(self, step: int, name: str, text: str, data: str) -> None:
+    """Keeps a text and its JSON as NAME/step_STEP.txt and .json, or logs it without a workdir."""
     ...
 
   def draw(self, step: int, name: str, picture: Any) -> None:

@@ -33,6 +33,8 @@ class Task(Protocol):
       all others are of the last layer.
     stem_is_one_layer: with layer decay, all before the first attention is of the first layer.
     needs_classes: the examples need integer labels, and the model one output for each class.
+    pixel_classes: the examples need label maps, and the model one output for each class.
+    whole_batches: why a batch cannot be computed in parts, if it cannot.
     measures: sections of the config that its evaluators read: evaluation, knn, pictures.
     without_weights: warning for a run that starts from random parameters, if it needs one.
     example: arguments of `python -m hivit_jax.tools.` for a finished run, {workdir} in them.
@@ -47,6 +49,8 @@ class Task(Protocol):
   encoder: ClassVar[str] = ''
   stem_is_one_layer: ClassVar[bool] = False
   needs_classes: ClassVar[bool] = False
+  pixel_classes: ClassVar[bool] = False
+  whole_batches: ClassVar[str | None] = None
   measures: ClassVar[frozenset[str]] = frozenset()
   without_weights: ClassVar[str | None] = None
   example: ClassVar[str | None] = None

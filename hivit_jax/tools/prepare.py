@@ -2,7 +2,8 @@
 
   python -m hivit_jax.tools.prepare imagenet2012 --train_tar=... --val_tar=... [--data_dir=...]
   python -m hivit_jax.tools.prepare imagenet2012 --source_dir=FOLDER [--data_dir=...]
-  python -m hivit_jax.tools.prepare photo_tiles|digits [--data_dir=...]
+  python -m hivit_jax.tools.prepare ade20k --archive=ADEChallengeData2016.zip|--source_dir=FOLDER
+  python -m hivit_jax.tools.prepare photo_tiles|photo_scenes|digits [--data_dir=...]
 
 May be stopped or killed at any time: the same command goes on from there.
 """
@@ -16,23 +17,31 @@ from hivit_jax.reporting.console import setup_logging
 _DATA_DIR = flags.DEFINE_string(
   'data_dir', None, 'Folder of prepared data sets; default: TFDS_DATA_DIR or ~/tensorflow_datasets.'
 )
-_IMAGENET_FLAGS = (
+_TARS = (
   flags.DEFINE_string('train_tar', None, 'ILSVRC2012_img_train.tar, a tar of 1000 tars.'),
   flags.DEFINE_string('val_tar', None, 'ILSVRC2012_img_val.tar. One of the two tars is enough.'),
+)
+_ARCHIVE = flags.DEFINE_string('archive', None, 'ADEChallengeData2016.zip.')
+_SHARED = (
   flags.DEFINE_string(
-    'source_dir', None, 'Folder with train/<synset>/*.JPEG, val/<synset>/*.JPEG or val/*.JPEG.'
+    'source_dir',
+    None,
+    'Folder with train/<synset>/*.JPEG, val/<synset>/*.JPEG or val/*.JPEG; of ade20k: with images/ '
+    'and annotations/.',
   ),
-  flags.DEFINE_bool('allow_other_counts', False, 'Take a part of ImageNet, too.'),
+  flags.DEFINE_bool('allow_other_counts', False, 'Take a part of the data set, too.'),
   flags.DEFINE_integer('examples_per_shard', None, 'About how many images a file; default 2500.'),
 )
+_FLAGS_OF = {'imagenet2012': (*_TARS, *_SHARED), 'ade20k': (_ARCHIVE, *_SHARED)}
 
 
 def main(argv: list[str]) -> None:
   # Imported here: --help and a mistyped flag answer at once.
   from hivit_jax.data import builders
+  from hivit_jax.data.builders.ade20k import Ade20k
   from hivit_jax.data.builders.imagenet import ImageNet2012
 
-  known = {'imagenet2012': ImageNet2012, **builders.EMBEDDED}
+  known = {'imagenet2012': ImageNet2012, 'ade20k': Ade20k, **builders.EMBEDDED}
   if len(argv) != 2 or argv[1] not in known:
     given = ' '.join(argv[1:])
     raise UserError(
@@ -40,11 +49,13 @@ def main(argv: list[str]) -> None:
       'data sets of TFDS: docs/guide/data.md)'
     )
   options = {}
-  for flag in _IMAGENET_FLAGS:
-    if argv[1] == 'imagenet2012':
+  takes = {name: [flag.name for flag in own] for name, own in _FLAGS_OF.items()}
+  for flag in (*_TARS, _ARCHIVE, *_SHARED):
+    if flag.name in takes.get(argv[1], ()):
       options[flag.name] = flag.value
     elif flag.present:
-      raise UserError(f'--{flag.name} is for imagenet2012 only, not for {argv[1]}')
+      fitting = ' and '.join(name for name, own in takes.items() if flag.name in own)
+      raise UserError(f'--{flag.name} is for {fitting} only, not for {argv[1]}')
   setup_logging()
   try:
     builder = known[argv[1]](data_dir=_DATA_DIR.value, **options)

@@ -24,12 +24,14 @@ _LARGE_WIDTH = 256  # channels of the main stage
 _ALWAYS_SET = frozenset(
   ('image_size', 'channels', 'dtype', 'attention', 'ops', 'remat', 'drop_path_rate', 'scan')
 )
-# Fields of tasks and the settings that they are; all others are of config.augment.
+# Fields of tasks and the settings that they are; all others are of one of `_SECTIONS`.
 _FIELDS = {
   **{key: f'data.{key}' for key in ('mean', 'std', 'eval_crop')},
   **{key: key for key in ('channels', 'seed')},
   'num_classes': 'model.num_classes',
+  'mirror': 'augment.flip',
 }
+_SECTIONS = ('augment', 'segment')  # whose settings fill the fields of their names
 _PUBLISHED_CLASSES = 1000  # of a config that names no number, before there is a data set
 
 
@@ -190,8 +192,8 @@ def check_model(config: ml_collections.ConfigDict) -> None:
 def task(config: ml_collections.ConfigDict, transforms: Callable[..., Any] | None = None) -> Task:
   """The task named by `config.task`; its fields are filled with the settings of their names.
 
-  These are the settings of `config.augment`, `mean`, `std` and `eval_crop` of the data, the
-  model's `num_classes`, `image_size`, `channels`, and `transforms`.
+  These are the settings of `config.augment` and `config.segment`, `mean`, `std` and `eval_crop` of
+  the data, the model's `num_classes`, `image_size`, `channels`, and `transforms`.
 
   Args:
     config: see configs/base.py.
@@ -199,13 +201,18 @@ def task(config: ml_collections.ConfigDict, transforms: Callable[..., Any] | Non
   """
   check_model(config)
   chosen, filled = task_class(config), {}
+  if chosen.whole_batches and config.accumulate_steps > 1:
+    raise UserError(
+      f'config.accumulate_steps={config.accumulate_steps}: config.task={config.task} computes a '
+      f'batch as a whole. {chosen.whole_batches}'
+    )
   for field in fields(cast(Any, chosen)):
-    key = _FIELDS.get(field.name, f'augment.{field.name}')
+    key = _FIELDS.get(field.name) or _in_section(config, field.name)
     if field.name == 'transforms':
       filled[field.name] = transforms
     elif field.name == 'image_size':
       filled[field.name] = image_size(config)
-    elif key in _FIELDS.values() or field.name in config.augment:
+    elif key is not None:
       value = settings.get(config, key)
       filled[field.name] = tuple(value) if isinstance(value, list) else value
     elif field.default is MISSING:
@@ -213,6 +220,12 @@ def task(config: ml_collections.ConfigDict, transforms: Callable[..., Any] | Non
   if filled.get('num_classes', 0) is None:
     filled['num_classes'] = _PUBLISHED_CLASSES
   return chosen(**filled)
+
+
+def _in_section(config: ml_collections.ConfigDict, name: str) -> str | None:
+  """The dotted setting of this name in one of `_SECTIONS`."""
+  found = (f'{section}.{name}' for section in _SECTIONS if name in config.get(section, ()))
+  return next(found, None)
 
 
 def optimizer(config: ml_collections.ConfigDict) -> Callable[..., optim.Optimizer]:

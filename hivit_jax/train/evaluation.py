@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from hivit_jax.tasks import Task
 from hivit_jax.tasks.evaluators import Evaluator
 from hivit_jax.train import sharding, validate
 from hivit_jax.train.setup import Setup
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -65,6 +68,10 @@ class EvaluationContext:
   def draws(self) -> bool:
     return self.directory is not None
 
+  @property
+  def devices(self) -> Sequence[Any]:
+    return [d for d in self.setup.mesh.devices.flat if d.process_index == jax.process_index()]
+
   def every(self, section: str) -> int | None:
     epochs = self.setting(f'{section}.every_epochs')
     return self.setup.steps.of(epochs) if epochs else None
@@ -77,6 +84,9 @@ class EvaluationContext:
     with self.setup.eval_batches(source) as batches:
       yield (sharding.put_batch(batch, self.setup.mesh) for batch in batches)
 
+  def own_batches(self, source: Any) -> contextlib.AbstractContextManager[Iterator[dict[str, Any]]]:
+    return self.setup.eval_batches(source)
+
   def some(self, source: Any, size: int) -> Any:
     return Subset(source, size)
 
@@ -86,6 +96,16 @@ class EvaluationContext:
 
   def whole(self, params: Any) -> Any:
     return sharding.whole(params, self.setup.mesh)
+
+  def local(self, params: Any) -> Any:
+    params = self.whole(params)
+    if jax.process_count() == 1:
+      return params
+    mine = sharding.make_mesh(devices=self.devices)
+    return jax.device_put(sharding.local(params), sharding.replicated(mine))
+
+  def total(self, counts: np.ndarray) -> np.ndarray:
+    return sharding.total(counts)
 
   def here(self, params: Any) -> Any:
     params = self.whole(params)
@@ -97,8 +117,23 @@ class EvaluationContext:
   def fetch(self, array: jax.Array) -> np.ndarray:
     return sharding.fetch(array)
 
+  def keep(self, step: int, name: str, text: str, data: str) -> None:
+    if not distributed.primary():
+      return
+    if self.directory is None:
+      _log.info('%s\n%s', name, text)
+      return
+    for suffix, content in (('.txt', text), ('.json', data)):
+      path = self.directory / name / f'step_{step:08d}{suffix}'
+      path.parent.mkdir(exist_ok=True)
+      unfinished = path.with_suffix('.tmp')
+      unfinished.write_text(f'{content}\n', 'utf-8')
+      unfinished.replace(path)
+
   def draw(self, step: int, name: str, picture: Any) -> None:
     assert self.directory is not None
+    if not distributed.primary():
+      return
     path = self.directory / name / f'step_{step:08d}.png'
     path.parent.mkdir(exist_ok=True)
     unfinished = path.with_suffix('.tmp')  # a kill leaves no half picture under the final name

@@ -44,6 +44,22 @@ def num_classes(config: ml_collections.ConfigDict, source: Any) -> int:
   return settled
 
 
+def pixel_classes(config: ml_collections.ConfigDict, source: Any) -> int:
+  """As `num_classes`, of a source with label maps."""
+  count, settled = len(source.class_names), config.model.num_classes
+  if not (count or settled):
+    raise UserError(
+      f'{source.name} ({source.split}) has no names of classes; how many there are: '
+      '--config.model.num_classes=N'
+    )
+  if settled and count and settled != count:
+    raise UserError(
+      f'config.model.num_classes={settled}, but {source.name} ({source.split}) has {count} classes '
+      'of pixels; --config.model.num_classes=None takes those'
+    )
+  return settled or count
+
+
 def check_classes(names: Sequence[str], where: str, source: Any) -> None:
   """UserError unless a source has the classes `names`, in their order."""
   if list(names) != list(source.class_names):

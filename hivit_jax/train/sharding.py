@@ -177,6 +177,16 @@ def fetch(array: jax.Array) -> np.ndarray:
   return multihost_utils.process_allgather(array, tiled=True)
 
 
+def total(counts: np.ndarray) -> np.ndarray:
+  """The sum over all processes of int64 counts, on every process."""
+  if jax.process_count() == 1:
+    return counts
+  # In two halves, because JAX has 32 bits.
+  halves = np.stack(np.divmod(counts, 1 << 24)).astype(np.int32)
+  high, low = multihost_utils.process_allgather(halves).astype(np.int64).sum(axis=0)
+  return (high << 24) + low
+
+
 def local(tree: Any) -> Any:
   """Replicated global arrays as this process's own, for work that it does alone."""
   return jax.tree.map(lambda x: x.addressable_data(0), tree)

@@ -21,7 +21,9 @@ def test_models_are_listed():
     'detect_hivit_base', 'detect_hivit_large', 'detect_hivit_small', 'detect_hivit_tiny',
     'hivit_base', 'hivit_large', 'hivit_small', 'hivit_tiny',
     'mae_hivit_base', 'mae_hivit_large', 'mae_hivit_small', 'mae_hivit_tiny',
-    'mae_vit_base', 'mae_vit_large', 'simmim_swin_base', 'simmim_swin_small', 'simmim_swin_tiny',
+    'mae_vit_base', 'mae_vit_large',
+    'segment_hivit_base', 'segment_hivit_large', 'segment_hivit_small', 'segment_hivit_tiny',
+    'simmim_swin_base', 'simmim_swin_small', 'simmim_swin_tiny',
     'swin_base', 'swin_base_global', 'swin_base_mlp_stem', 'swin_base_three_stages',
     'swin_small', 'swin_tiny', 'vit_base', 'vit_large',
   ]  # fmt: skip
@@ -66,7 +68,9 @@ def test_the_variant_is_what_the_sizes_differ_in():
   assert set(models.variant('simmim_swin_base')) == {'embed_dim', 'depths', 'num_heads'}
 
 
-@pytest.mark.parametrize('name', ['mae_hivit_tiny', 'mae_vit_base', 'swin_tiny'])
+@pytest.mark.parametrize(
+  'name', ['mae_hivit_tiny', 'mae_vit_base', 'swin_tiny', 'segment_hivit_tiny']
+)
 def test_all_of_a_model_has_the_operations_asked_for(name):
   for options in ({}, {'attention': 'cudnn'}, {'ops': 'plain'}):
     model = nnx.merge(*abstract_model(name, **options))

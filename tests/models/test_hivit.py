@@ -51,6 +51,11 @@ PARAMETERS = {
   'detect_hivit_small': 58_544_720,
   'detect_hivit_base': 87_370_608,
   'detect_hivit_large': 311_355_824,
+  # For crops of 224 pixels, with the running statistics.
+  'segment_hivit_tiny': 129_532_072,
+  'segment_hivit_small': 147_876_868,
+  'segment_hivit_base': 178_869_324,
+  'segment_hivit_large': 407_362_636,
   # As published, with the fixed position embeddings of the autoencoders.
   'vit_base': 86_567_656,
   'vit_large': 304_326_632,

@@ -100,10 +100,29 @@ class ShardedBuilder(FileReaderBuilder, skip_registration=True):
     self, image: Any, label: Any, **description: Any
   ) -> tfds.core.DatasetInfo:
     """What `_info` is to return, for a set of images with labels and file names."""
-    features = {'image': image, 'label': label, 'file_name': tfds.features.Text()}
+    features = {'image': image, 'label': label}
+    return self._described(features, ('image', 'label'), **description)
+
+  def _described(
+    self,
+    features: Mapping[str, Any],
+    supervised_keys: tuple[str, str],
+    palette: np.ndarray | None = None,
+    **description: Any,
+  ) -> tfds.core.DatasetInfo:
+    """What `_info` is to return, for a set of examples with file names.
+
+    Args:
+      features: of TFDS, by name.
+      supervised_keys: names of the input and of what is to be learnt.
+      palette: (n, 3) uint8, colours of the classes.
+      **description: of the set, as TFDS has it.
+    """
+    metadata = palette is not None and tfds.core.MetadataDict(palette=palette.tolist())
     return _Info(
-      builder=self, supervised_keys=('image', 'label'),
-      features=tfds.features.FeaturesDict(features), **description,
+      builder=self, supervised_keys=supervised_keys, metadata=metadata or None,
+      features=tfds.features.FeaturesDict({**features, 'file_name': tfds.features.Text()}),
+      **description,
     )  # fmt: skip
 
   @abc.abstractmethod

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import logging
+import os
 from typing import Any, Protocol
 
 from hivit_jax import settings
@@ -23,6 +24,7 @@ class Source(Protocol):
     name: the data set as the user named it.
     split: the split as the user gave it.
     class_names: names of the classes, which labels of any kind are indices into; may be empty.
+    palette: optional, uint8 (classes, 3): colours of the classes.
   """
 
   name: str
@@ -43,6 +45,7 @@ class Source(Protocol):
     | `label` | int, its class; -1, or no such key: unknown (the test split of ImageNet) |
     | `segmentation` | bytes of a PNG file of the same size, or integers (H, W): a class a pixel |
     | `objects` | dict with `boxes`, float (n, 4), see `fields`, and arrays with a row a box |
+    | `instances` | like `segmentation`: i + 1 where object i is seen, 0 elsewhere |
 
     Further keys are of use to transforms that know them. An example that cannot be read raises
     OSError or RuntimeError: the loader counts and replaces it.
@@ -58,10 +61,12 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
   """Opens one split of a data set.
 
   Args:
-    name: `folder:/path/to/root` for `<root>/<split>/<class>/*.jpg`; the embedded `photo_tiles` or
-      `digits`, which are prepared in `data_dir` on first use; a data set of TFDS, with an optional
-      config and version (`name/config:1.0.0`), that was prepared as ArrayRecord; or a class of your
-      own, `package.module:Name`, which is called as `Name(split=..., data_dir=...)`.
+    name: `folder:/path/to/root` for `<root>/<split>/<class>/*.jpg`, or for images with label maps
+      in one of the layouts of `layouts.layout_of`; the embedded `photo_tiles`,
+      `photo_scenes` or `digits`, which are prepared in `data_dir` on first use; a data set of TFDS,
+      with an optional config and version (`name/config:1.0.0`), that was prepared as ArrayRecord;
+      or a class of your own, `package.module:Name`, which is called as
+      `Name(split=..., data_dir=...)`.
     split: a split or slices of it: `train`, `train[:90%]`, `train[1000:]+validation`.
     data_dir: folder of prepared data sets; default TFDS's own (TFDS_DATA_DIR or
       ~/tensorflow_datasets). Without effect on `folder:`.
@@ -75,8 +80,11 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
   """
   if name.startswith('folder:'):
     from hivit_jax.data.sources.folder import FolderSource
+    from hivit_jax.data.sources.layouts import is_paired
+    from hivit_jax.data.sources.paired import PairedSource
 
-    return FolderSource(name.removeprefix('folder:'), split)
+    root = name.removeprefix('folder:')
+    return (PairedSource if is_paired(os.path.expanduser(root)) else FolderSource)(root, split)
   if settings.is_imported(name):  # TFDS names have numbers behind their colon
     return _imported(name, split, data_dir)
 
@@ -125,7 +133,7 @@ def _not_prepared(wanted, data_dir: str | None) -> UserError:
   from hivit_jax.data import builders
   from hivit_jax.data.sources import tfds as tfds_source
 
-  known = {*tfds.list_builders(with_community_datasets=False), *builders.EMBEDDED}
+  known = {*tfds.list_builders(with_community_datasets=False), *builders.EMBEDDED, 'ade20k'}
   folders = tfds_source.data_dirs(data_dir)
   looked = ', '.join(str(folder / wanted.name) for folder in folders)
   if wanted.name not in known:

@@ -61,7 +61,7 @@ class FolderSource:
       ) from error
 
   def _open(self, split: str) -> None:
-    split_names = _folders(self._root)
+    split_names = folder_names(self._root)
     if not split_names:
       loose = _images(self._root)
       found = f' but {len(loose)} images, such as {loose[0]}' if loose else ''
@@ -76,7 +76,7 @@ class FolderSource:
     self.class_names: tuple[str, ...] = ()
     self._reference = 'train' if 'train' in split_names else ''
     if self._reference:
-      self.class_names = tuple(_folders(os.path.join(self._root, self._reference)))
+      self.class_names = tuple(folder_names(os.path.join(self._root, self._reference)))
     layout = f'; the layout is {LAYOUT}'
     parts = splits.parse_split(self.name, split, split_names, size, layout)
     paths = [path for name, start, stop in parts for path in listed[name][0][start:stop]]
@@ -93,7 +93,7 @@ class FolderSource:
   def _list(self, split_name: str) -> tuple[list[bytes], np.ndarray]:
     """Returns the paths below the root and the labels of one split, in hashed order."""
     folder = os.path.join(self._root, split_name)
-    classes, loose = _folders(folder), _images(folder)
+    classes, loose = folder_names(folder), _images(folder)
     if not classes:
       if not loose:
         raise UserError(f'{folder} holds neither class folders nor images; expected {LAYOUT}')
@@ -116,7 +116,7 @@ class FolderSource:
     empty = []
     for name in classes:
       before = len(paths)
-      _collect(os.path.join(folder, name), f'{split_name}/{name}/', paths)
+      collect_images(os.path.join(folder, name), f'{split_name}/{name}/', paths)
       labels.append(np.full(len(paths) - before, label_of[name], np.int32))
       if len(paths) == before:
         empty.append(name)
@@ -157,7 +157,7 @@ def image_files(folder: str) -> list[str]:
   """
   paths: list[str] = []
   try:
-    _collect(folder, os.path.join(folder, ''), paths)
+    collect_images(folder, os.path.join(folder, ''), paths)
   except OSError as error:
     raise UserError(f'cannot read {error.filename}: {error.strerror}') from error
   if not paths:
@@ -173,7 +173,7 @@ def _warn_of_loose(folder: str, count: int, example: str) -> None:
   )  # fmt: skip
 
 
-def _folders(folder: str) -> list[str]:
+def folder_names(folder: str) -> list[str]:
   """Returns the names of the visible folders in `folder`, sorted; symbolic links count."""
   with os.scandir(folder) as entries:
     return sorted(e.name for e in entries if not e.name.startswith('.') and e.is_dir())
@@ -189,7 +189,7 @@ def _is_image(name: str) -> bool:
   return not name.startswith('.') and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def _collect(folder: str, prefix: str, paths: list[str]) -> None:
+def collect_images(folder: str, prefix: str, paths: list[str]) -> None:
   """Appends the images in `folder` and below, as `prefix` + path from `folder`."""
   with os.scandir(folder) as entries:
     for entry in entries:
@@ -197,7 +197,7 @@ def _collect(folder: str, prefix: str, paths: list[str]) -> None:
         paths.append(prefix + entry.name)
       # Links to folders are not followed here: a link upwards would never end.
       elif not entry.name.startswith('.') and entry.is_dir(follow_symlinks=False):
-        _collect(entry.path, f'{prefix}{entry.name}/', paths)
+        collect_images(entry.path, f'{prefix}{entry.name}/', paths)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ class Subset:
     self.name, self.split = source.name, source.split
     self.class_names = source.class_names
     self.num_classes = source.num_classes
+    self.palette = getattr(source, 'palette', None)
 
   def __len__(self) -> int:
     return len(self._indices)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.core import dataset_builder
@@ -131,6 +132,12 @@ def preparation(wanted: DatasetName, folder: str | os.PathLike) -> str:
       f'--val_tar=ILSVRC2012_img_val.tar --data_dir={folder} (the files are on image-net.org '
       'after a free registration; --source_dir=... takes extracted folders instead)'
     )
+  if wanted.name == 'ade20k':
+    return (
+      'python -m hivit_jax.tools.prepare ade20k --archive=ADEChallengeData2016.zip '
+      f'--data_dir={folder} (from http://sceneparsing.csail.mit.edu; --source_dir=... takes the '
+      'extracted folder instead)'
+    )
   return (
     'pip install tensorflow tensorflow-datasets importlib-resources (in an environment of its '
     'own: only this step needs TensorFlow), then there: python -c "import tensorflow_datasets as '
@@ -148,6 +155,7 @@ class TfdsSource:
     name: the data set as the user named it.
     split: the split as the user gave it.
     class_names: names of the classes, by label.
+    palette: uint8 (classes, 3), colours of the classes; None where the set has none.
   """
 
   def __init__(self, name: str, split: str, folder: Path):
@@ -178,6 +186,10 @@ class TfdsSource:
     self._file_name_key = next((k for k in ('file_name', 'filename') if k in features), None)
     named = features[self._label_key or self._map_key]
     self.class_names = tuple(getattr(named, 'names', None) or ())
+    palette = (info.metadata or {}).get('palette')
+    self.palette = None if palette is None else np.array(palette, np.uint8)
+    self._has_instances = isinstance(dict(features).get('instances'), tfds.features.Image)
+    self._object_keys = _object_keys(dict(features).get('objects'))
     sizes = {key: value.num_examples for key, value in info.splits.items()}
     splits.parse_split(name, split, sizes, sizes.__getitem__)
     ranges = [
@@ -212,13 +224,21 @@ class TfdsSource:
     return len(self._records)
 
   def __getitem__(self, index: int) -> dict:
-    """Returns `image` and `segmentation` (encoded files) and `label` (int), what there is."""
+    """Returns what there is of `image`, `segmentation`, `instances`, `label` and `objects`.
+
+    The first three are encoded files; `objects` is as in `base.Source`.
+    """
     features = self._features(index)
     example = {'image': features[self._image_key].bytes_list.value[0]}
     if self._label_key:
       example['label'] = features[self._label_key].int64_list.value[0]
     if self._map_key:
       example['segmentation'] = features[self._map_key].bytes_list.value[0]
+    if self._has_instances:
+      example['instances'] = features['instances'].bytes_list.value[0]
+    if self._object_keys:
+      example['objects'] = {key: _rows(features[f'objects/{key}']) for key in self._object_keys}
+      example['objects']['boxes'] = example['objects']['boxes'].reshape(-1, 4)
     return example
 
   def example_name(self, index: int) -> str:
@@ -228,6 +248,20 @@ class TfdsSource:
       file_name = self._features(index)[self._file_name_key].bytes_list.value[0]
       name += f' ({file_name.decode(errors="replace")})'
     return name
+
+
+def _object_keys(feature: Any) -> tuple[str, ...]:
+  """Names of what is known of each object, where boxes are in the form of ours."""
+  if not isinstance(feature, tfds.features.Sequence) or 'boxes' not in feature:
+    return ()
+  return tuple(sorted(feature.feature))
+
+
+def _rows(feature: Any) -> np.ndarray:
+  """The numbers of a feature that has them for each object, float32 or int64."""
+  if feature.WhichOneof('kind') == 'int64_list':
+    return np.array(feature.int64_list.value, np.int64)
+  return np.array(feature.float_list.value, np.float32)
 
 
 def _image_and_label(

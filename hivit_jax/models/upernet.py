@@ -1,0 +1,238 @@
+"""UPerNet (arXiv 1807.10221) on HiViT: a class for every pixel, as in mmsegmentation.
+
+A pooling pyramid on the coarsest map, a feature pyramid down to the finest, all of them joined at a
+quarter of the image's resolution. In training, a small head on the third map has a loss of its own.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hivit_jax.errors import UserError
+from hivit_jax.models import resize
+from hivit_jax.models.backbone import BackboneSettings, HiViTBackbone
+from hivit_jax.models.convolutions import ConvModule, PixelClassifier
+from hivit_jax.models.hivit import HiViTSettings
+from hivit_jax.ops.choice import FAST, Ops
+
+POOL_SCALES = (1, 2, 3, 6)  # cells a side of the pooling pyramid
+_AUXILIARY_LEVEL = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmenterSettings(HiViTSettings):
+  """Settings of HiViT with UPerNet.
+
+  `image_size` is that of the crops: the bias tables are for it. Other sizes resize the tables.
+
+  Attributes:
+    position_image_size: (height, width) that the position embedding is for; it is resized to the
+      crops in every forward pass, as the published segmenter does.
+    num_classes: of a pixel.
+    head_channels: of UPerNet; it takes most of the computation at the published 1024.
+    auxiliary_channels: of the second head; 0: there is none.
+    dropout_rate: share of the channels that training drops before the classifiers.
+  """
+
+  position_image_size: tuple[int, int] = (224, 224)
+  num_classes: int = 150
+  head_channels: int = 1024
+  auxiliary_channels: int = 256
+  dropout_rate: float = 0.1
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.num_classes < 2:
+      raise UserError(f'num_classes must be 2 or more, got {self.num_classes}')
+    if self.head_channels < 1 or self.auxiliary_channels < 0:
+      raise UserError(
+        f'head_channels={self.head_channels}, auxiliary_channels={self.auxiliary_channels}: '
+        'expected at least 1, and 0 or more'
+      )
+    if not 0 <= self.dropout_rate < 1:
+      raise UserError(f'dropout_rate must be at least 0 and below 1, got {self.dropout_rate}')
+
+  @property
+  def backbone(self) -> BackboneSettings:
+    """Settings of the encoder."""
+    shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(HiViTSettings)}
+    return BackboneSettings(
+      **shared | {'image_size': self.position_image_size}, bias_image_size=self.image_size
+    )
+
+
+class _Pool(nnx.Module):
+  """Has no parameters; in the reference the first part of each branch of the pooling pyramid."""
+
+
+class UPerHead(nnx.Module):
+  """UPerNet's head.
+
+  Args:
+    inputs: channels of the maps, finest first.
+    channels: of everything in the head.
+    classes: of a pixel.
+    rate: of the dropout before the classifier.
+  """
+
+  ops: Ops = FAST
+
+  def __init__(
+    self,
+    inputs: Sequence[int],
+    channels: int,
+    classes: int,
+    *,
+    rate: float,
+    rngs: nnx.Rngs,
+    dtype: Any,
+  ):
+    options = {'rngs': rngs, 'dtype': dtype}
+    self.conv_seg = PixelClassifier(channels, classes, rate=rate, **options)
+    self.psp_modules = nnx.List(
+      nnx.List([_Pool(), ConvModule(inputs[-1], channels, 1, **options)]) for _ in POOL_SCALES
+    )
+    joined = inputs[-1] + len(POOL_SCALES) * channels
+    self.bottleneck = ConvModule(joined, channels, 3, **options)
+    self.lateral_convs = nnx.List(ConvModule(c, channels, 1, **options) for c in inputs[:-1])
+    self.fpn_convs = nnx.List(ConvModule(channels, channels, 3, **options) for _ in inputs[:-1])
+    self.fpn_bottleneck = ConvModule(len(inputs) * channels, channels, 3, **options)
+
+  def __call__(
+    self, maps: Sequence[jax.Array], dropout_noise: jax.Array | None = None, *, train: bool
+  ) -> jax.Array:
+    """Logits at the resolution of the finest map.
+
+    Args:
+      maps: (B, h, w, C), finest first.
+      dropout_noise: (B, channels) uniform numbers; None: no dropout.
+      train: BatchNorm takes the batch's statistics and updates its own.
+
+    Returns:
+      (B, h, w, classes) float32.
+    """
+    return self.conv_seg(self.fused(maps, train=train), dropout_noise)
+
+  def fused(self, maps: Sequence[jax.Array], *, train: bool) -> jax.Array:
+    """(B, h, w, channels), before the classifier."""
+    laterals = [conv(x, train=train) for conv, x in zip(self.lateral_convs, maps[:-1], strict=True)]
+    laterals.append(self.pyramid(maps[-1], train=train))
+    for i in reversed(range(len(laterals) - 1)):
+      laterals[i] += resize.bilinear(laterals[i + 1], laterals[i].shape[1:3])
+    outs = [conv(x, train=train) for conv, x in zip(self.fpn_convs, laterals[:-1], strict=True)]
+    kernel = self.fpn_bottleneck.conv.kernel[...]
+    x = _convolve_joined([*outs, laterals[-1]], kernel, self.ops)
+    return self.fpn_bottleneck.activate(x, train=train)
+
+  def pyramid(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """The coarsest map with what its surroundings are at four scales: (B, h, w, channels)."""
+    parts = [x]
+    for scale, branch in zip(POOL_SCALES, self.psp_modules, strict=True):
+      pooled = branch[1](resize.adaptive_mean(x, scale), train=train)
+      parts.append(resize.bilinear(pooled, x.shape[1:3]))
+    return self.bottleneck(jnp.concatenate(parts, axis=-1), train=train)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _convolve_joined(maps: Sequence[jax.Array], kernel: jax.Array, ops: Ops) -> jax.Array:
+  """A convolution of all maps, resized to the finest and joined along their channels.
+
+  Computed as a sum of as many convolutions: nothing is joined, and the backward pass, which resizes
+  again, keeps only the small maps. At the published width that is most of a head's memory.
+  """
+  size = maps[0].shape[1:3]
+  kernels = jnp.split(kernel, len(maps), axis=2)
+  return sum(
+    ops.convolve(resize.bilinear(x, size), part) for x, part in zip(maps, kernels, strict=True)
+  )
+
+
+class FCNHead(nnx.Module):
+  """One convolution and a classifier on one map: the auxiliary head."""
+
+  def __init__(
+    self, inputs: int, channels: int, classes: int, *, rate: float, rngs: nnx.Rngs, dtype: Any
+  ):
+    options = {'rngs': rngs, 'dtype': dtype}
+    self.conv_seg = PixelClassifier(channels, classes, rate=rate, **options)
+    self.convs = nnx.List([ConvModule(inputs, channels, 3, **options)])
+
+  def __call__(
+    self, x: jax.Array, dropout_noise: jax.Array | None = None, *, train: bool
+  ) -> jax.Array:
+    """(B, h, w, inputs) -> (B, h, w, classes) float32; the rest as for `UPerHead`."""
+    return self.conv_seg(self.convs[0](x, train=train), dropout_noise)
+
+
+class Segmenter(nnx.Module):
+  """HiViT with UPerNet: (B, H, W, channels) images -> (B, H/4, W/4, classes) logits."""
+
+  def __init__(self, settings: SegmenterSettings, *, rngs: nnx.Rngs):
+    self.settings = settings
+    self.image_size, self.channels = settings.image_size, settings.channels
+    self.num_classes = settings.num_classes
+    self.backbone = HiViTBackbone(settings.backbone, rngs=rngs)
+    inputs = [info.channels for info in self.backbone.feature_info]
+    options = {'rate': settings.dropout_rate, 'rngs': rngs, 'dtype': settings.dtype}
+    classes = settings.num_classes
+    self.decode_head = UPerHead(inputs, settings.head_channels, classes, **options)
+    width, channels = inputs[_AUXILIARY_LEVEL - 1], settings.auxiliary_channels
+    self.auxiliary_head = FCNHead(width, channels, classes, **options) if channels else None
+
+  @property
+  def drop_path_rates(self) -> tuple[float, ...]:
+    """Of the encoder's blocks."""
+    return self.backbone.drop_path_rates
+
+  def drop_path_noise(self, rng: jax.Array, batch: int) -> jax.Array:
+    """See `Encoder.drop_path_noise`."""
+    return self.backbone.drop_path_noise(rng, batch)
+
+  def dropout_noise(self, rng: jax.Array, batch: int) -> jax.Array:
+    """Uniform numbers that decide which channels a batch drops: (batch, channels of the heads)."""
+    settings = self.settings
+    return jax.random.uniform(rng, (batch, settings.head_channels + settings.auxiliary_channels))
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Logits of the main head, by the running statistics.
+
+    Args:
+      images: normalised, of any size that is a multiple of 16 and at least 32; with relative
+        position bias, sizes other than `image_size` are another function than the published one.
+
+    Returns:
+      (B, H/4, W/4, classes) float32.
+    """
+    return self.decode_head(self.backbone(images), train=False)
+
+  def heads(
+    self,
+    images: jax.Array,
+    *,
+    drop_path_noise: jax.Array | None = None,
+    dropout_noise: jax.Array | None = None,
+    train: bool = True,
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Logits of both heads, for training.
+
+    Args:
+      images: as for `__call__`.
+      drop_path_noise, dropout_noise: from the methods of these names; None: off.
+      train: BatchNorm takes the batch's statistics and updates its own.
+
+    Returns:
+      (B, H/4, W/4, classes) and, where there is an auxiliary head, (B, H/16, W/16, classes).
+    """
+    maps = self.backbone(images, drop_path_noise=drop_path_noise)
+    first = second = None
+    if dropout_noise is not None:
+      first, second = jnp.split(dropout_noise, [self.settings.head_channels], axis=1)
+    logits = self.decode_head(maps, first, train=train)
+    if self.auxiliary_head is None:
+      return logits, None
+    return logits, self.auxiliary_head(maps[_AUXILIARY_LEVEL - 1], second, train=train)

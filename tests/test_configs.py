@@ -54,6 +54,9 @@ PARAMETERS = {
   'ladder_1_three_stages': 66_260_864,
   'ladder_2_global': 66_440_064,
   'ladder_3_mlp_stem': 65_776_040,
+  'detect_hivit_t': 40_243_664,
+  'detect_hivit_s': 58_544_720,
+  'detect_hivit_b': 87_370_608,
   'linear_hivit_b': 66_418_952 + 2 * 512,  # and the statistics of its BatchNorm
 }
 

@@ -68,6 +68,7 @@ class DetectTask(ImageTask):
   )
   encoder = 'backbone/'
   stem_is_one_layer = True
+  object_classes = True
   measures = frozenset(('evaluation',))
 
   num_classes: int

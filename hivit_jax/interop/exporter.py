@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.interop import files, importer, infer, mismatch, torch_names
+from hivit_jax.interop import files, importer, infer, mismatch, segmenter, torch_names
 from hivit_jax.interop.files import StateDict, normal_names
 from hivit_jax.interop.infer import Described
 from hivit_jax.models import swin
@@ -21,10 +21,17 @@ LAYOUTS = {
   'official': ('the official classifier', 'model'),
   'mae': ('the official masked autoencoder with its decoder', 'model'),
   'simmim': ('the official SimMIM with its decoder', 'model'),
+  'segmenter': ("mmsegmentation's segmenter with its heads", 'state_dict'),
   'backbone': ('the official detection and segmentation backbone', 'state_dict'),
   'mmpretrain': ("mmpretrain's HiViT classifier, without its final norm", 'state_dict'),
 }
-_NEEDED = {'official': 'classifier', 'mmpretrain': 'classifier', 'mae': 'mae', 'simmim': 'simmim'}
+_NEEDED = {
+  'official': 'classifier',
+  'mmpretrain': 'classifier',
+  'mae': 'mae',
+  'simmim': 'simmim',
+  'segmenter': 'segmenter',
+}
 _TABLE, _INDEX, _MASK = 'relative_position_bias_table', 'relative_position_index', 'attn_mask'
 
 
@@ -96,6 +103,8 @@ def in_layout(
     arrays |= _swin_buffers(arrays, state)
   else:
     arrays |= _indices(arrays, state, every_block=layout == 'mmpretrain')
+  if layout == 'segmenter':
+    return segmenter.official(arrays)
   if layout == 'mmpretrain':
     return _mmpretrain(arrays)
   if layout == 'simmim':
@@ -110,6 +119,8 @@ def in_layout_described(
   arguments = dict(described.arguments)
   if layout == 'backbone':
     kept = {key: arguments[key] for key in ('num_heads', 'image_size')}
+    if 'position_image_size' in arguments:  # of a segmenter, whose other size the tables show
+      kept['image_size'] = arguments['position_image_size']
     backbone = infer.describe(files.normal_names(arrays), state.source, **kept)
     guessed = tuple(key for key in described.guessed if key in kept)
     return backbone._replace(guessed=guessed)

@@ -26,7 +26,7 @@ _UNIT = 16  # pixels
 
 # What other code's files have and no model here needs: (names, condition, reason).
 _IGNORED = (
-  (r'head_norm\.num_batches_tracked', None, 'a counter'),
+  (r'(.*\.bn|head_norm)\.num_batches_tracked', None, 'a counter'),
   (r'(.*\.)?(relative_position_index|attn_mask)', None, 'a constant, computed when needed'),
   (
     r'(align_dim_\w+|fpn_modules|split_\d+to\d+|block_\d+to\d+)\..*',
@@ -134,9 +134,10 @@ def fit(
 ) -> tuple[dict[Path, np.ndarray], LoadReport]:
   """The values for a model's parameters, in its layout; arguments as for `load_into`."""
   leaves = torch_names.flatten(nnx.to_pure_dict(nnx.state(model)))
-  # As `files.normal_names` has them; SimMIM's encoder is a part of its model.
+  # As `files.normal_names` has them; the encoders of SimMIM and segmenters are parts of a model.
   wanted = {
-    _torch_name(path, leaf).removeprefix('encoder.'): (path, leaf) for path, leaf in leaves.items()
+    re.sub('^(encoder|backbone)[.]', '', _torch_name(path, leaf)): (path, leaf)
+    for path, leaf in leaves.items()
   }
   mismatch.check_decoder(wanted, state, partial)
   mismatch.check_heads(model, state)
@@ -161,7 +162,7 @@ def fit(
       report.resized[name] = how
     value = torch_names.from_torch(path, value) if value.ndim in (2, 4) else value
     if value.shape != leaf.shape:
-      if partial and name.startswith('head.'):
+      if partial and re.match(r'(.*_)?head\.(conv_seg\.)?\w+$', name):
         report.new.append(name)
         report.dropped.append(name)
         continue
@@ -226,6 +227,7 @@ class _Sizes:
     size = image_size or infer.image_size(state.metadata)
     self._hint = None if size is None else (size[0] // _UNIT, size[1] // _UNIT)
     self._source = state.source
+    model = getattr(model, 'backbone', model)
     self._grid: Grid | None = getattr(model, 'grid', None)  # None: Swin, without such embeddings
     self._class_tokens: int = getattr(model, 'class_tokens', 0)
     self._bias_grid: Grid | None = None

@@ -10,6 +10,7 @@ import numpy as np
 
 from hivit_jax import settings
 from hivit_jax.errors import UserError
+from hivit_jax.interop import segmenter
 from hivit_jax.models import MODELS, settings_of
 
 _HEAD_WIDTH = 64  # channels of an attention head in every published HiViT and ViT
@@ -22,6 +23,7 @@ KINDS = {
   'classifier': ('a classifier', ''),
   'mae': ('an MAE checkpoint (with a decoder)', 'mae_'),
   'simmim': ('a SimMIM checkpoint (with a decoder)', 'simmim_'),
+  'segmenter': ('a segmenter', 'segment_'),
   'backbone': ('a backbone without head', 'backbone_'),
 }
 
@@ -52,6 +54,8 @@ def family(arrays: Mapping[str, Any]) -> str:
     return 'mae'
   if 'decoder.0.weight' in arrays:
     return 'simmim'
+  if segmenter.CLASSIFIER in arrays:
+    return 'segmenter'
   return 'classifier' if 'head.weight' in arrays else 'backbone'
 
 
@@ -120,11 +124,15 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
         f'{source} has patches of {"x".join(map(str, sides))} pixels; {label} has them of '
         f'{patch}x{patch} here'
       )
-    arguments = tell(shape, source, told['num_heads'], told['image_size'])
+    size = told['image_size']
+    own = known.pop('position_image_size', None) if kind == 'segmenter' else size
+    arguments = tell(shape, source, told['num_heads'], own)
     if kind == 'classifier':
       arguments['num_classes'] = shape['head.weight'][0]
       if 'head_norm.running_mean' in shape:
         arguments['head_batch_norm'] = True
+    elif kind == 'segmenter':
+      arguments = segmenter.arguments(shape, arguments, size)
     elif kind == 'mae':
       arguments |= {
         'decoder_embed_dim': shape['decoder_embed.weight'][0],

@@ -66,7 +66,8 @@ def check_heads(model: Any, state: StateDict) -> None:
   told = carried.read(state.metadata)
   if told is None:
     return
-  parts = {'num_heads': getattr(model, 'blocks', None)}
+  encoder = getattr(model, 'backbone', model)
+  parts = {'num_heads': getattr(encoder, 'blocks', None)}
   if 'decoder_pred.weight' in state.arrays:
     parts['decoder_num_heads'] = getattr(model, 'decoder_blocks', None)
   for key, blocks in parts.items():

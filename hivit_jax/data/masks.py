@@ -2,7 +2,7 @@
 
 import numpy as np
 
-CROP = 112  # cells along a side of a crop
+CROP = 112  # cells along a side of a crop, as in `detection.mask_targets`
 
 
 def coverage_weights(start: float, stop: float, cells: int, pixels: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from hivit_jax.detection import roi_align
 
+CROP = 112  # cells along a side of a crop
 MARGIN = 2  # cells of zeros around a crop, so that its border falls off within the grid
 
 

@@ -24,6 +24,9 @@ Path = torch_names.Path
 Grid = tuple[int, int]
 _UNIT = 16  # pixels
 
+# Of classes, which another data set has others of.
+_CLASSIFIERS = re.compile(r'((.*_)?head\.(conv_seg\.)?|.*\.(fc_cls|fc_reg|conv_logits)\.)\w+')
+
 # What other code's files have and no model here needs: (names, condition, reason).
 _IGNORED = (
   (r'(.*\.bn|head_norm)\.num_batches_tracked', None, 'a counter'),
@@ -134,7 +137,7 @@ def fit(
 ) -> tuple[dict[Path, np.ndarray], LoadReport]:
   """The values for a model's parameters, in its layout; arguments as for `load_into`."""
   leaves = torch_names.flatten(nnx.to_pure_dict(nnx.state(model)))
-  # As `files.normal_names` has them; the encoders of SimMIM and segmenters are parts of a model.
+  # As `files.normal_names` has them; encoders of SimMIM, segmenters, detectors are parts of these.
   wanted = {
     re.sub('^(encoder|backbone)[.]', '', _torch_name(path, leaf)): (path, leaf)
     for path, leaf in leaves.items()
@@ -162,7 +165,7 @@ def fit(
       report.resized[name] = how
     value = torch_names.from_torch(path, value) if value.ndim in (2, 4) else value
     if value.shape != leaf.shape:
-      if partial and re.match(r'(.*_)?head\.(conv_seg\.)?\w+$', name):
+      if partial and _CLASSIFIERS.fullmatch(name):
         report.new.append(name)
         report.dropped.append(name)
         continue

@@ -10,7 +10,7 @@ import numpy as np
 
 from hivit_jax import settings
 from hivit_jax.errors import UserError
-from hivit_jax.interop import segmenter
+from hivit_jax.interop import detector, segmenter
 from hivit_jax.models import MODELS, settings_of
 
 _HEAD_WIDTH = 64  # channels of an attention head in every published HiViT and ViT
@@ -24,6 +24,7 @@ KINDS = {
   'mae': ('an MAE checkpoint (with a decoder)', 'mae_'),
   'simmim': ('a SimMIM checkpoint (with a decoder)', 'simmim_'),
   'segmenter': ('a segmenter', 'segment_'),
+  'detector': ('a detector', 'detect_'),
   'backbone': ('a backbone without head', 'backbone_'),
 }
 
@@ -56,6 +57,8 @@ def family(arrays: Mapping[str, Any]) -> str:
     return 'simmim'
   if segmenter.CLASSIFIER in arrays:
     return 'segmenter'
+  if detector.CLASSIFIER in arrays:
+    return 'detector'
   return 'classifier' if 'head.weight' in arrays else 'backbone'
 
 
@@ -125,7 +128,7 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
         f'{patch}x{patch} here'
       )
     size = told['image_size']
-    own = known.pop('position_image_size', None) if kind == 'segmenter' else size
+    own = known.pop('position_image_size', None) if kind in ('segmenter', 'detector') else size
     arguments = tell(shape, source, told['num_heads'], own)
     if kind == 'classifier':
       arguments['num_classes'] = shape['head.weight'][0]
@@ -133,6 +136,8 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
         arguments['head_batch_norm'] = True
     elif kind == 'segmenter':
       arguments = segmenter.arguments(shape, arguments, size)
+    elif kind == 'detector':
+      arguments = detector.arguments(shape, arguments, size)
     elif kind == 'mae':
       arguments |= {
         'decoder_embed_dim': shape['decoder_embed.weight'][0],
@@ -152,6 +157,8 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
     guessed.append('num_heads')
   if kind == 'mae' and not told['decoder_num_heads']:
     guessed.append('decoder_num_heads')
+  if kind == 'detector':
+    guessed += [key for key in detector.GUESSED if key not in known]
   invisible = {key: value for key, value in defaults(name).items() if key in INVISIBLE}
   guessed += [key for key in invisible if key not in known]
   return Described(name, arguments | invisible | known, tuple(guessed))

@@ -15,16 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hivit_jax.data import detection_transforms
-from hivit_jax.data.masks import CROP
 from hivit_jax.detection import anchors as anchor_ops
 from hivit_jax.detection import boxes as box_ops
 from hivit_jax.detection.assign import Sample
-from hivit_jax.detection.mask_targets import mask_targets
+from hivit_jax.detection.mask_targets import CROP, mask_targets
 from hivit_jax.errors import UserError
 from hivit_jax.models.mask_rcnn import BOX_SIZE, MASK_CELLS, MASK_SIZE, MaskRCNN
 from hivit_jax.tasks import detection_losses as losses
-from hivit_jax.tasks import detection_results
 from hivit_jax.tasks import detection_targets as targets
 from hivit_jax.tasks.evaluators import Collected, Context, Evaluator
 from hivit_jax.tasks.images import normalize
@@ -92,6 +89,8 @@ class DetectTask(ImageTask):
 
   def input(self, train: bool) -> Callable[..., dict[str, Any]]:
     """See `detection_transforms.TrainTransform` and `EvalTransform`."""
+    from hivit_jax.data import detection_transforms  # here: a benchmark of a step needs no data
+
     if not train:
       return detection_transforms.EvalTransform(
         self.eval_short_side, self.long_side, self.image_size, self.channels
@@ -224,6 +223,8 @@ class DetectTask(ImageTask):
 
   def evaluators(self, context: Context) -> list[Evaluator]:
     """COCO's measures of boxes and masks on each set."""
+    from hivit_jax.tasks import detection_results
+
     every = context.every('evaluation')
     if every is None:
       return []

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from hivit_jax.data import masks
+from hivit_jax.detection import mask_targets
 from hivit_jax.detection.assign import Sample
 from hivit_jax.interop import torch_names
 from hivit_jax.models.mask_rcnn import MASK_CELLS
@@ -173,6 +174,10 @@ def test_layer_and_weight_decay_are_the_official_ones():
   assert found.keys() == expected.keys()
   for name, pair in expected.items():
     assert found[name] == pytest.approx(pair), name
+
+
+def test_crops_are_as_large_as_the_data_make_them():
+  assert mask_targets.CROP == masks.CROP
 
 
 def batch_of(canvas, *, sizes=((90, 120), (64, 61)), objects=2, seed=0):

@@ -12,12 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.detection.anchors import RATIOS
+from hivit_jax.models.convolutions import BatchNorm
 from hivit_jax.ops import initializers
 from hivit_jax.ops.modules import Linear
-from hivit_jax.ops.precision import at_least_float32, widen
-
-_EPSILON = 1e-5
-_MOMENTUM = 0.1  # share of the batch in the new running statistics
+from hivit_jax.ops.precision import at_least_float32
 
 
 def _xavier(size: int, inputs: int, outputs: int) -> Callable:
@@ -80,46 +78,10 @@ class Conv(nnx.Module):
 class _Named(nnx.Module):
   """A convolution under the name that mmcv gives it, with the norm that may follow it."""
 
-  def __init__(self, conv: Conv, norm: 'BatchNorm | None' = None):
+  def __init__(self, conv: Conv, norm: BatchNorm | None = None):
     self.conv = conv
     if norm is not None:
       self.bn = norm
-
-
-class BatchNorm(nnx.Module):
-  """BatchNorm of RoIs of which some are empty slots, with PyTorch's running statistics.
-
-  Unlike `nnx.BatchNorm`, the running variance is the unbiased one, as in PyTorch. Statistics are at
-  least float32 and over the whole batch, on however many devices.
-  """
-
-  def __init__(self, features: int):
-    self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
-    self.mean, self.var = nnx.BatchStat(jnp.zeros(features)), nnx.BatchStat(jnp.ones(features))
-
-  def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-    """(R, h, w, C) -> the same.
-
-    Args:
-      x: features of RoIs.
-      valid: (R,) bool, RoIs whose statistics are taken and shared with the running ones; None: the
-        running statistics are used, and stay.
-    """
-    wide = widen(x)
-    if valid is None:
-      mean, var = self.mean[...], self.var[...]
-    else:
-      weight = valid.astype(wide.dtype)[:, None, None, None]
-      count = jnp.maximum(valid.sum() * (x.shape[1] * x.shape[2]), 2).astype(wide.dtype)
-      mean = (wide * weight).sum((0, 1, 2)) / count
-      var = (jnp.square(wide - mean) * weight).sum((0, 1, 2)) / count
-      for statistic, new in ((self.mean, mean), (self.var, var * (count / (count - 1)))):
-        old = statistic[...]
-        statistic[...] = jnp.where(valid.any(), old + _MOMENTUM * (new - old), old).astype(
-          old.dtype
-        )
-    scale = jax.lax.rsqrt(var + _EPSILON) * self.scale[...]
-    return ((wide - mean) * scale + self.bias[...]).astype(x.dtype)
 
 
 class FPN(nnx.Module):
@@ -226,7 +188,7 @@ class BoxHead(nnx.Module):
       (R, classes + 1) logits and (R, classes, 4) deltas of each class.
     """
     for block in self.shared_convs:
-      x = nnx.relu(block.bn(block.conv(x), valid))
+      x = nnx.relu(block.bn(block.conv(x), train=valid is not None, valid=valid))
     x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # channels first, as the weights' layout
     x = nnx.relu(self.shared_fcs[0](x))
     return self.fc_cls(x), self.fc_reg(x).reshape(len(x), -1, 4)

@@ -29,6 +29,7 @@ from tests.helpers import (
 from tests.models.test_mask_rcnn import DETECTOR
 
 SLOTS = 4
+LOSSES = ('rpn_class', 'rpn_box', 'class', 'box', 'mask')
 # Pixels of the golden images are normalised already; the task gets these as they are.
 TASK = detect.DetectTask(mean=(0, 0, 0), std=(1, 1, 1), num_classes=5, anchors=24, rois=16)
 
@@ -138,9 +139,9 @@ def test_losses_gradients_and_statistics_equal_the_official_ones(golden, monkeyp
     return value, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), sent['wanted'])
 
   with jax.enable_x64(True):
-    (value, (metrics, statistics, wanted)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-      params
-    )
+    (value, (metrics, statistics, wanted)), grads = quick_jit(
+      jax.value_and_grad(loss, has_aux=True)
+    )(params)
   assert_close(metrics['loss_rpn_class'], arrays['loss/loss_rpn_cls'].sum())
   assert_close(metrics['loss_rpn_box'], arrays['loss/loss_rpn_bbox'].sum())
   assert_close(metrics['loss_class'], arrays['loss/loss_cls'])
@@ -220,9 +221,7 @@ def test_more_canvas_changes_no_feature_and_no_detection(detector):
 
   small = batch_of((96, 128))
   large = batch_of((160, 192))
-  with jax.enable_x64(True):
-    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-  (maps, found), (larger, found_larger) = (jax.jit(run)(params, b) for b in (small, large))
+  (maps, found), (larger, found_larger) = (quick_jit(run)(params, b) for b in (small, large))
   own = detect.own_shapes(detect.own_canvas(small['size']))
   for level, (a, b) in enumerate(zip(maps, larger, strict=True)):
     for image in range(2):
@@ -250,35 +249,63 @@ def test_an_image_on_its_own_canvas_needs_no_masks(detector):
     assert_close(b, a, relative=2e-5)
 
 
-@pytest.mark.parametrize('objects', [0, SLOTS])
-def test_no_object_and_full_slots_give_finite_losses_and_gradients(detector, objects):
+@pytest.fixture(scope='module')
+def gradients(detector):
+  """`gradients(batch, terms)`: metrics and gradients of the sum of some losses, compiled once."""
   graphdef, params = detector
-  batch = batch_of((96, 128), objects=objects)
 
-  def loss(params):
+  def loss(params, batch, chosen):
     model = nnx.merge(graphdef, params)
-    return TASK.loss(model, TASK.prepare(model, batch, jax.random.key(0)))
+    total, metrics = TASK.loss(model, TASK.prepare(model, batch, jax.random.key(0)))
+    terms = [metrics[f'loss_{name}'] for name in LOSSES]
+    return jnp.stack(terms) @ chosen, (total, metrics)
 
-  (value, metrics), grads = quick_jit(jax.value_and_grad(loss, has_aux=True))(params)
-  assert np.isfinite(value)
+  run = quick_jit(jax.grad(loss, has_aux=True))
+
+  def of(batch, terms=LOSSES):
+    chosen = np.array([name in terms for name in LOSSES], np.float32)
+    grads, (total, metrics) = run(params, batch, chosen)
+    return total, metrics, grads
+
+  return of
+
+
+@pytest.mark.parametrize('objects', [0, SLOTS])
+def test_no_object_and_full_slots_give_finite_losses_and_gradients(gradients, objects):
+  total, metrics, grads = gradients(batch_of((96, 128), objects=objects))
+  assert_close(total, sum(metrics[f'loss_{name}'] for name in LOSSES), relative=1e-6)
+  assert np.isfinite(total)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
   assert (metrics['loss_box'] > 0) == (metrics['loss_mask'] > 0) == (objects > 0)
 
 
-def test_a_roi_learns_from_itself_and_no_gradient_goes_through_proposals(detector):
-  """The classes' loss reaches the proposal head in no way."""
-  graphdef, params = detector
-  batch = batch_of((96, 128))
-
-  def loss(params):
-    model = nnx.merge(graphdef, params)
-    _, metrics = TASK.loss(model, TASK.prepare(model, batch, jax.random.key(0)))
-    return metrics['loss_class'] + metrics['loss_box'] + metrics['loss_mask']
-
-  grads = quick_jit(jax.grad(loss))(params)
+def test_no_gradient_goes_through_proposals(gradients):
+  """What is lost on RoIs reaches the encoder, but not the head that proposed them."""
+  _, _, grads = gradients(batch_of((96, 128)), ('class', 'box', 'mask'))
   assert not any(np.any(x) for x in jax.tree.leaves(grads['rpn_head']))
   assert np.any(grads['roi_head']['mask_head']['upsample']['kernel'])
   assert np.any(grads['backbone']['patch_embed']['proj']['kernel'])
+  _, _, grads = gradients(batch_of((96, 128)), ('rpn_class', 'rpn_box'))
+  assert np.any(grads['rpn_head']['rpn_reg']['kernel'])
+  assert not any(np.any(x) for x in jax.tree.leaves(grads['roi_head']))
+
+
+def test_one_pixel_objects_do_no_harm(gradients):
+  batch = batch_of((96, 128))
+  batch['boxes'][:, 0, 2:] = batch['boxes'][:, 0, :2] + 1
+  total, _, grads = gradients(batch)
+  assert np.isfinite(total)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
+def test_the_order_of_objects_changes_nothing(gradients):
+  """But for which RoIs are drawn, so that the losses of the proposals are compared."""
+  batch = batch_of((96, 128), objects=SLOTS)
+  order = np.array([2, 0, 3, 1])
+  permuted = batch | {key: batch[key][:, order] for key in ('boxes', 'labels', 'exists', 'masks')}
+  one, two = (gradients(b, ('rpn_class', 'rpn_box'))[1] for b in (batch, permuted))
+  for key in ('loss_rpn_class', 'loss_rpn_box'):
+    assert_close(two[key], one[key])
 
 
 def test_the_objects_themselves_are_sampled_before_any_proposal_is_good():

@@ -12,7 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
   # mae: masked autoencoding; simmim; classify; linear: train the last layer alone; segment;
   # detect; or one of your own, package.module:Name. model.name, data.name and evaluators take such
   # names, too.
-  config.task = 'mae'
+  config.task = 'mae'  # what is trained
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
   config.channels = 3  # of the images: 3 (RGB) or 1 (greyscale)
   config.epochs = 300.0  # length of the run and of the learning rate's schedule
@@ -103,8 +103,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.segment.mean_over = 'all'  # pixels, as published; or labelled
   config.segment.class_weights = ()  # one a class, of its pixels in the loss; none: 1
   config.segment.auxiliary_weight = 0.4  # of the second head's loss
-  # Evaluation: whole, the image fitted into one crop; or slide, windows over all of it.
-  config.segment.inference = 'slide'
+  # Evaluation: `whole`, the image is fitted into one crop; `slide`, windows cover all of it.
+  config.segment.inference = 'slide'  # or whole
   config.segment.stride = (426, 426)  # pixels from one window to the next
   config.segment.scales = (1.0,)  # of the shorter side, times the crop; several are averaged
   config.segment.mirrored = False  # and each of them mirrored, too

@@ -4,7 +4,7 @@ configs/demo.py           MAE pretraining
 configs/demo.py:finetune  the pretrained model learns to tell 16 photographs from few labels
 configs/demo.py:scratch   the same without pretraining, to compare with
 configs/demo.py:digits    supervised training on handwritten digits
-configs/demo.py:detect    the pretrained model learns to find the objects in scenes of these photographs
+configs/demo.py:detect    the pretrained model learns to find objects in scenes of these photographs
 configs/demo.py:detect_scratch  the same without pretraining
 configs/demo.py:debug     two steps
 """

@@ -57,6 +57,10 @@ PARAMETERS = {
   'detect_hivit_t': 40_243_664,
   'detect_hivit_s': 58_544_720,
   'detect_hivit_b': 87_370_608,
+  # And the statistics of their BatchNorms.
+  'segment_hivit_t': 129_862_792,
+  'segment_hivit_s': 148_538_308,
+  'segment_hivit_b': 179_726_156 + 25_088,
   'linear_hivit_b': 66_418_952 + 2 * 512,  # and the statistics of its BatchNorm
 }
 
@@ -197,9 +201,9 @@ def test_the_debug_variant_trains_two_steps(name, debug_run):
   assert_two_steps(run.workdir)
   written = json.loads((run.workdir / 'config.json').read_text())['config']
   expected = json.loads(json.dumps(run.config.to_dict()))
-  if run.config.task in ('classify', 'linear'):
+  if run.config.task in ('classify', 'linear', 'segment'):
     assert run.config.model.num_classes is None  # nobody has written into it
-    expected['model']['num_classes'] = 10
+    expected['model']['num_classes'] = 16 if run.config.task == 'segment' else 10
   assert written == expected
 
 

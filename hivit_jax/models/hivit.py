@@ -232,9 +232,7 @@ class HiViTEncoder(Encoder):
     x = x.reshape(len(x), *grid, -1)  # (B, rows, columns, C)
     x = self._dense_blocks(x, window_size, global_blocks, inside, drop_path_noise)
     maps = {1: _to_map(stem.middle, grid), 2: _to_map(stem.merged, grid), 3: x}
-    rows, columns = grid[0] // 2, grid[1] // 2
-    cells = x[:, : 2 * rows, : 2 * columns].reshape(len(x), rows, 2, columns, 2, -1)
-    maps[4] = cells.max(axis=(2, 4))
+    maps[4] = _max_pool(x)
     return tuple(maps[level] for level in levels)
 
   def _dense_blocks(self, x, window_size, global_blocks, inside, drop_path_noise) -> jax.Array:
@@ -290,6 +288,20 @@ def units_inside(own: jax.Array, grid: tuple[int, int]) -> jax.Array:
   """(B, 2) rows and columns of the images in a grid -> (B, *grid) bool, the units in them."""
   rows, columns = (jnp.arange(n) < own[:, i : i + 1] for i, n in enumerate(grid))
   return rows[:, :, None] & columns[:, None]
+
+
+def _max_pool(x: jax.Array) -> jax.Array:
+  """The largest of 2x2 places, an odd last row or column dropped: (B, h, w, C).
+
+  Of equal ones the first counts, as in PyTorch. Not `max`, whose gradient looks for what equals the
+  result and divides by how many do: none, where XLA computes `x` anew and rounds it otherwise.
+  """
+  rows, columns = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+  x = x[:, :rows, :columns]
+  for axis in (2, 1):
+    one, two = (jax.lax.slice_in_dim(x, i, None, 2, axis) for i in (0, 1))
+    x = jnp.where(one >= two, one, two)
+  return x
 
 
 def _to_map(x: jax.Array, grid: tuple[int, int]) -> jax.Array:

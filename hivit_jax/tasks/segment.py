@@ -54,7 +54,7 @@ class SegmentTask(Task):
     'devices, --config.model.remat=True or a smaller batch need less memory'
   )
   measures = frozenset(('evaluation', 'pictures'))
-  example = 'predict {workdir} PICTURE.jpg --save=PICTURE.png'
+  example = 'predict {workdir} PICTURE.jpg --save=FOLDER'
 
   mean: Sequence[float]
   std: Sequence[float]

@@ -1,7 +1,10 @@
-"""Classes of images, told by a classifier.
+"""Classes of images, by a classifier, or of their pixels, by a segmenter.
 
   python -m hivit_jax.tools.predict (--workdir=WORKDIR | --weights=FILE) IMAGES... [--json]
-      [--top=5] [--save=sheet.png] [--labels=names.txt] [--ema]
+      [--top=5] [--save=PICTURE.png | FOLDER] [--labels=names.txt] [--ema]
+
+A segmenter prints the largest classes, and --save is a folder: of NAME.jpg it gets NAME.png with
+the classes themselves, NAME_colour.png, NAME_overlay.png, and legend.png for all.
 
 IMAGES are files, or folders of them. One that cannot be read is told and passed over; the exit
 status is 2 then.
@@ -28,20 +31,22 @@ from hivit_jax.data import transforms
 from hivit_jax.data.decode import BrokenImage, read_file
 from hivit_jax.data.sources import folder
 from hivit_jax.errors import UserError
-from hivit_jax.interop import carried, files, importer, infer
+from hivit_jax.interop import carried, files, importer, infer, segmenter
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks.images import normalize
-from hivit_jax.tools import contact_sheet
+from hivit_jax.tools import contact_sheet, predict_pixels
 from hivit_jax.train import assemble, weights
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of a classifier, or one of its checkpoints.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Of a classifier or segmenter, or one of its checkpoints.'
+)
 _WEIGHTS = flags.DEFINE_string('weights', None, 'A .pth or .safetensors file instead.')
 _EMA = flags.DEFINE_bool('ema', False, 'Take the exponential moving average of the weights.')
 _TOP = flags.DEFINE_integer('top', 5, 'How many classes an image.', lower_bound=1)
 _LABELS = flags.DEFINE_string('labels', None, 'File with the names of the classes, one a line.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object an image.')
-_SAVE = flags.DEFINE_string('save', None, 'Picture to write: the images with their classes.')
+_SAVE = flags.DEFINE_string('save', None, 'Picture to write; of a segmenter, a folder.')
 
 _BATCH_SIZE = 32
 # Of pixels in [0, 1]: what weights without a config were trained with.
@@ -60,6 +65,11 @@ def main(argv: list[str]) -> None:
   source = pathlib.Path(_WORKDIR.value or _WEIGHTS.value or '').expanduser()
   state = weights.read(source, ema=_EMA.value)
   described = carried.model_of(state)
+  if infer.family(state.arrays) == 'segmenter':
+    failed = _pixels(paths, state, described)
+    if failed:
+      raise UserError(f'{len(failed)} of {len(paths)} images could not be read')
+    return
   if infer.family(state.arrays) != 'classifier':
     raise UserError(
       f'{state.source} is {described.name}: it has nothing to classify with. Finetune it first: '
@@ -97,7 +107,8 @@ def main(argv: list[str]) -> None:
 
 def _labels(state: files.StateDict) -> Sequence[str]:
   """The name of every class; its index where no names are known."""
-  count = len(state.arrays['head.weight'])
+  classifier = segmenter.CLASSIFIER if segmenter.CLASSIFIER in state.arrays else 'head.weight'
+  count = len(state.arrays[classifier])
   if _LABELS.value is None:
     names = state.metadata.get('class_names') or ()
     return names if len(names) == count else [str(i) for i in range(count)]
@@ -115,13 +126,8 @@ def _predictor(
   state: files.StateDict, described: infer.Described, *, batch_size: int
 ) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
   """Returns a function from up to `batch_size` images to (B, classes) probabilities."""
-  told, config = infer.pixels(state.metadata), state.metadata.get('config')
-  statistics = {key: tuple(told.get(key, value)) for key, value in _IMAGENET.items()}
-  dtype = assemble.compute_dtype(ml_collections.ConfigDict(config)) if config else 'float32'
-  create = functools.partial(models.create_model, described.name, **described.arguments)
-  model = nnx.eval_shape(functools.partial(create, dtype=dtype))
-  importer.load_into(model, state)
-  graphdef, params = nnx.split(model)
+  statistics = _statistics(state)
+  graphdef, params = nnx.split(_model(state, described))
 
   @jax.jit
   def probabilities(params, images):
@@ -133,6 +139,29 @@ def _predictor(
     return np.asarray(probabilities(params, batch))[: len(images)]
 
   return predict
+
+
+def _statistics(state: files.StateDict) -> dict[str, tuple[float, ...]]:
+  told = infer.pixels(state.metadata)
+  return {key: tuple(told.get(key, value)) for key, value in _IMAGENET.items()}
+
+
+def _model(state: files.StateDict, described: infer.Described) -> nnx.Module:
+  config = state.metadata.get('config')
+  dtype = assemble.compute_dtype(ml_collections.ConfigDict(config)) if config else 'float32'
+  create = functools.partial(models.create_model, described.name, **described.arguments)
+  model = nnx.eval_shape(functools.partial(create, dtype=dtype))
+  importer.load_into(model, state)
+  return model
+
+
+def _pixels(paths: list[str], state: files.StateDict, described: infer.Described) -> list[str]:
+  """What a segmenter says; the images that could not be read."""
+  model = _model(state, described)
+  task = predict_pixels.task_of(state.metadata, model, **_statistics(state))
+  return predict_pixels.predict(
+    paths, model, task, _labels(state), top=_TOP.value, as_json=_JSON.value, folder=_SAVE.value
+  )
 
 
 def _read(

@@ -218,7 +218,9 @@ def task(config: ml_collections.ConfigDict, transforms: Callable[..., Any] | Non
     elif field.default is MISSING:
       raise UserError(f'config.task={config.task}: no setting is called {field.name}')
   if filled.get('num_classes', 0) is None:
-    filled['num_classes'] = _PUBLISHED_CLASSES
+    name = config.model.name
+    own = models.settings_of(name) if name in models.MODELS else {}
+    filled['num_classes'] = own.get('num_classes', _PUBLISHED_CLASSES)
   return chosen(**filled)
 
 

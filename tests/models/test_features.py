@@ -8,6 +8,7 @@ from flax import nnx
 
 import hivit_jax
 from hivit_jax.errors import UserError
+from hivit_jax.models import hivit
 from tests.helpers import (
   TINY,
   TINY_MAE,
@@ -15,6 +16,7 @@ from tests.helpers import (
   assert_close,
   golden_params,
   load_golden,
+  quick_jit,
   random_images,
   random_model,
 )
@@ -132,3 +134,23 @@ def test_images_of_other_channels_are_refused():
   model = hivit_jax.create_model('hivit_tiny', **TINY)
   with pytest.raises(UserError, match=r'images must be \(B, H, W, 3\), got \(1, 64, 64, 1\)'):
     model.features(random_images(1, 64, 64, 1))
+
+
+def test_of_equal_places_the_first_gets_the_gradient_of_the_pooled_level():
+  """As in PyTorch. And it is finite where XLA computes what is pooled anew, rounded otherwise."""
+  graphdef, params = random_model('hivit_tiny', **TINY, drop_path_rate=0.5)
+  images, noise = random_images(2, 64, 64, 3), np.full((2, 6, 2), 0.5, np.float32)
+
+  def loss(params):
+    model = nnx.merge(graphdef, params)
+    return sum(jnp.square(x).sum() for x in model.features(images, drop_path_noise=noise))
+
+  grads = quick_jit(jax.grad(loss))(params)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+  x = jnp.zeros((1, 3, 5, 1)).at[0, 1, 1].set(1).at[0, 1, 2].set(1)
+  pooled, pull = jax.vjp(hivit._max_pool, x)
+  np.testing.assert_array_equal(pooled[0, ..., 0], [[1, 1]])
+  (gradient,) = pull(jnp.ones_like(pooled))
+  np.testing.assert_array_equal(np.argwhere(gradient[0, ..., 0]), [[1, 1], [1, 2]])
+  (gradient,) = jax.vjp(hivit._max_pool, jnp.zeros((1, 2, 2, 1)))[1](jnp.ones((1, 1, 1, 1)))
+  np.testing.assert_array_equal(gradient[0, ..., 0], [[1, 0], [0, 0]])

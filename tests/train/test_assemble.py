@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base, finetune_hivit_t, mae_hivit_t, simmim_swin_b
+from configs import base, finetune_hivit_t, mae_hivit_t, segment_hivit_t, simmim_swin_b
 from hivit_jax import models
 from hivit_jax.errors import UserError
 from hivit_jax.interop import exporter, files
@@ -149,7 +149,9 @@ def test_older_runs_of_models_without_scan_name_it():
     nnx.eval_shape(model_creator(config))
 
 
-@pytest.mark.parametrize('module', [mae_hivit_t, simmim_swin_b, finetune_hivit_t, dense_config])
+@pytest.mark.parametrize(
+  'module', [mae_hivit_t, simmim_swin_b, finetune_hivit_t, segment_hivit_t, dense_config]
+)
 def test_a_task_says_what_its_transform_makes_of_an_example(module):
   """Plans and benchmarks rely on it: they have no data."""
   config = module.get_config('debug') if module is not dense_config else module.get_config()
@@ -166,6 +168,13 @@ def test_a_task_says_what_its_transform_makes_of_an_example(module):
   assert {key: (value.shape, value.dtype) for key, value in made.items()} == {
     key: (leaf.shape, leaf.dtype) for key, leaf in shapes.items()
   }
+
+
+def test_a_batch_with_batch_norm_inside_is_not_computed_in_parts():
+  config = segment_hivit_t.get_config('debug')
+  config.accumulate_steps = 2
+  with pytest.raises(UserError, match=r'config\.accumulate_steps=2: .*whole\. BatchNorm takes its'):
+    assemble.task(config)
 
 
 @pytest.mark.parametrize('name', TASKS)

@@ -1,0 +1,7 @@
+"""HiViT-B with UPerNet on ADE20K (arXiv 2205.14949); variants :512, :debug."""
+
+from configs import recipes
+
+
+def get_config(variant: str | None = None):
+  return recipes.segment('hivit_base', variant)

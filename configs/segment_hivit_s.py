@@ -1,0 +1,10 @@
+"""HiViT-S with UPerNet on ADE20K (arXiv 2205.14949); variants :512, :debug.
+
+The recipe is that of B, which alone is published.
+"""
+
+from configs import recipes
+
+
+def get_config(variant: str | None = None):
+  return recipes.segment('hivit_small', variant)

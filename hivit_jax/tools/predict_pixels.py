@@ -1,0 +1,134 @@
+"""What `predict` does with a segmenter: the class of each pixel, as pictures and shares."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from hivit_jax import cli
+from hivit_jax.data import class_lists
+from hivit_jax.data.decode import BrokenImage, read_file
+from hivit_jax.tasks import segmentation, segmentation_pictures
+from hivit_jax.tasks.segment import SegmentTask
+
+_BATCH = 4  # images that are in memory
+_WINDOWS = 4  # that the model computes at a time
+
+
+def task_of(metadata: Mapping[str, Any], model: Any, **pixels: Any) -> SegmentTask:
+  """The task of weights, with the views of their run or, without one, sliding windows.
+
+  Args:
+    metadata: of the weights.
+    model: the segmenter.
+    **pixels: `mean` and `std`.
+  """
+  own = metadata.get('config', {}).get('segment', {})
+  known = {'inference', 'stride', 'scales', 'mirrored'}
+  options = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items() if k in known}
+  if not options:
+    options = {'inference': 'slide', 'stride': tuple(2 * side // 3 for side in model.image_size)}
+  return SegmentTask(
+    image_size=model.image_size, num_classes=model.num_classes, **options, **pixels
+  )
+
+
+def colours(names: Sequence[str]) -> np.ndarray:
+  """(classes, 3) uint8: those of the data set that has these classes, or some that differ."""
+  for known in (class_lists.VOC, class_lists.CITYSCAPES, class_lists.ADE20K):
+    if tuple(names) == known.names:
+      return known.palette
+  return class_lists.distinct_colours(len(names))
+
+
+def predict(
+  paths: Sequence[str],
+  model: nnx.Module,
+  task: SegmentTask,
+  names: Sequence[str],
+  *,
+  top: int,
+  as_json: bool,
+  folder: str | None,
+) -> list[str]:
+  """Prints the largest classes of each image, and writes pictures if there is a folder for them.
+
+  The pictures of NAME.jpg are NAME.png, the classes themselves, with a palette; NAME_colour.png;
+  NAME_overlay.png, half image and half colours; and for all images legend.png.
+
+  Args:
+    paths: of the images.
+    model: the segmenter.
+    task: see `task_of`.
+    names: of the classes.
+    top: how many classes are printed.
+    as_json: print one JSON object an image.
+    folder: of the pictures; None: none are written.
+
+  Returns:
+    The images that could not be read; they are named on the standard error stream.
+  """
+  graphdef, params = nnx.split(model)
+  segment = segmentation.Segmentation(graphdef, task, _WINDOWS, jax.local_devices()[:1])
+  palette, seen, failed = colours(names), set(), []
+  params = nnx.to_pure_dict(params)
+  images = _read(paths, dataclasses.replace(task.views, classes=None), failed)
+  while batch := list(itertools.islice(images, _BATCH)):
+    examples = [example for _, example in batch]
+    for (path, example), found in zip(batch, segment(params, examples), strict=True):
+      height, width = example['image'].shape[:2]
+      labels = np.asarray(found)[:height, :width]
+      share = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
+      best = [int(i) for i in np.argsort(-share, kind='stable')[:top] if share[i]]
+      seen |= set(np.flatnonzero(share).tolist())
+      rows = [{'label': names[i], 'index': i, 'share': float(share[i])} for i in best]
+      if as_json:
+        print(json.dumps({'file': path, 'classes': rows}))
+      else:
+        print(path, *(f'  {100 * row["share"]:5.1f} %  {row["label"]}' for row in rows), sep='\n')
+      if folder is not None:
+        _write(folder, path, example['image'], labels, palette)
+  if folder is not None and seen:
+    legend = pathlib.Path(folder) / 'legend.png'
+    with cli.writing('save', str(legend)):
+      segmentation_pictures.legend(names, palette, sorted(seen)).save(legend)
+    print(f'wrote pictures and {legend}', file=sys.stderr)  # stdout has the classes
+  return failed
+
+
+def _write(
+  folder: str, path: str, image: np.ndarray, labels: np.ndarray, palette: np.ndarray
+) -> None:
+  if len(palette) <= 256:
+    indices = Image.fromarray(labels.astype(np.uint8), 'P')
+    indices.putpalette(palette.tobytes())
+  else:
+    indices = Image.fromarray(labels.astype(np.uint16))
+  pictures = {
+    '': indices,
+    '_colour': Image.fromarray(segmentation_pictures.colour(labels, palette)),
+    '_overlay': Image.fromarray(segmentation_pictures.overlay(image, labels, palette)),
+  }
+  with cli.writing('save', folder):
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    for suffix, picture in pictures.items():
+      picture.save(pathlib.Path(folder) / f'{pathlib.Path(path).stem}{suffix}.png')
+
+
+def _read(
+  paths: Sequence[str], views: Any, failed: list[str]
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+  for path in paths:
+    try:
+      yield path, views({'image': read_file(path)})
+    except BrokenImage as error:
+      print(f'cannot read the image {path}: {error}', file=sys.stderr)
+      failed.append(path)

@@ -1,0 +1,98 @@
+"""Segmentation from the command line: it trains, resumes, and is measured alike by all devices."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from hivit_jax.train.checkpoint import load_params
+from tests.runs import metrics, on_devices
+
+CONFIG = 'configs/segment_hivit_t.py:debug'
+MEASURED = ('miou', 'macc', 'aacc')
+
+
+def _command(workdir, *arguments: str, config: str = CONFIG, **settings) -> list[str]:
+  flags = [f'--config.{key.replace("__", ".")}={value}' for key, value in settings.items()]
+  return [
+    sys.executable, 'main.py', f'--config={config}', f'--workdir={workdir}', *arguments, *flags
+  ]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def trained(runs, tmp_path_factory):
+  """The workdir of a finished run."""
+  workdir = tmp_path_factory.mktemp('segment') / 'run'
+  done = runs.finish(_command(workdir, ema_decay=0.5))
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def test_it_leaves_metrics_tables_and_pictures(trained):
+  last = metrics(trained)[-1]
+  for name in MEASURED:
+    assert 0 <= last[f'eval/{name}'] <= 1
+    assert last[f'eval/ema_{name}'] >= 0
+  found = json.loads((trained / 'eval_classes' / 'step_00000002.json').read_text())
+  assert found['miou'] == last['eval/miou']
+  assert len(found['classes']) == 16
+  assert sum(row['share'] for row in found['classes']) == pytest.approx(1, abs=1e-3)
+  table = (trained / 'eval_classes' / 'step_00000002.txt').read_text()
+  assert table.splitlines()[-1].startswith(f'mIoU {100 * last["eval/miou"]:.2f}')
+  for name in ('segmentations', 'eval_confusion'):
+    assert (trained / name / 'step_00000002.png').exists()
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(runs, trained, tmp_path):
+  for steps in (1, 2):
+    done = runs.finish(_command(tmp_path / 'run', max_steps=steps, ema_decay=0.5))
+    assert done.returncode == 0, done.stderr
+  assert metrics(tmp_path / 'run')[-1] == metrics(trained)[-1]
+  for key in ('params', 'ema', 'opt_state'):
+    one, two = (load_params(w, key=key).state for w in (tmp_path / 'run', trained))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_running_statistics_move_and_have_no_optimizer(trained):
+  params, moments = (load_params(trained, key=key).state for key in ('params', 'opt_state'))
+  norm = params['decode_head']['fpn_bottleneck']['bn']
+  assert np.abs(norm['mean']).max() > 0
+  assert np.abs(np.asarray(norm['var']) - 1).max() > 1e-3
+  text = str(jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), moments))
+  assert "'bn']['scale']" in text
+  assert "'bn']['var']" not in text
+
+
+def test_any_devices_and_processes_measure_the_same(runs, trained):
+  last = metrics(trained)[-1]
+  own = {f'eval/{name}': last[f'eval/{name}'] for name in MEASURED}
+  command = _command(
+    trained, '--mode=evaluate', config='configs/evaluate.py', evaluation__batch_size=6
+  )
+  done = runs.finish(command, on_devices(3))
+  assert done.returncode == 0, done.stderr
+  assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(own, rel=1e-5)
+  assert 'mIoU' in done.stderr  # the table
+  with runs.job(command, devices=1) as job:
+    assert [process.wait() for process in job] == [0, 0], [process.output() for process in job]
+    lines = job[0].output().splitlines()
+  (line,) = [line for line in lines if line.startswith('{')]
+  assert json.loads(line) == pytest.approx(own, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'accumulate_steps': 2}, 'config.accumulate_steps=2: config.task=segment computes a batch'),
+    ({'segment__stride': '99,99'}, 'stride=(99, 99): expected (rows, columns) from 1 to the crop'),
+    ({'model__num_classes': 5}, 'config.model.num_classes=5, but photo_scenes (train[:32]) has 16'),
+    ({'model__name': 'hivit_tiny'}, 'is no segmenter, which config.task="segment" needs'),
+  ],
+)
+def test_mistakes(runs, tmp_path, settings, message):
+  done = runs.finish(_command(tmp_path / 'run', **settings))
+  assert done.returncode == 2, done.stderr
+  assert message in done.stderr.splitlines()[-1]
+  assert not (tmp_path / 'run' / 'config.json').exists()

@@ -1,0 +1,72 @@
+"""What `predict` writes for a segmenter."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from hivit_jax.data import class_lists
+from hivit_jax.tools import predict_pixels
+from tests.helpers import random_model
+
+MODEL = {
+  'image_size': 32, 'position_image_size': 32, 'embed_dim': 16, 'depths': (1, 1, 1), 'num_heads': 2,
+  'num_classes': 3, 'head_channels': 8, 'auxiliary_channels': 4,
+}  # fmt: skip
+STATISTICS = {'mean': (0.5,) * 3, 'std': (0.25,) * 3}
+NAMES = ('sky', 'sea', 'sand')
+
+
+@pytest.fixture(scope='module')
+def model():
+  graphdef, params = random_model('segment_hivit_tiny', **MODEL)
+  positive = lambda path, x: jnp.abs(x) + 0.1 if path[-1].key == 'var' else x  # noqa: E731
+  return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(positive, params))
+
+
+def test_pictures_shares_and_broken_images(model, tmp_path, capsys):
+  sizes = {'wide': (70, 40), 'tiny': (9, 20)}
+  rng = np.random.default_rng(0)
+  for name, (width, height) in sizes.items():
+    Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(
+      tmp_path / f'{name}.png'
+    )
+  (tmp_path / 'broken.png').write_bytes(b'nothing')
+  paths = [str(tmp_path / f'{name}.png') for name in ('wide', 'broken', 'tiny')]
+  task = predict_pixels.task_of({}, model, **STATISTICS)
+  assert (task.inference, task.stride) == ('slide', (21, 21))
+  out = tmp_path / 'out'
+  failed = predict_pixels.predict(paths, model, task, NAMES, top=2, as_json=True, folder=str(out))
+  assert failed == paths[1:2]
+  printed = capsys.readouterr()
+  assert f'cannot read the image {paths[1]}' in printed.err
+  rows = {row['file']: row['classes'] for row in map(json.loads, printed.out.splitlines())}
+  assert list(rows) == [paths[0], paths[2]]
+  palette = class_lists.distinct_colours(3)
+  for name, size in sizes.items():
+    with Image.open(out / f'{name}.png') as picture:
+      assert (picture.size, picture.mode) == (size, 'P')
+      labels = np.asarray(picture)
+      colours = np.asarray(picture.convert('RGB'))
+    np.testing.assert_array_equal(colours, palette[labels])
+    np.testing.assert_array_equal(np.asarray(Image.open(out / f'{name}_colour.png')), colours)
+    image = np.asarray(Image.open(tmp_path / f'{name}.png')).astype(int)
+    overlay = np.asarray(Image.open(out / f'{name}_overlay.png'))
+    np.testing.assert_array_equal(overlay, (image + colours) // 2)
+    best = rows[str(tmp_path / f'{name}.png')][0]
+    assert best['share'] == pytest.approx((labels == NAMES.index(best['label'])).mean())
+  assert (out / 'legend.png').exists()
+
+
+def test_a_run_brings_its_views_and_known_classes_their_colours(model):
+  segment = {'inference': 'slide', 'stride': [16, 16], 'scales': [1.0, 1.5], 'mirrored': True}
+  metadata = {'config': {'segment': segment | {'ratios': [0.5, 2.0]}}}
+  task = predict_pixels.task_of(metadata, model, **STATISTICS)
+  assert (task.stride, task.scales, task.mirrored) == ((16, 16), (1.0, 1.5), True)
+  np.testing.assert_array_equal(
+    predict_pixels.colours(class_lists.ADE20K.names), class_lists.ADE20K.palette
+  )

@@ -250,7 +250,7 @@ class HiViTEncoder(Encoder):
     for (everywhere, _), run in itertools.groupby(range(depth), key=kind):
       start, *rest = (first + i for i in run)
       blocks = self.blocks[start + 2 : start + 3 + len(rest)]  # two merges are before them
-      if everywhere:
+      if everywhere or window_size is None:
         tokens = x.reshape(len(x), -1, x.shape[-1])  # (B, N, C)
         tokens = self._run(blocks, start, tokens, drop_path_noise, None, grid, keys, scan=scan)
         x = tokens.reshape(x.shape)

@@ -5,7 +5,7 @@ Everything has a fixed shape: proposals and detections stand in slots, of which 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,9 +76,11 @@ class MaskRCNNSettings(HiViTSettings):
   @property
   def backbone(self) -> BackboneSettings:
     """Settings of the encoder."""
-    shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(HiViTSettings)}
+    fields = dataclasses.fields(HiViTSettings)
+    shared: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields}
+    shared['image_size'] = self.position_image_size
     return BackboneSettings(
-      **shared | {'image_size': self.position_image_size},
+      **shared,
       window_size=self.window_size,
       global_blocks=self.global_blocks,
       level_norms=True,

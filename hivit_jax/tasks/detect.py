@@ -191,7 +191,7 @@ class DetectTask(ImageTask):
       'mask': share * self._mask_loss(model, maps, rois, batch, canvases),
     }
     metrics = {f'loss_{key}': value for key, value in terms.items()}
-    return sum(terms.values()), metrics | {'roi_accuracy': scale * sums['right']}
+    return jnp.asarray(sum(terms.values())), metrics | {'roi_accuracy': scale * sums['right']}
 
   def _box_sums(self, model, maps, rois, batch, canvases):
     """Sums of `losses.box_sums` over all RoIs that learn, and their number."""

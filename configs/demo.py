@@ -84,10 +84,10 @@ def _detect(*, pretrained: bool):
   config.batch_size = 16
   config.epochs = 6.0
   config.model.update(position_image_size=(64, 64), global_blocks=(0, 1, 2, 3))
-  config.model.update(neck_channels=64, hidden=128, nms_pre=(200, 100), proposals=100)
+  config.model.update(neck_channels=32, hidden=128, nms_pre=(200, 100), proposals=100)
   config.model.update(detections=20, candidates=256)
   config.detect.update(short_sides=(96, 112, 128), long_side=128, crop_first=())
-  config.detect.update(eval_short_side=128, objects=4, anchors=64, rois=64)
+  config.detect.update(eval_short_side=128, objects=4, anchors=64, rois=32)
   config.optim.update(lr=5e-4, warmup_start_lr=0.0, warmup_steps=50, milestones=(4.0, 5.0))
   config.checkpoint.every_epochs = 0.0
   config.evaluation.update(every_epochs=2.0, batch_size=16)

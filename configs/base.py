@@ -9,8 +9,9 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
 
   config.seed = 0  # decides parameters, data order, augmentation, masks
-  # mae: masked autoencoding; simmim; classify; linear: train the last layer alone; segment; or one
-  # of your own, package.module:Name. model.name, data.name and evaluators take such names, too.
+  # mae: masked autoencoding; simmim; classify; linear: train the last layer alone; segment;
+  # detect; or one of your own, package.module:Name. model.name, data.name and evaluators take such
+  # names, too.
   config.task = 'mae'
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
   config.channels = 3  # channels of the images: 3 (RGB) or 1 (greyscale)
@@ -24,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.embed_dim = config_dict.placeholder(int)  # channels; Swin: of the first stage
   config.model.depth = config_dict.placeholder(int)  # blocks of ViT
   config.model.depths = config_dict.placeholder(tuple)  # blocks of HiViT and Swin, stage by stage
-  config.model.window_size = config_dict.placeholder(int)  # side of Swin's windows, in patches
+  config.model.window_size = config_dict.placeholder(int)  # Swin: in patches; detectors: in units
   config.model.mlp_stages = config_dict.placeholder(int)  # first stages of Swin without attention
   config.model.num_heads = config_dict.placeholder(int)  # of every attention
   config.model.stem_blocks = config_dict.placeholder(tuple)  # MLPs of the first two stages (iTPN)
@@ -44,6 +45,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.target = config_dict.placeholder(str)  # pixels; saratrx, saratrx_v2: of SAR images
   config.model.hifeat = config_dict.placeholder(bool)  # decode from all three stages
   config.model.position_image_size = config_dict.placeholder(tuple)  # of segmenters' embeddings
+  config.model.global_blocks = config_dict.placeholder(tuple)  # of detectors; others have windows
+  config.model.neck_channels = config_dict.placeholder(int)  # of detectors' pyramid and heads
+  config.model.hidden = config_dict.placeholder(int)  # of their box head
+  config.model.nms_pre = config_dict.placeholder(tuple)  # proposals a level: training, evaluation
+  config.model.proposals = config_dict.placeholder(int)  # of an image
+  config.model.detections = config_dict.placeholder(int)  # of an image
+  config.model.candidates = config_dict.placeholder(int)  # boxes of all classes before the last NMS
+  config.model.score_threshold = config_dict.placeholder(float)  # that a detection exceeds
   config.model.head_channels = config_dict.placeholder(int)  # of UPerNet
   config.model.auxiliary_channels = config_dict.placeholder(int)  # of its second head; 0: none
   config.model.dropout_rate = config_dict.placeholder(float)  # before the classifiers of pixels
@@ -103,6 +112,16 @@ def get_config() -> ml_collections.ConfigDict:
   config.segment.stride = (426, 426)  # pixels from one window to the next
   config.segment.scales = (1.0,)  # of the evaluated image, relative to the crop; they are averaged
   config.segment.mirrored = False  # evaluate each of them mirrored, too
+
+  config.detect = ml_collections.ConfigDict()  # of detection, on a canvas of image_size
+  config.detect.short_sides = tuple(range(480, 801, 32))  # of training images at most: one of them
+  config.detect.long_side = 1333  # of all images at most
+  config.detect.crop_first = (400, 500, 600)  # every second image: to one of these, then cropped
+  config.detect.crop_sides = (384, 600)  # least and most of a crop's sides
+  config.detect.eval_short_side = 800  # of evaluation images at most
+  config.detect.objects = 100  # of an image at most
+  config.detect.anchors = 256  # of an image that the proposals learn from
+  config.detect.rois = 512  # of an image that the heads learn from; masks: a quarter
 
   config.batch_size = 4096  # over all devices and hosts
   config.accumulate_steps = 1  # parts in which a batch is computed, one after the other

@@ -6,13 +6,15 @@ configs/demo.py:scratch   the same without pretraining, to compare with
 configs/demo.py:segment   the pretrained model learns which photograph each pixel is from
 configs/demo.py:segment_scratch   the same without pretraining
 configs/demo.py:digits    supervised training on handwritten digits
+configs/demo.py:detect    the pretrained model learns to find objects in scenes of these photographs
+configs/demo.py:detect_scratch  the same without pretraining
 configs/demo.py:debug     two steps
 """
 
 from configs import base, recipes
 from hivit_jax.errors import UserError
 
-_VARIANTS = 'finetune, scratch, segment, segment_scratch, digits, debug'
+_VARIANTS = 'finetune, scratch, segment, segment_scratch, detect, detect_scratch, digits, debug'
 
 
 def get_config(variant: str | None = None):
@@ -22,6 +24,8 @@ def get_config(variant: str | None = None):
     return _scenes(pretrained=variant == 'segment')
   if variant == 'digits':
     return _digits()
+  if variant in ('detect', 'detect_scratch'):
+    return _detect(pretrained=variant == 'detect')
   config = _small(base.get_config())
   config.model.name = 'mae_hivit_tiny'
   if variant == 'debug':
@@ -92,4 +96,22 @@ def _digits():
   config.optim.update(lr=1e-3, warmup_epochs=2.0)
   config.checkpoint.every_epochs = 0.0
   config.evaluation.every_epochs = 20.0
+  return config
+
+
+def _detect(*, pretrained: bool):
+  config = _small(recipes.detect('hivit_tiny'))
+  config.data.update(name='photo_scenes', eval_split='test')
+  config.init = '/tmp/hivit_demo' if pretrained else None
+  config.image_size = (128, 128)
+  config.batch_size = 16
+  config.epochs = 6.0
+  config.model.update(position_image_size=(64, 64), global_blocks=(0, 1, 2, 3))
+  config.model.update(neck_channels=32, hidden=128, nms_pre=(200, 100), proposals=100)
+  config.model.update(detections=20, candidates=256)
+  config.detect.update(short_sides=(96, 112, 128), long_side=128, crop_first=())
+  config.detect.update(eval_short_side=128, objects=4, anchors=64, rois=32)
+  config.optim.update(lr=5e-4, warmup_start_lr=0.0, warmup_steps=50, milestones=(4.0, 5.0))
+  config.checkpoint.every_epochs = 0.0
+  config.evaluation.update(every_epochs=2.0, batch_size=16)
   return config

@@ -36,9 +36,10 @@ def create_model(
     logits = forward(model, images)
 
   Classifiers (`hivit_*`, `fast_itpn_*`, `vit_*`, `swin_*`) give (B, num_classes) logits,
-  autoencoders (`mae_*`, `simmim_*`) a loss, predictions and a mask, backbones feature maps. All of
-  them have `forward_features(images)`, what the last stage gives; `pooled(images)`, (B, C) its
-  mean; and `feature_info`, channels and strides.
+  autoencoders (`mae_*`, `simmim_*`) a loss, predictions and a mask, backbones feature maps,
+  segmenters (`segment_*`) logits of every fourth pixel; detectors (`detect_*`) have
+  `detect(images, sizes)`. All but these two have `forward_features(images)`, what the last stage
+  gives; `pooled(images)`, (B, C) its mean; and `feature_info`, channels and strides.
 
   Args:
     name: one of `list_models()`; None: the model that `weights` are for. Weights from here carry
@@ -67,6 +68,9 @@ def create_model(
       head_batch_norm.
     backbone_hivit_*: as hivit_* up to scan; bias_image_size, window_size, global_blocks,
       level_norms.
+    detect_hivit_*: as hivit_* up to scan; position_image_size, window_size, global_blocks,
+      num_classes, neck_channels, hidden, nms_pre, proposals, detections, candidates,
+      score_threshold.
     segment_hivit_*: as hivit_* up to scan; position_image_size, num_classes (of a pixel),
       head_channels, auxiliary_channels (0: no second head), dropout_rate.
     mae_hivit_*: as hivit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,

@@ -22,8 +22,8 @@ FOR_STEPS = (
 PACKAGES = (
   *FOR_STEPS,
   *('clu', 'scipy', 'safetensors', 'tensorflow_datasets', 'array_record', 'grain', 'PIL'),
-  *('importlib_resources', 'skimage', 'sklearn', 'tqdm', 'tensorboard'),
-  'matplotlib',
+  *('importlib_resources', 'skimage', 'sklearn', 'pycocotools', 'tqdm'),
+  *('tensorboard', 'matplotlib'),
 )
 _SHOWN = 3
 

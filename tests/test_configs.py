@@ -54,6 +54,9 @@ PARAMETERS = {
   'ladder_1_three_stages': 66_260_864,
   'ladder_2_global': 66_440_064,
   'ladder_3_mlp_stem': 65_776_040,
+  'detect_hivit_t': 40_243_664,
+  'detect_hivit_s': 58_544_720,
+  'detect_hivit_b': 87_370_608,
   # And the statistics of their BatchNorms.
   'segment_hivit_t': 129_862_792,
   'segment_hivit_s': 148_538_308,

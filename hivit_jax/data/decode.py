@@ -34,7 +34,9 @@ class BrokenImage(Exception):
   """An example without a usable image; the message is the reason, without the example's name."""
 
 
-def decode_image(data: bytes | np.ndarray, *, channels: int = 3) -> Image.Image:
+def decode_image(
+  data: bytes | np.ndarray, *, channels: int = 3, upright: bool = True
+) -> Image.Image:
   """Decodes one image at full resolution.
 
   The pixels of an ordinary JPEG are exactly what `Image.open(...).convert('RGB')` gives: no scaling
@@ -46,6 +48,7 @@ def decode_image(data: bytes | np.ndarray, *, channels: int = 3) -> Image.Image:
   Args:
     data: An encoded file (`FORMATS`), or pixels as uint8 (H, W) or (H, W, C) with C = 1, 3 or 4.
     channels: 3 for an RGB image, 1 for greyscale.
+    upright: Apply the rotation that EXIF tells.
 
   Returns:
     An image of mode 'RGB' or 'L'.
@@ -60,7 +63,8 @@ def decode_image(data: bytes | np.ndarray, *, channels: int = 3) -> Image.Image:
   if isinstance(data, np.ndarray):
     return _to_mode(_from_array(data), MODES[channels])
   try:
-    return _to_mode(_upright(_from_file(data)), MODES[channels])
+    image = _from_file(data)
+    return _to_mode(_upright(image) if upright else image, MODES[channels])
   except BrokenImage:
     raise
   except Exception as error:  # PIL's parsers fail in every possible way on damaged input.

@@ -51,7 +51,9 @@ def decode(example: Mapping[str, Any], keys: Sequence[str], channels: int) -> Ex
         raise UserError(f'there is no {name!r} to learn from; the data set has: {known}')
       decoded[name] = -1
     elif name == 'image':
-      decoded[name] = decode_image(example[name], channels=channels)
+      # What lies on an image lies on the pixels as they are stored.
+      alone = not {*_LABEL_MAPS, 'objects'} & set(keys)
+      decoded[name] = decode_image(example[name], channels=channels, upright=alone)
     elif name in _LABEL_MAPS:
       decoded[name] = decode_label_map(example[name])
     elif name == 'objects':

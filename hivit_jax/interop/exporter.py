@@ -10,6 +10,7 @@ from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.interop import (
+  detector,
   fast_itpn,
   files,
   importer,
@@ -30,6 +31,7 @@ LAYOUTS = {
   'mae': ('the official masked autoencoder with its decoder', 'model'),
   'simmim': ('the official SimMIM with its decoder', 'model'),
   'segmenter': ("mmsegmentation's segmenter with its heads", 'state_dict'),
+  'detector': ("mmdetection's detector with its heads", 'state_dict'),
   'backbone': ('the official detection and segmentation backbone', 'state_dict'),
   'mmpretrain': ("mmpretrain's HiViT classifier, without its final norm", 'state_dict'),
 }
@@ -39,6 +41,7 @@ _NEEDED = {
   'mae': 'mae',
   'simmim': 'simmim',
   'segmenter': 'segmenter',
+  'detector': 'detector',
 }
 _TABLE, _INDEX, _MASK = 'relative_position_bias_table', 'relative_position_index', 'attn_mask'
 
@@ -119,6 +122,8 @@ def in_layout(
     arrays |= _indices(arrays, state, every_block=layout == 'mmpretrain')
   if layout == 'segmenter':
     return segmenter.official(arrays)
+  if layout == 'detector':
+    return detector.official(arrays)
   if layout == 'mmpretrain':
     return _mmpretrain(arrays)
   if layout == 'simmim':
@@ -133,7 +138,7 @@ def in_layout_described(
   arguments = dict(described.arguments)
   if layout == 'backbone':
     kept = {key: arguments[key] for key in ('num_heads', 'image_size')}
-    if 'position_image_size' in arguments:  # of a segmenter, whose other size the tables show
+    if 'position_image_size' in arguments:  # `image_size` is another one
       kept['image_size'] = arguments['position_image_size']
     backbone = infer.describe(files.normal_names(arrays), state.source, **kept)
     guessed = tuple(key for key in described.guessed if key in kept)

@@ -24,6 +24,8 @@ Path = torch_names.Path
 Grid = tuple[int, int]
 _UNIT = 16  # pixels
 
+# Of classes, which another data set has others of.
+
 # What other code's files have and no model here needs: (names, condition, reason).
 _IGNORED = (
   (r'(.*\.bn|head_norm)\.num_batches_tracked', None, 'a counter'),
@@ -120,7 +122,7 @@ def fit(
 ) -> tuple[dict[Path, np.ndarray], LoadReport]:
   """The values for a model's parameters, in its layout; arguments as for `load_into`."""
   leaves = torch_names.flatten(nnx.to_pure_dict(nnx.state(model)))
-  # As `files.normal_names` has them; the encoders of SimMIM and segmenters are parts of a model.
+  # As `files.normal_names` has them; encoders of SimMIM, segmenters, detectors are parts of these.
   wanted = {
     re.sub('^(encoder|backbone)[.]', '', _torch_name(path, leaf)): (path, leaf)
     for path, leaf in leaves.items()

@@ -8,7 +8,7 @@ import numpy as np
 
 from hivit_jax import settings
 from hivit_jax.errors import UserError
-from hivit_jax.interop import likeliest, segmenter, shapes
+from hivit_jax.interop import detector, likeliest, segmenter, shapes
 from hivit_jax.interop.shapes import KINDS, architecture, family
 from hivit_jax.models import MODELS, settings_of
 
@@ -97,7 +97,7 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
     if sides != (patch, patch):
       raise KeyError('patches')
     size = told['image_size']
-    own = known.pop('position_image_size', None) if kind == 'segmenter' else size
+    own = known.pop('position_image_size', None) if kind in ('segmenter', 'detector') else size
     arguments = tell(shape, source, told['num_heads'], own)
     if kind == 'classifier':
       arguments['num_classes'] = shape['head.weight'][0]
@@ -105,6 +105,8 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
         arguments['head_batch_norm'] = True
     elif kind == 'segmenter':
       arguments = segmenter.arguments(shape, arguments, size)
+    elif kind == 'detector':
+      arguments = detector.arguments(shape, arguments, size)
     elif kind == 'mae':
       embed = shapes.ITPN_EMBED if base == 'itpn' else 'decoder_embed.weight'
       arguments |= {
@@ -132,6 +134,8 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
     guessed.append('num_heads')
   if kind == 'mae' and not told['decoder_num_heads']:
     guessed.append('decoder_num_heads')
+  if kind == 'detector':
+    guessed += [key for key in detector.GUESSED if key not in known]
   invisible = {key: value for key, value in defaults(name).items() if key in INVISIBLE}
   guessed += [key for key in invisible if key not in known]
   return Described(name, arguments | invisible | known, tuple(guessed))

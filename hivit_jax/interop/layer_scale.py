@@ -31,7 +31,10 @@ def folded(state: StateDict) -> StateDict:
   arrays = dict(state.arrays)
   for name, gamma in state.arrays.items():
     if match := re.fullmatch(_GAMMA, name):
-      (last,) = (p for p in _LAST[match[2]] if f'{match[1]}{p}.weight' in arrays)
+      products = [p for p in _LAST[match[2]] if f'{match[1]}{p}.weight' in arrays]
+      if len(products) != 1 or f'{match[1]}{products[0]}.bias' not in arrays:
+        raise UserError(f'{state.source}: there is no product with a bias to fold {name} into')
+      (last,) = products
       gamma = np.asarray(gamma, np.float32)
       del arrays[name]
       for leaf, scale in (('weight', gamma[:, None]), ('bias', gamma)):

@@ -13,6 +13,7 @@ from hivit_jax.models import targets
 ENCODER = r'(patch_embed|blocks|layers)\..*|absolute_pos_embed|pos_embed|cls_token'
 PYRAMID = r'(align_dim_\w+|fpn_modules|split_\d+to\d+|block_\d+to\d+)\..*'  # of iTPN
 _DECODER = r'decoder_(embed|blocks|norm|pred)\..*'
+_CLASSIFIERS = re.compile(r'((.*_)?head\.(conv_seg\.)?|.*\.(fc_cls|fc_reg|conv_logits)\.)\w+')
 _TABLE = 'relative_position_bias_table'
 _SHOWN = 6  # names in an error message
 
@@ -146,7 +147,7 @@ def may_be_new(name: str, state: StateDict, partial: bool) -> bool:
   classes in a partial load, what remains of a decoder that is not there."""
   if infer.family(state.arrays) == 'backbone':
     return bool(re.fullmatch(_LEFTOVERS, name))
-  return partial and bool(re.match(r'(.*_)?head\.(conv_seg\.)?\w+$', name))
+  return partial and bool(_CLASSIFIERS.fullmatch(name))
 
 
 def _of_encoder(name: str) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hivit_jax.errors import UserError
+from hivit_jax.interop import detector, segmenter
 from hivit_jax.interop import fast_itpn as joined_names
-from hivit_jax.interop import segmenter
 from hivit_jax.models import targets
 
 _HEAD_WIDTH = 64  # channels of an attention head in every published HiViT and ViT
@@ -26,6 +26,7 @@ KINDS = {
   'mae': ('an MAE checkpoint (with a decoder)', 'mae_'),
   'simmim': ('a SimMIM checkpoint (with a decoder)', 'simmim_'),
   'segmenter': ('a segmenter', 'segment_'),
+  'detector': ('a detector', 'detect_'),
   'backbone': ('a backbone without head', 'backbone_'),
 }
 
@@ -38,6 +39,8 @@ def family(arrays: Mapping[str, Any]) -> str:
     return 'simmim'
   if segmenter.CLASSIFIER in arrays:
     return 'segmenter'
+  if detector.CLASSIFIER in arrays:
+    return 'detector'
   return 'classifier' if 'head.weight' in arrays else 'backbone'
 
 

@@ -22,6 +22,7 @@ from hivit_jax.models.itpn import (
   ITPNMaskedAutoencoder,
 )
 from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
+from hivit_jax.models.mask_rcnn import MaskRCNN, MaskRCNNSettings
 from hivit_jax.models.simmim import SimMIM, SimMIMSettings
 from hivit_jax.models.swin import Swin, SwinClassifierSettings
 from hivit_jax.models.upernet import Segmenter, SegmenterSettings
@@ -38,6 +39,14 @@ _HIVIT: _Sizes = {
   'large': {'embed_dim': 768, 'depths': (2, 2, 40), 'num_heads': 12},
 }
 
+# Transformer blocks that attend globally in detectors: the published base has every fifth. Large,
+# twice as deep, has as many.
+_DETECT: _Sizes = {
+  size: {**own, 'global_blocks': blocks}
+  for (size, own), blocks in zip(
+    _HIVIT.items(), ((4, 9), (4, 9, 14, 19), (4, 9, 14, 19), (9, 19, 29, 39)), strict=True
+  )
+}
 # The authors' models of the names.
 _ITPN: _Sizes = {
   'base': {'embed_dim': 512, 'depths': (2, 2, 24), 'stem_blocks': (3, 3), 'num_heads': 8},
@@ -78,6 +87,7 @@ _LADDER: _Sizes = {
 _FAMILIES: tuple[tuple[str, type[nnx.Module], type[Settings], _Sizes], ...] = (
   ('hivit', HiViT, HiViTClassifierSettings, _HIVIT),
   ('backbone_hivit', HiViTBackbone, BackboneSettings, _HIVIT),
+  ('detect_hivit', MaskRCNN, MaskRCNNSettings, _DETECT),
   ('segment_hivit', Segmenter, SegmenterSettings, _HIVIT),
   ('mae_hivit', HiViTMaskedAutoencoder, HiViTMAESettings, _HIVIT),
   ('backbone_itpn', ITPNBackbone, ITPNBackboneSettings, _ITPN),

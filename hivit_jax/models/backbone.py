@@ -72,6 +72,7 @@ class Backbone(Encoder):
     images: jax.Array,
     levels: Sequence[int] = (1, 2, 3, 4),
     *,
+    own: jax.Array | None = None,
     drop_path_noise: jax.Array | None = None,
   ) -> tuple[jax.Array, ...]:
     """Feature maps, see `HiViTEncoder.features`, with this model's windows and norms."""
@@ -80,6 +81,7 @@ class Backbone(Encoder):
       levels,
       window_size=self.settings.window_size,
       global_blocks=self.settings.global_blocks,
+      own=own,
       drop_path_noise=drop_path_noise,
     )
     if not self.settings.level_norms:

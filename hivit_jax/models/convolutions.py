@@ -30,14 +30,26 @@ class BatchNorm(nnx.Module):
     self.mean = nnx.BatchStat(jnp.zeros(features))
     self.var = nnx.BatchStat(jnp.ones(features))
 
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """(..., features) -> the same; `train`: by the batch's statistics, and keep a share of them."""
+  def __call__(self, x: jax.Array, *, train: bool, valid: jax.Array | None = None) -> jax.Array:
+    """(B, ..., features) -> the same.
+
+    Args:
+      x: what to normalise.
+      train: by the batch's statistics, of which the running ones take a share.
+      valid: (B,) bool; the other rows are empty slots, which do not count. None: all do.
+    """
     wide = widen(x)
     if train:
       axes = tuple(range(x.ndim - 1))
-      mean = wide.mean(axes)
-      var = jnp.square(wide - mean).mean(axes)
-      count = math.prod(x.shape[:-1])
+      if valid is None:
+        mean = wide.mean(axes)
+        var = jnp.square(wide - mean).mean(axes)
+        count = math.prod(x.shape[:-1])
+      else:
+        weight = valid.astype(wide.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+        count = jnp.maximum(weight.sum() * math.prod(x.shape[1:-1]), 2)
+        mean = (wide * weight).sum(axes) / count
+        var = (jnp.square(wide - mean) * weight).sum(axes) / count
       for statistic, new in ((self.mean, mean), (self.var, var * (count / (count - 1)))):
         old = statistic[...]
         statistic[...] = (old + _MOMENTUM * (new - old)).astype(old.dtype)

@@ -18,7 +18,7 @@ from flax import nnx
 from hivit_jax.models import layers
 from hivit_jax.models.backbone import Backbone, DenseSettings
 from hivit_jax.models.classifier import Classifier, HeadSettings
-from hivit_jax.models.hivit import HiViTEncoder, StagesSettings, Stem
+from hivit_jax.models.hivit import HiViTEncoder, StagesSettings
 from hivit_jax.ops.gelu import gelu
 from hivit_jax.ops.modules import layer_norm, linear
 from hivit_jax.ops.precision import widen

@@ -13,15 +13,16 @@ see `units.unit_patches`.
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import UserError
 from hivit_jax.models import classifier, layers, resize, windows
 from hivit_jax.models.encoder import Encoder, FeatureInfo, TokenSettings
-from hivit_jax.models.patches import PatchEmbed, PatchMerge
+from hivit_jax.models.patches import PatchEmbed, PatchMerge, Stem
 from hivit_jax.models.units import (
   PATCH,
   UNIT,
@@ -30,6 +31,7 @@ from hivit_jax.models.units import (
   to_map,
   unit_grid,
   unit_patches,
+  units_inside,
 )
 from hivit_jax.ops import initializers
 from hivit_jax.ops.modules import layer_norm
@@ -100,16 +102,6 @@ def check_counts(key: str, value: Any, count: int) -> None:
   """UserError unless a setting is None or has `count` numbers."""
   if value is not None and (isinstance(value, int) or len(value) != count):
     raise UserError(f'{key}={value}: expected {count} numbers, one for each stage')
-
-
-class Stem(NamedTuple):
-  """Outputs of the two stages of MLP blocks, cells in merge order."""
-
-  middle: jax.Array  # (B, K, 16, C / 4), in the middle of the first stage
-  stage1: jax.Array  # (B, K, 16, C / 4)
-  merged: jax.Array  # (B, K, 4, C / 2), stage1 after its merge
-  stage2: jax.Array  # (B, K, 4, C / 2)
-  tokens: jax.Array  # (B, K, C), stage2 after its merge
 
 
 class HiViTEncoder(Encoder):
@@ -240,6 +232,7 @@ class HiViTEncoder(Encoder):
     *,
     window_size: int | None = None,
     global_blocks: Sequence[int] = (),
+    own: jax.Array | None = None,
     drop_path_noise: jax.Array | None = None,
   ) -> tuple[jax.Array, ...]:
     """Feature maps of strides 4, 8, 16 and 32 for dense tasks.
@@ -254,6 +247,8 @@ class HiViTEncoder(Encoder):
       window_size: side of the windows, in units, within which the transformer blocks attend; None:
         they attend globally.
       global_blocks: transformer blocks, counted from 0, that attend globally nevertheless.
+      own: (B, 2) rows and columns of units, the upper left ones, of images that are smaller than
+        their canvas. Their features are those of the images alone; outside they mean nothing.
       drop_path_noise: from the method of that name; None (evaluation) switches drop path off.
 
     Returns:
@@ -266,7 +261,7 @@ class HiViTEncoder(Encoder):
     self._check(images, any_size=True)
     grid = unit_grid((images.shape[1], images.shape[2]))
     self._check_features(levels, grid, window_size, global_blocks)
-    stem, x = self._of_any_size(images, window_size, global_blocks, drop_path_noise)
+    stem, x = self._of_any_size(images, window_size, global_blocks, drop_path_noise, own)
     maps = {level: to_map(tap, grid) for level, tap in enumerate(self._taps(stem), 1)} | {3: x}
     maps[4] = max_pool(x)
     return tuple(maps[level] for level in levels)
@@ -277,34 +272,51 @@ class HiViTEncoder(Encoder):
     window_size: int | None,
     global_blocks: Sequence[int],
     drop_path_noise: jax.Array | None,
+    own: jax.Array | None = None,
   ) -> tuple[Stem, jax.Array]:
     """The first two stages and the map (B, rows, columns, C) of the last; see `features`."""
     grid = unit_grid((images.shape[1], images.shape[2]))
     stem = self._stem(split_units(images), drop_path_noise)
-    position = resize.position_embedding(
-      getattr(self, self.position_name)[...], self.grid, grid, overhang=self.overhang
-    )
+    embedding, over = getattr(self, self.position_name)[...], self.overhang
+    if own is None:
+      position, inside = resize.position_embedding(embedding, self.grid, grid, overhang=over), None
+    else:
+      position = resize.own_position_embeddings(embedding, self.grid, grid, own, overhang=over)
+      inside = units_inside(own, grid)
     x = layers.add_parameter(stem.tokens, position)
     x = x.reshape(len(x), *grid, -1)  # (B, rows, columns, C)
-    first, depth, scan = sum(self.stem_blocks), self.settings.depths[2], self.settings.scan
-    everywhere = [window_size is None or i in global_blocks for i in range(depth)]
-    for is_global, run in itertools.groupby(range(depth), key=everywhere.__getitem__):
-      start, *rest = (first + i for i in run)
-      blocks = self.blocks[start + 2 : start + 3 + len(rest)]  # two merges are before them
-      if is_global or window_size is None:
-        tokens = x.reshape(len(x), -1, x.shape[-1])  # (B, N, C)
-        x = self._run(blocks, start, tokens, drop_path_noise, None, grid, scan=scan).reshape(
-          x.shape
-        )
-      else:
-        cut = windows.split_windows(x, window_size)  # (B, windows, side * side, C)
-        cut = self._run(blocks, start, cut, drop_path_noise, None, grid, scan=scan)
-        x = windows.join_windows(cut, grid, window_size)
-    return stem, x
+    return stem, self._dense_blocks(x, window_size, global_blocks, inside, drop_path_noise)
 
   def _taps(self, stem: Stem) -> tuple[jax.Array, jax.Array]:
     """Levels 1 and 2 of `features`, cells in merge order."""
     return stem.middle, stem.merged
+
+  def _dense_blocks(self, x, window_size, global_blocks, inside, drop_path_noise) -> jax.Array:
+    """The transformer blocks on a map (B, rows, columns, C), of which `inside` is the image's."""
+    grid = x.shape[1], x.shape[2]
+    first, depth, scan = sum(self.stem_blocks), self.settings.depths[2], self.settings.scan
+    keys = None if inside is None else inside.reshape(len(x), -1)  # (B, N)
+    # What a block makes of the outside must not come into the windows of the next.
+    alone = inside is not None and window_size is not None
+
+    def kind(i: int) -> tuple[bool, int]:
+      everywhere = window_size is None or i in global_blocks
+      return everywhere, i if alone and not everywhere else -1
+
+    for (everywhere, _), run in itertools.groupby(range(depth), key=kind):
+      start, *rest = (first + i for i in run)
+      blocks = self.blocks[start + 2 : start + 3 + len(rest)]  # two merges are before them
+      if everywhere or window_size is None:
+        tokens = x.reshape(len(x), -1, x.shape[-1])  # (B, N, C)
+        where = (None, grid) if keys is None else (None, grid, keys)
+        tokens = self._run(blocks, start, tokens, drop_path_noise, *where, scan=scan)
+        x = tokens.reshape(x.shape)
+      else:
+        x = x if inside is None else jnp.where(inside[..., None], x, 0)
+        cut = windows.split_windows(x, window_size)  # (B, windows, side * side, C)
+        cut = self._run(blocks, start, cut, drop_path_noise, None, grid, scan=scan)
+        x = windows.join_windows(cut, grid, window_size)
+    return x
 
   def _check_features(self, levels, grid, window_size, global_blocks) -> None:
     if not set(levels) <= {1, 2, 3, 4}:
@@ -314,19 +326,9 @@ class HiViTEncoder(Encoder):
         f'level 4 has a stride of 32 pixels, the image only {UNIT * grid[0]}x{UNIT * grid[1]}; '
         'leave out level 4'
       )
-    if window_size is None:
-      return
-    depth = self.settings.depths[2]
-    if window_size < 1 or not set(global_blocks) <= set(range(depth)):
-      raise UserError(
-        f'window_size must be positive and global_blocks within 0..{depth - 1}, '
-        f'got {window_size} and {tuple(global_blocks)}'
-      )
-    if self.settings.bias_grid:
-      raise UserError(
-        'window attention has no relative position bias: create the model with rpe=False, '
-        'or leave out window_size'
-      )
+    if window_size is not None:
+      biased = bool(self.settings.bias_grid)
+      windows.check(window_size, global_blocks, self.settings.depths[2], biased=biased)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

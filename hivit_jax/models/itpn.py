@@ -15,8 +15,9 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.models import layers, positions, resize
 from hivit_jax.models.encoder import FeatureInfo
-from hivit_jax.models.hivit import HiViTEncoder, HiViTSettings, Stem
+from hivit_jax.models.hivit import HiViTEncoder, HiViTSettings
 from hivit_jax.models.mae import MAESettings, MaskedAutoencoder
+from hivit_jax.models.patches import Stem
 from hivit_jax.models.units import (
   PATCH,
   max_pool,

@@ -18,6 +18,7 @@ from hivit_jax.ops.modules import layer_norm, linear
 from hivit_jax.ops.precision import widen
 
 _normal = initializers.normal(0.02)
+_NEVER = -1e9  # logit of a unit that is not attended to; its weight is 0 in any type
 
 
 def add_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
@@ -101,6 +102,7 @@ class Attention(nnx.Module):
     x: jax.Array,
     ids: jax.Array | None = None,
     grid: tuple[int, int] | None = None,
+    keys: jax.Array | None = None,
     *,
     mask: np.ndarray | None = None,
   ) -> jax.Array:
@@ -111,6 +113,7 @@ class Attention(nnx.Module):
       ids: (B, N) grid positions of the units when some are dropped; only the bias reads it.
       grid: (rows, columns) that the units come from when it is not the model's; the table of the
         bias is resized to it.
+      keys: (B, N) bool, units that are attended to; None: all.
       mask: (W, N, N), added to the logits of a model with bias.
 
     Returns:
@@ -123,6 +126,9 @@ class Attention(nnx.Module):
       bias = positions.relative_position_bias(table, grid, ids, ops=self.ops)
       if mask is not None:
         bias = bias + mask[:, None]
+    if keys is not None:
+      never = jnp.where(keys, 0.0, _NEVER)[:, None, None]
+      bias = never if bias is None else bias + never
     return self.proj(self.ops.attend(self.qkv(x), self.heads, bias))
 
 
@@ -207,16 +213,17 @@ class Block(nnx.Module):
     x: jax.Array,
     ids: jax.Array | None = None,
     grid: tuple[int, int] | None = None,
+    keys: jax.Array | None = None,
     *,
     rate: jax.Array | float = 0.0,
     noise: jax.Array | None = None,
   ) -> jax.Array:
     """x: (B, N, C) -> the same shape.
 
-    `ids` and `grid` are as for `Attention`; `rate` and `noise` (B, 2) are for `drop_path`.
+    `ids`, `grid` and `keys` are as for `Attention`; `rate` and `noise` (B, 2) are for `drop_path`.
     """
     noise1, noise2 = (None, None) if noise is None else (noise[:, 0], noise[:, 1])
-    x = x + drop_path(scaled(self.attn(self.norm1(x), ids, grid), self.gamma_1), rate, noise1)
+    x = x + drop_path(scaled(self.attn(self.norm1(x), ids, grid, keys), self.gamma_1), rate, noise1)
     return x + drop_path(scaled(self.mlp(self.norm2(x)), self.gamma_2), rate, noise2)
 
 

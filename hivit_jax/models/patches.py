@@ -1,6 +1,6 @@
 """Patch embedding, a convolution whose stride is its size, and merging."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -78,3 +78,13 @@ class PatchMerge(nnx.Module):
     """(..., cells, c), neighbours in sequence -> (..., cells / 4, 2c)."""
     *leading, cells, c = x.shape
     return self.reduction(self.norm(x.reshape(*leading, cells // 4, 4 * c)))
+
+
+class Stem(NamedTuple):
+  """Outputs of the two stages of MLP blocks, cells in merge order."""
+
+  middle: jax.Array  # (B, K, 16, C / 4), in the middle of the first stage
+  stage1: jax.Array  # (B, K, 16, C / 4)
+  merged: jax.Array  # (B, K, 4, C / 2), stage1 after its merge
+  stage2: jax.Array  # (B, K, 4, C / 2)
+  tokens: jax.Array  # (B, K, C), stage2 after its merge

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,6 +41,48 @@ def resampled(
   """As `position_embedding`, but with an overhang the samples of an equal grid move, too."""
   rows, columns = (_bicubic_matrix(*sides, overhang) for sides in zip(source, target, strict=True))
   return apply_separable(rows, columns, embedding)
+
+
+def own_position_embeddings(
+  embedding: jax.Array,
+  source: tuple[int, int],
+  canvas: tuple[int, int],
+  own: jax.Array,
+  *,
+  overhang: float = 0.0,
+) -> jax.Array:
+  """`position_embedding` for the grid of each image, in the upper left of a canvas.
+
+  Args:
+    embedding: (1, rows * columns, C) for the grid `source`.
+    source: (rows, columns) of units.
+    canvas: (rows, columns) of units, no less than the images'.
+    own: (B, 2) rows and columns of the images' grids, known only when it runs.
+    overhang: see `position_embedding`.
+
+  Returns:
+    (B, rows * columns, C) for the canvas, zeros outside the images.
+  """
+  # A grid like the source's keeps its embedding, which the overhang would change.
+  same = (own == jnp.asarray(source)).all(axis=1)
+  matrices = []
+  for axis in range(2):
+    table = jnp.asarray(_matrices(source[axis], canvas[axis], overhang), embedding.dtype)
+    matrices.append(table[jnp.where(same, 0, own[:, axis])])
+  x = embedding.reshape(*source, -1)
+  x = jnp.einsum('bqw,hwc->bhqc', matrices[1], x, precision='highest')
+  x = jnp.einsum('bph,bhqc->bpqc', matrices[0], x, precision='highest')
+  return x.reshape(len(x), -1, x.shape[-1])
+
+
+@functools.lru_cache(maxsize=64)
+def _matrices(source: int, most: int, overhang: float) -> np.ndarray:
+  """(most + 1, most, source) weights for every length up to `most`; at 0 those that copy."""
+  table = np.zeros((most + 1, most, source))
+  table[0, : min(source, most)] = np.eye(source)[:most]
+  for length in range(1, most + 1):
+    table[length, :length] = _bicubic_matrix(source, length, overhang)
+  return table
 
 
 def bias_table(table: Any, source: tuple[int, int], target: tuple[int, int]) -> Any:

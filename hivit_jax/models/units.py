@@ -95,3 +95,9 @@ def mean_pool(x: jax.Array) -> jax.Array:
 def to_map(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
   """Cells of all units in merge order, (B, N, cells, C), to a (B, h, w, C) map."""
   return join_units(to_rows_and_columns(x), grid)
+
+
+def units_inside(own: jax.Array, grid: tuple[int, int]) -> jax.Array:
+  """(B, 2) rows and columns of the images in a grid -> (B, *grid) bool, the units in them."""
+  rows, columns = (jnp.arange(n) < own[:, i : i + 1] for i, n in enumerate(grid))
+  return rows[:, :, None] & columns[:, None]

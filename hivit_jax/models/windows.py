@@ -1,9 +1,12 @@
 """Square windows of a map, for attention whose cost grows with the map and not with its square."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from hivit_jax.errors import UserError
 
 
 def split_windows(x: Any, side: int) -> Any:
@@ -34,3 +37,24 @@ def join_windows(windows: jax.Array, grid: tuple[int, int], side: int) -> jax.Ar
   down, across = -(-rows // side), -(-columns // side)
   x = windows.reshape(-1, down, across, side, side, c).swapaxes(2, 3)
   return x.reshape(-1, down * side, across * side, c)[:, :rows, :columns]
+
+
+def check(side: int, global_blocks: Sequence[int], depth: int, *, biased: bool) -> None:
+  """UserError unless blocks can attend within windows.
+
+  Args:
+    side: units along a window's side.
+    global_blocks: those of `depth` blocks that attend globally nevertheless.
+    depth: number of blocks.
+    biased: the blocks have a relative position bias.
+  """
+  if side < 1 or not set(global_blocks) <= set(range(depth)):
+    raise UserError(
+      f'window_size must be positive and global_blocks within 0..{depth - 1}, '
+      f'got {side} and {tuple(global_blocks)}'
+    )
+  if biased:
+    raise UserError(
+      'window attention has no relative position bias: create the model with rpe=False, '
+      'or leave out window_size'
+    )

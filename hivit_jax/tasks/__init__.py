@@ -1,6 +1,7 @@
 """What models are trained for, by name: the only list of tasks."""
 
 from hivit_jax.tasks.classify import ClassifyTask
+from hivit_jax.tasks.detect import DetectTask
 from hivit_jax.tasks.linear import LinearTask
 from hivit_jax.tasks.mae import MAETask
 from hivit_jax.tasks.segment import SegmentTask
@@ -15,5 +16,6 @@ TASKS: dict[str, type[Task]] = {
   'simmim': SimMIMTask,
   'classify': ClassifyTask,
   'linear': LinearTask,
+  'detect': DetectTask,
   'segment': SegmentTask,
 }

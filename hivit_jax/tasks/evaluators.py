@@ -182,6 +182,7 @@ class Collected:
     finish: Callable[[Any, np.ndarray], Metrics],
     *,
     name: str = 'eval',
+    host: Callable[[Any], Any] = lambda results: results,
   ):
     """Nothing is computed yet.
 
@@ -193,15 +194,18 @@ class Collected:
       finish: the tree with a row for each example that could be read, and (N,) the positions of
         these in the source, rising -> metrics.
       name: of the set, before the metrics.
+      host: what is kept of each batch's results: a tree of numpy arrays with a row for each
+        example, such as an array of lists.
     """
     self._context, self._source, self._finish, self._name = context, source, finish, name
-    self._predict = jax.jit(of_model(context.graphdef, predict))
+    self._predict, self._host = jax.jit(of_model(context.graphdef, predict)), host
 
   def __call__(self, step: int, state: State) -> Metrics:
     del step
     metrics = {}
     for prefix, params in _models(self._context, state).items():
-      parts = list(rows(self._context, self._predict, params, self._source))
+      found = rows(self._context, self._predict, params, self._source)
+      parts = [(self._host(results), index) for results, index in found]
       index = np.concatenate([index for _, index in parts])
       order = np.argsort(index, kind='stable')
       results = jax.tree.map(

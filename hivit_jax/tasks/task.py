@@ -34,6 +34,7 @@ class Task(Protocol):
     stem_is_one_layer: with layer decay, all before the first attention is of the first layer.
     needs_classes: the examples need integer labels, and the model one output for each class.
     pixel_classes: the examples need label maps, and the model one output for each class.
+    object_classes: the same of examples with objects.
     whole_batches: why a batch cannot be computed in parts, if it cannot.
     measures: sections of the config that its evaluators read: evaluation, knn, pictures.
     without_weights: warning for a run that starts from random parameters, if it needs one.
@@ -50,6 +51,7 @@ class Task(Protocol):
   stem_is_one_layer: ClassVar[bool] = False
   needs_classes: ClassVar[bool] = False
   pixel_classes: ClassVar[bool] = False
+  object_classes: ClassVar[bool] = False
   whole_batches: ClassVar[str | None] = None
   measures: ClassVar[frozenset[str]] = frozenset()
   without_weights: ClassVar[str | None] = None

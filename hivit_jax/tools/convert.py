@@ -2,7 +2,7 @@
 
   python -m hivit_jax.tools.convert from-torch FILE --out=DIR|FILE.safetensors [--model=NAME]
   python -m hivit_jax.tools.convert to-torch WORKDIR|CHECKPOINT|FILE --out=FILE.pth|FILE.safetensors
-      [--layout=official|mae|simmim|segmenter|backbone|mmpretrain]
+      [--layout=official|mae|simmim|segmenter|detector|backbone|mmpretrain]
 
 A DIR gets a checkpoint, as a training run writes it. docs/guide/weights.md says what loads where.
 """

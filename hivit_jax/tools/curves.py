@@ -19,10 +19,10 @@ from hivit_jax.reporting.metrics import rows_in
 Rows = dict[int, dict[str, float]]  # metrics by step, in order of the steps
 
 _EPOCH = 'train/epoch'
-# Panel -> its metrics. Any other `eval/` metric has a panel to itself.
+# Panel -> its metrics. Any other metric of an evaluation has a panel to itself.
 _PANELS = {
-  'loss': r'(train|eval)/(\w+_)?loss',
-  'accuracy': r'(train|eval)/(\w+_)?(top\d+|accuracy)',
+  'loss': r'(train|eval\w*)/(\w+_)?loss',
+  'accuracy': r'(train|eval\w*)/(\w+_)?(top\d+|accuracy)',
   'learning rate': r'train/learning_rate',
   'memory (MB)': r'train/(host|device)_memory_mb',
 }
@@ -149,9 +149,9 @@ def draw_rates(
 def _panels(metrics: set[str]) -> dict[str, list[str]]:
   """Title -> metrics; training before evaluation, and averaged weights last."""
   panels: dict[str, list[str]] = {title: [] for title in _PANELS}
-  for metric in sorted(metrics, key=lambda m: (m.startswith('eval/'), 'ema' in m, m)):
+  for metric in sorted(metrics, key=lambda m: (not m.startswith('train/'), 'ema' in m, m)):
     titles = [title for title, pattern in _PANELS.items() if re.fullmatch(pattern, metric)]
-    if titles or metric.startswith('eval/'):
+    if titles or not metric.startswith('train/'):
       panels.setdefault(titles[0] if titles else metric, []).append(metric)
   return {title: found for title, found in panels.items() if found}
 

@@ -31,7 +31,7 @@ _FIELDS = {
   'num_classes': 'model.num_classes',
   'mirror': 'augment.flip',
 }
-_SECTIONS = ('augment', 'segment')  # whose settings fill the fields of their names
+_SECTIONS = ('augment', 'segment', 'detect')  # whose settings fill the fields of their names
 _PUBLISHED_CLASSES = 1000  # of a config that names no number, before there is a data set
 
 
@@ -56,7 +56,7 @@ def is_large(config: ml_collections.ConfigDict) -> bool:
   known = config.model.name in models.MODELS
   own = models.settings_of(config.model.name) if known else {}
   width = config.model.embed_dim or own.get('embed_dim', 0)
-  if 'window_size' in own:  # Swin's is that of the first stage
+  if 'mlp_stages' in own:  # Swin's is that of the first stage
     width *= 4
   return width >= _LARGE_WIDTH
 
@@ -215,8 +215,10 @@ def task(config: ml_collections.ConfigDict, transforms: Callable[..., Any] | Non
     elif key is not None:
       value = settings.get(config, key)
       filled[field.name] = tuple(value) if isinstance(value, list) else value
-    elif field.default is MISSING:
-      raise UserError(f'config.task={config.task}: no setting is called {field.name}')
+    elif field.default is MISSING and field.default_factory is MISSING:
+      raise UserError(
+        f'config.task={config.task}: no setting is called {field.name}; give it a default'
+      )
   if filled.get('num_classes', 0) is None:
     name = config.model.name
     own = models.settings_of(name) if name in models.MODELS else {}

@@ -67,7 +67,7 @@ class KeepBest:
   def _better(self, metrics: Mapping[str, float], complete: bool) -> float | None:
     """The value, if it is better."""
     if self._metric not in metrics:
-      if not complete:
+      if not complete or self.known:  # a run with a best does not lose its steps for this
         return None
       raise UserError(
         f'{_SETTING}={self._wanted}: this run measures no {self._metric}; it measures '

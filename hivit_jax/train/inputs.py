@@ -45,7 +45,7 @@ def num_classes(config: ml_collections.ConfigDict, source: Any) -> int:
 
 
 def pixel_classes(config: ml_collections.ConfigDict, source: Any) -> int:
-  """As `num_classes`, of a source with label maps."""
+  """As `num_classes`, of a source with label maps or objects."""
   count, settled = len(source.class_names), config.model.num_classes
   if not (count or settled):
     raise UserError(
@@ -54,8 +54,8 @@ def pixel_classes(config: ml_collections.ConfigDict, source: Any) -> int:
     )
   if settled and count and settled != count:
     raise UserError(
-      f'config.model.num_classes={settled}, but {source.name} ({source.split}) has {count} classes '
-      'of pixels; --config.model.num_classes=None takes those'
+      f'config.model.num_classes={settled}, but {source.name} ({source.split}) has {count} '
+      'classes; --config.model.num_classes=None takes those'
     )
   return settled or count
 

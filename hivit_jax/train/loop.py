@@ -181,8 +181,8 @@ def train(run: Run, signals: StopSignals) -> Any:
         shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
         _log.info('step %d: %s', step, shown)
       interval.restart_clock()
-    if run.keep_best is None:
-      return False
+    if run.keep_best is None or (run.evaluators and not chosen):
+      return False  # at most steps: asking the other processes would make the device wait
     return run.keep_best.improved(step, found, complete=len(chosen) == len(run.evaluators))
 
   def save(step: int, *, evaluated: bool = True, wait: bool = False) -> None:

@@ -144,7 +144,7 @@ def _evaluate(
     )
   metrics: dict[str, float] = {}
   for evaluator in evaluators:
-    metrics |= evaluator.run(0, {'params': params})
+    metrics |= evaluator.run(0, {'params': params}) or {}
   source = setup.eval_source
   shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
   _log.info(

@@ -96,7 +96,7 @@ def set_up(config: ml_collections.ConfigDict, evaluated: files.StateDict | None 
       train_source = inputs.open_source(config, config.data.train_split)
     sets = {'eval': inputs.open_source(config, config.data.eval_split)} | _more_sets(config)
   class_sets = {}
-  if chosen.pixel_classes:
+  if chosen.pixel_classes or chosen.object_classes:
     if evaluated is None:
       config.model.num_classes = inputs.pixel_classes(config, train_source)
       names, where = train_source.class_names, config.data.train_split

@@ -18,7 +18,8 @@ AXES = ('data', 'fsdp')
 # 'params/blocks/0/mlp/fc1/kernel'; the optimizer's numbers for a parameter go with it.
 _RULES: rules.Rules = (
   (r'(.*/)?kernel', 'split'),
-  (r'(.*/)?(bias|scale|mean|var|relative_position_bias_table)', 'whole'),
+  (r'(.*/)?(bias|scale|gamma_[12]|mean|var|relative_position_bias_table)', 'whole'),
+  (r'(.*/)?hogs/simple_weights', 'whole'),
   (r'(.*/)?(absolute_pos_embed|pos_embed|decoder_pos_embed|cls_token|mask_token)', 'whole'),
   (r'step|.*/count', 'whole'),
 )

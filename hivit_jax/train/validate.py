@@ -25,7 +25,8 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     lambda x: x >= 1,
     'steps max_steps batch_size accumulate_steps log_every_steps checkpoint.keep_last knn.k '
     'evaluation.batch_size pictures.count model.embed_dim model.depth model.window_size '
-    'model.num_heads model.num_classes '
+    'model.num_heads model.num_classes model.neck_channels model.hidden model.proposals '
+    'model.detections model.candidates detect.long_side detect.eval_short_side detect.objects '
     'model.decoder_embed_dim model.decoder_depth model.decoder_num_heads',
   ),
   (
@@ -42,7 +43,8 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
   (
     '0 or more, and less than 1',
     lambda x: 0 <= x < 1,
-    'optim.b1 optim.b2 optim.momentum ema_decay model.drop_path_rate augment.label_smoothing',
+    'model.score_threshold optim.b1 optim.b2 optim.momentum ema_decay model.drop_path_rate '
+    'augment.label_smoothing',
   ),
   ('more than 0 and less than 1', lambda x: 0 < x < 1, 'model.mask_ratio'),
   ('more than 0, at most 1', lambda x: 0 < x <= 1, 'optim.layer_decay data.eval_crop'),
@@ -57,6 +59,31 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'depths of the stages, such as (2, 2, 20): none negative, the last at least 1',
     lambda x: len(x) in (3, 4) and min(x) >= 0 < x[-1] and all(isinstance(d, int) for d in x),
     'model.depths',
+  ),
+  (
+    'at least 4',  # so that a quarter is one
+    lambda x: x >= 4,
+    'detect.anchors detect.rois',
+  ),
+  (
+    'one number or more of pixels, at least 1',
+    lambda x: len(x) >= 1 and all(isinstance(v, int) and v >= 1 for v in x),
+    'detect.short_sides',
+  ),
+  (
+    'numbers of pixels, at least 1, or none',
+    lambda x: all(isinstance(v, int) and v >= 1 for v in x),
+    'detect.crop_first',
+  ),
+  (
+    'two numbers, 1 <= smallest <= largest',
+    lambda x: len(x) == 2 and 1 <= x[0] <= x[1],
+    'detect.crop_sides',
+  ),
+  (
+    'two numbers, at least 1: of training, of evaluation',
+    lambda x: len(x) == 2 and min(x) >= 1,
+    'model.nms_pre',
   ),
   (
     'two shares of the area, 0 < smallest <= largest <= 1',
@@ -111,6 +138,8 @@ _OPTIONAL = (
   'model.head_batch_norm model.decoder_embed_dim model.decoder_depth model.decoder_num_heads '
   'model.mask_ratio model.norm_pix_loss model.target model.hifeat model.scan '
   'model.position_image_size model.head_channels model.auxiliary_channels model.dropout_rate '
+  'model.global_blocks model.neck_channels model.hidden model.nms_pre model.proposals '
+  'model.detections model.candidates model.score_threshold '
   'init data.data_dir data.eval_crop augment.rand_augment augment.mix_group optim.lr optim.end_lr '
   'optim.warmup_start_lr optim.warmup_steps optim.layer_decay optim.clip_norm ema_decay '
   'checkpoint.keep_best'

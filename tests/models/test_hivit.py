@@ -60,6 +60,11 @@ PARAMETERS = {
   'backbone_fast_itpn_small': 39_524_832,
   'backbone_fast_itpn_base': 84_323_456,
   'backbone_fast_itpn_large': 311_277_504,
+  # Mask R-CNN of 80 classes; its 2048 running statistics are counted, too.
+  'detect_hivit_tiny': 40_243_664,
+  'detect_hivit_small': 58_544_720,
+  'detect_hivit_base': 87_370_608,
+  'detect_hivit_large': 311_355_824,
   # For crops of 224 pixels, with the running statistics.
   'segment_hivit_tiny': 129_532_072,
   'segment_hivit_small': 147_876_868,

@@ -17,7 +17,8 @@ from hivit_jax.train import optim, rules
 from tests.helpers import TINY, TINY_MAE, abstract_model
 
 ADAM = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.0, 'clip_norm': None}
-MODELS = [(name, {}) for name in hivit_jax.list_models() if not re.search('large|swin|seg', name)]
+SKIPPED = 'large|swin|detect|segment'
+MODELS = [(name, {}) for name in hivit_jax.list_models() if not re.search(SKIPPED, name)]
 MODELS += [
   ('hivit_tiny', TINY | {'rpe': False}),
   ('mae_hivit_tiny', TINY_MAE | {'rpe': True}),

@@ -1,0 +1,7 @@
+"""Mask R-CNN on HiViT-S, on COCO after MAE: B's recipe, less drop path; variant :debug."""
+
+from configs import recipes
+
+
+def get_config(variant: str | None = None):
+  return recipes.detect('hivit_small', variant)

@@ -1,0 +1,285 @@
+"""Detection and instance segmentation as a task for the training loop: Mask R-CNN.
+
+A batch has, for each example, objects in M slots:
+
+    image     (H, W, channels) uint8, the picture in the upper left of a canvas
+    size      (2,) int32, height and width of the picture
+    boxes     (M, 4) float32 in pixels; labels (M,) int32; exists (M,) bool
+    masks     (M, 112, 112) uint8, coverage of each box, see `data.masks.crop`
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hivit_jax.detection import anchors as anchor_ops
+from hivit_jax.detection import boxes as box_ops
+from hivit_jax.detection.assign import Sample
+from hivit_jax.detection.mask_targets import CROP, mask_targets
+from hivit_jax.errors import UserError
+from hivit_jax.models.mask_rcnn import BOX_SIZE, MASK_CELLS, MASK_SIZE, MaskRCNN
+from hivit_jax.tasks import detection_losses as losses
+from hivit_jax.tasks import detection_targets as targets
+from hivit_jax.tasks.evaluators import Collected, Context, Evaluator
+from hivit_jax.tasks.images import normalize
+from hivit_jax.tasks.task import Batch, ImageTask
+
+PADDING = 32  # pixels: an image's own canvas has sides that are multiples of it
+
+
+def own_canvas(sizes: jax.Array) -> jax.Array:
+  """(..., 2) heights and widths, rounded up to the multiples that an image alone would have."""
+  return -(-sizes // PADDING) * PADDING
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectTask(ImageTask):
+  """Find objects: their boxes, classes and masks.
+
+  The defaults are the published recipe's, for a canvas that all of its images fit on.
+
+  Attributes:
+    num_classes: of the model, without the background.
+    image_size: (height, width) of the canvas that images are padded to, multiples of 32.
+    channels: of the images.
+    flip: half of the images are mirrored.
+    short_sides, long_side: what the sides of an image become at most, see
+      `detection_transforms.Augmentation`.
+    crop_first: the same for the images that are cropped; empty: no image is.
+    crop_sides: least and most of a crop's sides.
+    eval_short_side: of images in evaluations.
+    objects: slots for the objects of an image.
+    anchors: of an image that the proposals learn from.
+    rois: of an image that the heads learn from; the masks learn from a quarter at most.
+  """
+
+  model_class = MaskRCNN
+  model_kind = 'detector'
+  # As published: position embeddings decay, too, because the exemption names them in vain.
+  rules = (
+    (r'(.*/)?(bias|scale)', 'no_decay'),
+    (r'.*', 'decay'),
+  )
+  encoder = 'backbone/'
+  stem_is_one_layer = True
+  object_classes = True
+  measures = frozenset(('evaluation',))
+
+  num_classes: int
+  image_size: tuple[int, int] = (1344, 1344)
+  channels: int = 3
+  flip: bool = True
+  short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
+  long_side: int = 1333
+  crop_first: tuple[int, ...] = (400, 500, 600)
+  crop_sides: tuple[int, int] = (384, 600)
+  eval_short_side: int = 800
+  objects: int = 100
+  anchors: int = 256
+  rois: int = 512
+
+  def __post_init__(self):
+    if any(side % PADDING for side in self.image_size):
+      raise UserError(
+        f'image_size={self.image_size}: detection needs sides that are multiples of {PADDING}'
+      )
+
+  def input(self, train: bool) -> Callable[..., dict[str, Any]]:
+    """See `detection_transforms.TrainTransform` and `EvalTransform`."""
+    from hivit_jax.data import detection_transforms  # here: a benchmark of a step needs no data
+
+    if not train:
+      return detection_transforms.EvalTransform(
+        self.eval_short_side, self.long_side, self.image_size, self.channels
+      )
+    augmentation = detection_transforms.Augmentation(
+      self.short_sides, self.long_side, self.crop_first, self.crop_sides, self.flip
+    )
+    return detection_transforms.TrainTransform(
+      augmentation, self.image_size, self.objects, self.channels
+    )
+
+  def shapes(self, size: tuple[int, int], channels: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """See `Task`."""
+    slots, side = self.objects, CROP
+    return {
+      'image': jax.ShapeDtypeStruct((*size, channels), jnp.uint8),
+      'size': jax.ShapeDtypeStruct((2,), jnp.int32),
+      'boxes': jax.ShapeDtypeStruct((slots, 4), jnp.float32),
+      'labels': jax.ShapeDtypeStruct((slots,), jnp.int32),
+      'exists': jax.ShapeDtypeStruct((slots,), jnp.bool_),
+      'masks': jax.ShapeDtypeStruct((slots, side, side), jnp.uint8),
+    }
+
+  def prepare(self, model: MaskRCNN, batch: Batch, rng: jax.Array) -> Batch:
+    """Draws all random numbers, and chooses the anchors that learn: the objects alone decide.
+
+    Args:
+      model: the model to be trained.
+      batch: see above.
+      rng: PRNG key of this step.
+
+    Returns:
+      The batch with `anchor_*` (B, slots) of `assign.Sample`, `anchor_count` (), how many learn,
+      `images` (), how many there are, `roi_priorities` (B, M + proposals) and, with drop path,
+      `drop_path_noise` (B, blocks, 2).
+    """
+    for_anchors, for_rois, drop_path = jax.random.split(rng, 3)
+    b, height, width, _ = batch['image'].shape
+    shapes = map_shapes(height, width)
+    anchors = all_anchors(shapes)
+    own = own_shapes(own_canvas(batch['size']))
+    priorities = jax.random.uniform(for_anchors, (b, len(anchors)))
+    sample: Sample = jax.vmap(
+      lambda own, *objects: targets.rpn_sample(
+        anchors, valid_anchors(shapes, own), *objects, total=self.anchors
+      )
+    )(own, batch['boxes'], batch['exists'], priorities)
+    slots = batch['boxes'].shape[1] + model.settings.proposals
+    prepared = {
+      **batch,
+      **{f'anchor_{key}': value for key, value in sample._asdict().items()},
+      'anchor_count': jnp.maximum(sample.valid.sum(), 1).astype(jnp.float32),
+      'images': jnp.asarray(b, jnp.float32),
+      'roi_priorities': jax.random.uniform(for_rois, (b, slots)),
+    }
+    if any(model.drop_path_rates):
+      prepared['drop_path_noise'] = model.drop_path_noise(drop_path, b)
+    return prepared
+
+  def loss(self, model: MaskRCNN, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Five losses, added; metrics are their shares and the share of RoIs classified rightly.
+
+    What anchors lose is divided by how many of the whole batch learn. How many RoIs and positive
+    ones there are depends on the proposals, so these losses are means over the part, weighted by
+    its share in the images; with the whole batch in one part they are plain means.
+    """
+    return self.losses(model, batch, own_canvas(batch['size']))
+
+  def losses(self, model: MaskRCNN, batch: Batch, canvases: jax.Array | None):
+    """`loss`, where None for `canvases` lets all of the batch's canvas take part."""
+    maps = model.pyramid(
+      self.padded_images(batch), canvases, drop_path_noise=batch.get('drop_path_noise')
+    )
+    logits, deltas = model.rpn(maps, canvases)
+    shapes = [(x.shape[1], x.shape[2]) for x in maps]
+    boxes, exists = batch['boxes'], batch['exists']
+    sample = Sample(*(batch[f'anchor_{key}'] for key in Sample._fields))
+    of_class, of_box = jax.vmap(losses.rpn_sums, in_axes=(0, 0, None, 0, 0))(
+      jnp.concatenate(logits, axis=1),
+      jnp.concatenate(deltas, axis=1),
+      all_anchors(shapes),
+      boxes,
+      sample,
+    )
+    proposals = model.proposals(logits, deltas, shapes, batch['size'], canvases, train=True)
+    slots = exists.shape[1] + proposals.valid.shape[1]
+    rois = jax.vmap(lambda *x: targets.roi_sample(*x, total=self.rois))(
+      proposals.boxes, proposals.valid, boxes, exists, batch['roi_priorities'][:, :slots]
+    )
+    share = len(boxes) / batch['images']
+    sums, count = self._box_sums(model, maps, rois, batch, canvases)
+    scale = share / jnp.maximum(count, 1)
+    terms = {
+      'rpn_class': of_class.sum() / batch['anchor_count'],
+      'rpn_box': of_box.sum() / batch['anchor_count'],
+      'class': scale * sums['class'],
+      'box': scale * sums['box'],
+      'mask': share * self._mask_loss(model, maps, rois, batch, canvases),
+    }
+    metrics = {f'loss_{key}': value for key, value in terms.items()}
+    return jnp.asarray(sum(terms.values())), metrics | {'roi_accuracy': scale * sums['right']}
+
+  def _box_sums(self, model, maps, rois, batch, canvases):
+    """Sums of `losses.box_sums` over all RoIs that learn, and their number."""
+    sample = rois.sample
+    valid = sample.valid.reshape(-1)
+    features = model.roi_features(maps, rois.boxes, BOX_SIZE, canvases)
+    logits, deltas = model.roi_head.bbox_head(features, valid)
+    labels = jnp.take_along_axis(batch['labels'], sample.object, axis=1)
+    labels = jnp.where(sample.positive, labels, self.num_classes).reshape(-1)
+    of_objects = jnp.take_along_axis(batch['boxes'], sample.object[..., None], axis=1)
+    sums = losses.box_sums(
+      logits, deltas, rois.boxes.reshape(-1, 4), labels, of_objects.reshape(-1, 4), valid
+    )
+    return sums, valid.sum()
+
+  def _mask_loss(self, model, maps, rois, batch, canvases):
+    """Mean over the positive RoIs, which are in the first slots."""
+    most = self.rois // 4
+    boxes, positive = rois.boxes[:, :most], rois.sample.positive[:, :most]
+    owner = rois.sample.object[:, :most]
+    features = model.roi_features(maps, boxes, MASK_SIZE, canvases)
+    labels = jnp.take_along_axis(batch['labels'], owner, axis=1)
+    logits = model.roi_head.mask_head(features, labels.reshape(-1))
+    wanted = jax.vmap(_targets_of_image)(
+      batch['masks'], batch['boxes'], owner, boxes, batch['size']
+    )
+    total = losses.mask_sum(logits, wanted.reshape(logits.shape), positive.reshape(-1))
+    return total / jnp.maximum(positive.sum(), 1)
+
+  def evaluators(self, context: Context) -> list[Evaluator]:
+    """COCO's measures of boxes and masks on each set."""
+    from hivit_jax.tasks import detection_results
+
+    every = context.every('evaluation')
+    if every is None:
+      return []
+    return [
+      Evaluator(
+        every,
+        Collected(
+          context,
+          source,
+          self.detections,
+          detection_results.Measured(source, self.channels),
+          name=name,
+          host=detection_results.of_batch,
+        ),
+      )
+      for name, source in context.sets.items()
+    ]
+
+  def detections(self, model: MaskRCNN, batch: Batch) -> dict[str, jax.Array]:
+    """What `detection_results.of_batch` needs of an evaluation batch."""
+    sizes = batch['size']
+    # Rows that are padding have no size; on a canvas of their own they would divide by zero.
+    canvases = jnp.maximum(own_canvas(sizes), PADDING)
+    found = model.detect(self.padded_images(batch), sizes, canvases)
+    return {**found._asdict(), 'size': sizes, 'original': batch['original']}
+
+  def padded_images(self, batch: Batch) -> jax.Array:
+    """Normalised images with zeros, not black, around the pictures."""
+    images = normalize(batch['image'], self.mean, self.std)
+    size = batch['size'][:, :, None]
+    rows, columns = (jnp.arange(n) < size[:, i] for i, n in enumerate(images.shape[1:3]))
+    return jnp.where((rows[:, :, None] & columns[:, None])[..., None], images, 0)
+
+
+def _targets_of_image(masks, boxes, owner, rois, size):
+  return mask_targets(masks[owner], boxes[owner], box_ops.clip(rois, size), MASK_CELLS)
+
+
+def map_shapes(height: int, width: int) -> list[tuple[int, int]]:
+  """(rows, columns) of the five levels of a canvas whose sides are multiples of 32."""
+  return [(-(-height // s), -(-width // s)) for s in anchor_ops.STRIDES]
+
+
+def own_shapes(canvas: jax.Array) -> jax.Array:
+  """(B, 2) sizes of the images' own canvases -> (B, 5, 2) shapes of their maps."""
+  return jax.vmap(anchor_ops.own_shapes)(canvas)
+
+
+def all_anchors(shapes: list[tuple[int, int]]) -> jax.Array:
+  """(A, 4) anchors of all levels."""
+  levels = zip(shapes, anchor_ops.STRIDES, strict=True)
+  return jnp.concatenate([anchor_ops.level_anchors(shape, stride) for shape, stride in levels])
+
+
+def valid_anchors(shapes: list[tuple[int, int]], own: jax.Array) -> jax.Array:
+  """(A,) bool, which of `all_anchors` are in maps of the shapes `own` (5, 2)."""
+  levels = zip(shapes, own, strict=True)
+  return jnp.concatenate([anchor_ops.level_valid(shape, size) for shape, size in levels])

@@ -1,0 +1,137 @@
+"""Images with objects: against mmdetection's transforms, and what they do not show."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hivit_jax.data import detection_transforms as transforms
+from hivit_jax.data.decode import BrokenImage
+from hivit_jax.errors import UserError
+from tests.helpers import load_golden
+
+CONFIG, ARRAYS = load_golden('detection_augment.npz')
+
+
+def unpack(packed, size):
+  return np.unpackbits(packed, axis=1)[:, : size[0] * size[1]].reshape(-1, *size)
+
+
+@pytest.fixture
+def scene():
+  masks = unpack(ARRAYS['masks'], (CONFIG['height'], CONFIG['width']))
+  crowd = np.zeros(len(masks), bool)
+  return transforms.Scene(ARRAYS['image'], ARRAYS['boxes'], ARRAYS['labels'], masks, crowd)
+
+
+def chain_of(case):
+  cut = {}
+  if 'first' in case:
+    cut = {key: tuple(case[key]) for key in ('first', 'crop', 'offset')}
+  return transforms.Chain(case['flip'], *case['scale'], **cut)
+
+
+@pytest.mark.parametrize('number', range(len(CONFIG['cases'])))
+def test_chains_equal_the_official_ones(scene, number):
+  case = CONFIG['cases'][number]
+  chain = chain_of(case)
+  found = chain(scene)
+  size = tuple(case['shape'])
+  assert found.size == chain.size(scene.size) == size
+  differ = np.abs(found.image - ARRAYS[f'{number}/image'].astype(np.int32))
+  assert differ.max() <= 1
+  np.testing.assert_allclose(found.boxes, ARRAYS[f'{number}/boxes'], atol=1e-4)
+  np.testing.assert_array_equal(found.labels, ARRAYS[f'{number}/labels'])
+  np.testing.assert_array_equal(found.masks, unpack(ARRAYS[f'{number}/masks'], size))
+
+
+PUBLISHED = transforms.Augmentation(
+  short=tuple(range(480, 801, 32)), long=1333, first=(400, 500, 600)
+)
+
+
+def test_the_published_augmentation_keeps_within_its_bounds():
+  rng = np.random.default_rng(0)
+  chains = [PUBLISHED.draw((480, 640), rng) for _ in range(400)]
+  sizes = np.array([chain.size((480, 640)) for chain in chains])
+  assert sizes.max() <= 1333
+  assert sizes.min(axis=1).max() <= 800
+  cropped = np.array([chain.first is not None for chain in chains])
+  assert 0.4 < cropped.mean() < 0.6
+  assert 0.4 < np.mean([chain.flip for chain in chains]) < 0.6
+  assert {chain.short for chain in chains} == set(PUBLISHED.short)
+  for chain in chains:
+    if chain.first:
+      sides = transforms.fitted((480, 640), *chain.first)
+      for side, length, start in zip(sides, chain.crop, chain.offset, strict=True):
+        assert min(side, 384) <= length <= min(side, 600)
+        assert 0 <= start <= side - length
+
+
+def example_of(scene, **objects):
+  file, instances = io.BytesIO(), io.BytesIO()
+  Image.fromarray(scene.image).save(file, 'PNG')
+  numbers = (scene.masks * np.arange(1, 5)[:, None, None]).max(axis=0).astype(np.uint8)
+  Image.fromarray(numbers).save(instances, 'PNG')
+  return {
+    'image': file.getvalue(),
+    'instances': instances.getvalue(),
+    'objects': {'boxes': scene.boxes, 'classes': scene.labels, **objects},
+  }
+
+
+TRAIN = transforms.TrainTransform(transforms.Augmentation((90,), 120, flip=False), (96, 128), 6)
+
+
+def test_arrays_have_objects_in_slots_and_the_image_in_the_corner(scene):
+  found = TRAIN(example_of(scene), np.random.default_rng(0))
+  assert found['size'].tolist() == [90, 120]
+  np.testing.assert_array_equal(found['image'][:90, :120], scene.image)
+  assert not found['image'][90:].any()
+  assert not found['image'][:, 120:].any()
+  assert found['exists'].tolist() == 4 * [True] + 2 * [False]
+  np.testing.assert_array_equal(found['boxes'][:4], scene.boxes)
+  assert not found['boxes'][4:].any()
+  areas = [(m / 255).mean() * np.prod(b[2:] - b[:2]) for m, b in zip(
+    found['masks'][:4], scene.boxes, strict=True
+  )]  # fmt: skip
+  np.testing.assert_allclose(areas, scene.masks.sum(axis=(1, 2)), rtol=0.02)
+
+
+def test_crowds_and_slivers_are_not_learned_and_of_too_many_objects_the_largest_are(scene):
+  found = TRAIN(
+    example_of(scene, crowd=np.array([True, False, False, False])), np.random.default_rng(0)
+  )
+  assert found['labels'][found['exists']].tolist() == scene.labels[1:].tolist()
+  thin = scene.boxes.copy()
+  thin[1, 2] = thin[1, 0] + 0.5
+  slim = transforms.to_arrays(
+    transforms.Scene(scene.image, thin, scene.labels, scene.masks, scene.crowd), (96, 128), 2
+  )
+  areas = np.prod(thin[:, 2:] - thin[:, :2], axis=1) * (np.arange(4) != 1)
+  largest = np.sort(np.argsort(-areas)[:2])
+  assert slim['labels'].tolist() == scene.labels[largest].tolist()
+
+
+def test_evaluation_keeps_the_size_of_the_original(scene):
+  transform = transforms.EvalTransform(45, 120, (64, 64))
+  found = transform(example_of(scene))
+  assert found['original'].tolist() == [90, 120]
+  assert found['size'].tolist() == [45, 60]
+  assert found['image'].shape == (64, 64, 3)
+
+
+def test_mistakes_are_named(scene):
+  example = example_of(scene)
+  rng = np.random.default_rng(0)
+  with pytest.raises(UserError, match=r"no 'objects' to find.*image"):
+    TRAIN({'image': example['image']}, rng)
+  with pytest.raises(UserError, match="neither 'masks' nor"):
+    TRAIN({key: example[key] for key in ('image', 'objects')}, rng)
+  with pytest.raises(UserError, match=r'90x120 pixels, more than the 64x64'):
+    transforms.TrainTransform(TRAIN.augmentation, (64, 64))(example, rng)
+  small = io.BytesIO()
+  Image.fromarray(np.zeros((9, 9), np.uint8)).save(small, 'PNG')
+  with pytest.raises(BrokenImage, match='120x90 pixels, its masks 9x9'):
+    TRAIN({**example, 'instances': small.getvalue()}, rng)

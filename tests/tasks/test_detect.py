@@ -1,0 +1,320 @@
+"""Training Mask R-CNN: against mmdetection's numbers, and what they do not show."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hivit_jax.data import masks
+from hivit_jax.detection import mask_targets
+from hivit_jax.detection.assign import Sample
+from hivit_jax.interop import torch_names
+from hivit_jax.models.mask_rcnn import MASK_CELLS
+from hivit_jax.tasks import detect
+from hivit_jax.tasks import detection_targets as targets
+from hivit_jax.train import optim, rules
+from tests.helpers import (
+  GOLDEN,
+  abstract_model,
+  assert_close,
+  golden_params,
+  load_golden,
+  quick_jit,
+  random_model,
+  torch_gradients,
+)
+from tests.models.test_mask_rcnn import DETECTOR
+
+SLOTS = 4
+LOSSES = ('rpn_class', 'rpn_box', 'class', 'box', 'mask')
+# Pixels of the golden images are normalised already; the task gets these as they are.
+TASK = detect.DetectTask(mean=(0, 0, 0), std=(1, 1, 1), num_classes=5, anchors=24, rois=16)
+
+
+def unpack(packed, *shape):
+  return np.unpackbits(packed, axis=-1)[..., : np.prod(shape)].reshape(*packed.shape[:-1], *shape)
+
+
+def padded(x, fill=0):
+  return np.pad(x, ((0, SLOTS - len(x)), *((0, 0),) * (x.ndim - 1)), constant_values=fill)
+
+
+def objects_of(gt, image, dtype=np.float64):
+  boxes, bitmaps = gt[f'gt_boxes/{image}'], unpack(gt[f'gt_masks/{image}'], 96, 128)
+  crops = np.stack([masks.crop(m, b) for m, b in zip(bitmaps, boxes, strict=True)])
+  return {
+    'boxes': padded(boxes.astype(dtype)),
+    'labels': padded(gt[f'gt_labels/{image}']),
+    'exists': np.arange(SLOTS) < len(boxes),
+    'masks': padded(crops),
+  }
+
+
+def stack(examples):
+  return jax.tree.map(lambda *x: np.stack(x), *examples)
+
+
+def high_at(index, count):
+  """Priorities that choose the given ones, in their order."""
+  priorities = np.zeros(count)
+  priorities[index] = np.linspace(0.9, 0.5, len(index))
+  return priorities
+
+
+@pytest.fixture(scope='module')
+def golden():
+  """The published pass on two images, with the samples that it drew."""
+  config, arrays = load_golden('detection_train.npz')
+  batch = stack([objects_of(arrays, i) for i in range(2)])
+  batch['image'] = np.moveaxis(arrays['image_nchw'].astype(np.float64), 1, 3)
+  batch['size'] = np.asarray(config['img_shapes'], np.int32)
+  shapes = detect.map_shapes(96, 128)
+  with jax.enable_x64(True):
+    anchors = detect.all_anchors(shapes)
+    own = detect.own_shapes(np.asarray(config['pad_shapes']))
+    samples, rois = [], []
+    for i in range(2):
+      index = np.concatenate([arrays[f'rpn/{kind}_inds/{i}'] for kind in ('pos', 'neg')])
+      samples.append(
+        targets.rpn_sample(
+          anchors,
+          detect.valid_anchors(shapes, own[i]),
+          jnp.asarray(batch['boxes'][i]),
+          batch['exists'][i],
+          high_at(index, len(anchors)),
+          24,
+        )
+      )
+      # Their proposals follow the objects, ours follow the slots.
+      index = np.concatenate([arrays[f'rcnn/{kind}_inds/{i}'] for kind in ('pos', 'neg')])
+      objects = batch['exists'][i].sum()
+      index = np.where(index < objects, index, index + SLOTS - objects)
+      rois.append(high_at(index, SLOTS + 40))
+  sample = stack([jax.device_get(s) for s in samples])
+  batch |= {f'anchor_{key}': value for key, value in sample._asdict().items()}
+  batch |= {'anchor_count': np.float64(sample.valid.sum()), 'images': np.float64(2)}
+  batch['roi_priorities'] = np.stack(rois)
+  return arrays, batch, sample
+
+
+def test_the_sampled_anchors_are_the_official_ones(golden):
+  arrays, _, sample = golden
+  for i in range(2):
+    positive, negative = (arrays[f'rpn/{kind}_inds/{i}'] for kind in ('pos', 'neg'))
+    np.testing.assert_array_equal(sample.index[i], [*positive, *negative])
+    assert sample.positive[i].sum() == len(positive)
+    assert sample.valid[i].all()
+
+
+class OfImages(detect.DetectTask):
+  """Gets the normalised images of the golden file."""
+
+  def padded_images(self, batch):
+    return batch['image']
+
+
+def test_losses_gradients_and_statistics_equal_the_official_ones(golden, monkeypatch):
+  """Given the official mask targets, from which those made of crops differ in few pixels."""
+  arrays, batch, _ = golden
+  official = unpack(arrays['rcnn/mask_targets'], 28, 28).reshape(2, 4, 28, 28)
+  graphdef, abstract = abstract_model('detect_hivit_tiny', **DETECTOR, dtype='float64')
+  params = golden_params(abstract, arrays, set())
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  task = OfImages(mean=(0, 0, 0), std=(1, 1, 1), num_classes=5, anchors=24, rois=16)
+  sent = {}
+  mask_sum = detect.losses.mask_sum
+
+  def with_official_targets(logits, wanted, positive):
+    sent['wanted'] = wanted
+    return mask_sum(logits, official.reshape(-1, MASK_CELLS, MASK_CELLS), positive)
+
+  monkeypatch.setattr(detect.losses, 'mask_sum', with_official_targets)
+
+  def loss(params):
+    model = nnx.merge(graphdef, params)
+    value, metrics = task.losses(model, batch, None)
+    return value, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), sent['wanted'])
+
+  with jax.enable_x64(True):
+    (value, (metrics, statistics, wanted)), grads = quick_jit(
+      jax.value_and_grad(loss, has_aux=True)
+    )(params)
+  assert_close(metrics['loss_rpn_class'], arrays['loss/loss_rpn_cls'].sum())
+  assert_close(metrics['loss_rpn_box'], arrays['loss/loss_rpn_bbox'].sum())
+  assert_close(metrics['loss_class'], arrays['loss/loss_cls'])
+  assert_close(metrics['loss_box'], arrays['loss/loss_bbox'])
+  assert_close(100 * float(metrics['roi_accuracy']), arrays['loss/acc'])
+  assert_close(metrics['loss_mask'], arrays['loss/loss_mask'])
+  assert_close(value, arrays['loss/total'])
+  found_grads = torch_gradients(grads)
+  for name, expected in arrays.items():
+    if name.startswith('grad/'):
+      assert_close(found_grads[name[5:]], expected, name=name, relative=2e-5)
+  for name, statistic in torch_gradients(statistics).items():
+    assert_close(statistic, arrays[f'after/{name}'], name=name)
+  clear = ~unpack(arrays['rcnn/mask_targets_at_half'], 28, 28).astype(bool)
+  differ = (np.asarray(wanted).reshape(-1, 28, 28) != official.reshape(-1, 28, 28)) & clear
+  assert differ.mean() < 0.01, differ.mean()
+
+
+def test_layer_and_weight_decay_are_the_official_ones():
+  expected = json.loads((GOLDEN / 'detection_layer_decay.json').read_text())
+  _, abstract = abstract_model('detect_hivit_base')
+  task = detect.DetectTask
+  scales = optim.layer_scales(abstract, 0.9, task.encoder, task.stem_is_one_layer)
+  labels = torch_names.flatten(rules.apply_rules(task.rules, abstract))
+  found = {}
+  for path, scale in torch_names.flatten(scales).items():
+    if path[-1] not in ('mean', 'var'):  # running statistics, which no optimizer sees
+      leaf = np.zeros((1, 1, 1, 1)) if path[-1] == 'kernel' else np.zeros(1)
+      name = torch_names.to_torch(path, leaf)[0]
+      found[name] = [scale, 0.05 if labels[path] == 'decay' else 0.0]
+  assert found.keys() == expected.keys()
+  for name, pair in expected.items():
+    assert found[name] == pytest.approx(pair), name
+
+
+def test_crops_are_as_large_as_the_data_make_them():
+  assert mask_targets.CROP == masks.CROP
+
+
+def batch_of(canvas, *, sizes=((90, 120), (64, 61)), objects=2, seed=0):
+  """Two images of noise and boxes on a canvas."""
+  examples = []
+  for image, (height, width) in enumerate(sizes):
+    rng = np.random.default_rng((seed, image))
+    picture = np.zeros((*canvas, 3), np.uint8)
+    picture[:height, :width] = rng.integers(0, 256, (height, width, 3))
+    corner = rng.random((SLOTS, 2)) * np.array([width, height]) * 0.4
+    side = rng.random((SLOTS, 2)) * np.array([width, height]) * 0.3 + 8
+    examples.append(
+      {
+        'image': picture,
+        'size': np.array([height, width], np.int32),
+        'boxes': np.concatenate([corner, corner + side], 1).astype(np.float32),
+        'labels': rng.integers(0, 5, SLOTS).astype(np.int32),
+        'exists': np.arange(SLOTS) < objects,
+        'masks': rng.integers(0, 256, (SLOTS, 112, 112)).astype(np.uint8),
+      }
+    )
+  return stack(examples)
+
+
+@pytest.fixture(scope='module')
+def detector():
+  return random_model('detect_hivit_tiny', **DETECTOR)
+
+
+def test_more_canvas_changes_no_feature_and_no_detection(detector):
+  graphdef, params = detector
+  task = TASK
+
+  def run(params, batch):
+    model = nnx.merge(graphdef, params)
+    images = task.padded_images(batch)
+    canvases = detect.own_canvas(batch['size'])
+    maps = model.pyramid(images, canvases)
+    return maps, model.detect(images, batch['size'], canvases)
+
+  small = batch_of((96, 128))
+  large = batch_of((160, 192))
+  (maps, found), (larger, found_larger) = (quick_jit(run)(params, b) for b in (small, large))
+  own = detect.own_shapes(detect.own_canvas(small['size']))
+  for level, (a, b) in enumerate(zip(maps, larger, strict=True)):
+    for image in range(2):
+      rows, columns = own[image, level]
+      part = a[image, :rows, :columns]
+      assert_close(b[image, :rows, :columns], part, relative=2e-5, name=f'level {level}')
+  np.testing.assert_array_equal(found.valid, found_larger.valid)
+  np.testing.assert_array_equal(found.labels, found_larger.labels)
+  for a, b in ((found.boxes, found_larger.boxes), (found.masks, found_larger.masks)):
+    assert_close(b, a, relative=1e-4)
+
+
+def test_an_image_on_its_own_canvas_needs_no_masks(detector):
+  graphdef, params = detector
+  batch = batch_of((64, 96), sizes=((60, 90), (64, 96)))
+
+  @quick_jit
+  def run(params):
+    model = nnx.merge(graphdef, params)
+    images = TASK.padded_images(batch)
+    return model.pyramid(images), model.pyramid(images, detect.own_canvas(batch['size']))
+
+  plain, masked = run(params)
+  for a, b in zip(plain, masked, strict=True):
+    assert_close(b, a, relative=2e-5)
+
+
+@pytest.fixture(scope='module')
+def gradients(detector):
+  """`gradients(batch, terms)`: metrics and gradients of the sum of some losses, compiled once."""
+  graphdef, params = detector
+
+  def loss(params, batch, chosen):
+    model = nnx.merge(graphdef, params)
+    total, metrics = TASK.loss(model, TASK.prepare(model, batch, jax.random.key(0)))
+    terms = [metrics[f'loss_{name}'] for name in LOSSES]
+    return jnp.stack(terms) @ chosen, (total, metrics)
+
+  run = quick_jit(jax.grad(loss, has_aux=True))
+
+  def of(batch, terms=LOSSES):
+    chosen = np.array([name in terms for name in LOSSES], np.float32)
+    grads, (total, metrics) = run(params, batch, chosen)
+    return total, metrics, grads
+
+  return of
+
+
+@pytest.mark.parametrize('objects', [0, SLOTS])
+def test_no_object_and_full_slots_give_finite_losses_and_gradients(gradients, objects):
+  total, metrics, grads = gradients(batch_of((96, 128), objects=objects))
+  assert_close(total, sum(metrics[f'loss_{name}'] for name in LOSSES), relative=1e-6)
+  assert np.isfinite(total)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+  assert (metrics['loss_box'] > 0) == (metrics['loss_mask'] > 0) == (objects > 0)
+
+
+def test_no_gradient_goes_through_proposals(gradients):
+  """What is lost on RoIs reaches the encoder, but not the head that proposed them."""
+  _, _, grads = gradients(batch_of((96, 128)), ('class', 'box', 'mask'))
+  assert not any(np.any(x) for x in jax.tree.leaves(grads['rpn_head']))
+  assert np.any(grads['roi_head']['mask_head']['upsample']['kernel'])
+  assert np.any(grads['backbone']['patch_embed']['proj']['kernel'])
+  _, _, grads = gradients(batch_of((96, 128)), ('rpn_class', 'rpn_box'))
+  assert np.any(grads['rpn_head']['rpn_reg']['kernel'])
+  assert not any(np.any(x) for x in jax.tree.leaves(grads['roi_head']))
+
+
+def test_one_pixel_objects_do_no_harm(gradients):
+  batch = batch_of((96, 128))
+  batch['boxes'][:, 0, 2:] = batch['boxes'][:, 0, :2] + 1
+  total, _, grads = gradients(batch)
+  assert np.isfinite(total)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+
+
+def test_the_order_of_objects_changes_nothing(gradients):
+  """But for which RoIs are drawn, so that the losses of the proposals are compared."""
+  batch = batch_of((96, 128), objects=SLOTS)
+  order = np.array([2, 0, 3, 1])
+  permuted = batch | {key: batch[key][:, order] for key in ('boxes', 'labels', 'exists', 'masks')}
+  one, two = (gradients(b, ('rpn_class', 'rpn_box'))[1] for b in (batch, permuted))
+  for key in ('loss_rpn_class', 'loss_rpn_box'):
+    assert_close(two[key], one[key])
+
+
+def test_the_objects_themselves_are_sampled_before_any_proposal_is_good():
+  boxes = jnp.array([[10.0, 10, 30, 30], [0, 0, 0, 0]])
+  far = jnp.array([[50.0, 50, 60, 60], [70, 70, 90, 90]])
+  found = targets.roi_sample(
+    far, jnp.array([True, False]), boxes, jnp.array([True, False]), jnp.ones(4), total=4
+  )
+  assert found.sample.positive.tolist() == [True, False, False, False]
+  assert found.boxes[:2].tolist() == [[10, 10, 30, 30], [50, 50, 60, 60]]
+  assert found.sample.valid.tolist() == [True, True, False, False]
+  assert isinstance(found.sample, Sample)

@@ -19,6 +19,7 @@ from hivit_jax.models import layers
 from hivit_jax.models.backbone import Backbone, DenseSettings
 from hivit_jax.models.classifier import Classifier, HeadSettings
 from hivit_jax.models.hivit import HiViTEncoder, StagesSettings
+from hivit_jax.models.patches import Stem
 from hivit_jax.ops.gelu import gelu
 from hivit_jax.ops.modules import layer_norm, linear
 from hivit_jax.ops.precision import widen

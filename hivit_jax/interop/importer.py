@@ -24,8 +24,6 @@ Path = torch_names.Path
 Grid = tuple[int, int]
 _UNIT = 16  # pixels
 
-# Of classes, which another data set has others of.
-
 # What other code's files have and no model here needs: (names, condition, reason).
 _IGNORED = (
   (r'(.*\.bn|head_norm)\.num_batches_tracked', None, 'a counter'),
@@ -200,7 +198,10 @@ def _shape(path: Path, value: Any) -> tuple[int, ...]:
 def _ignored(arrays: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> dict[str, str]:
   sizes = {name: value.shape for name, value in arrays.items()}
   result = {}
+  has_pyramid = mismatch.has_pyramid(wanted)
   for pattern, condition, reason in _IGNORED:
+    if pattern == mismatch.PYRAMID and has_pyramid:
+      continue  # of this model: another depth does not fit
     names = [name for name in arrays if name not in wanted and re.fullmatch(pattern, name)]
     try:
       applies = not names or condition is None or condition(sizes)

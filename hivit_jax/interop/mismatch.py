@@ -1,7 +1,7 @@
 """Weights that do not fit a model: recognised, and explained in one line."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hivit_jax.errors import UserError, flag
@@ -124,10 +124,11 @@ def check(
       such names may be missing in any case: they are new.
   """
   alone = infer.family(state.arrays) == 'backbone'
+  pyramid = has_pyramid(wanted) and has_pyramid(state.arrays)
   if partial or alone:
-    missing = [name for name in missing if _of_encoder(name)]
+    missing = [name for name in missing if _of_encoder(name, pyramid)]
   if partial:
-    unused = [name for name in unused if _of_encoder(name)]
+    unused = [name for name in unused if _of_encoder(name, pyramid)]
   elif alone:
     unused = [name for name in unused if not re.fullmatch(_LEFTOVERS, name)]
   if not (missing or unused or misshaped):
@@ -150,9 +151,18 @@ def may_be_new(name: str, state: StateDict, partial: bool) -> bool:
   return partial and bool(_CLASSIFIERS.fullmatch(name))
 
 
-def _of_encoder(name: str) -> bool:
-  """Whether a model without it would compute something else; bias tables may start at zero."""
-  return bool(re.fullmatch(ENCODER, name)) and not name.endswith(_TABLE)
+def has_pyramid(names: Iterable[str]) -> bool:
+  """Whether a model or file has iTPN's feature pyramid."""
+  return any(re.fullmatch(PYRAMID, name) for name in names)
+
+
+def _of_encoder(name: str, pyramid: bool) -> bool:
+  """Whether a model without it would compute something else; bias tables may start at zero.
+
+  Where both sides have a pyramid, it counts as a part of the encoder.
+  """
+  of_encoder = re.fullmatch(ENCODER, name) or (pyramid and re.fullmatch(PYRAMID, name))
+  return bool(of_encoder) and not name.endswith(_TABLE)
 
 
 def _cause(

@@ -453,6 +453,18 @@ def test_itpn_there_and_back_to_the_bit(tmp_path):
   assert set(backbone) == {k for k in state if 'decoder' not in k and k != 'mask_token'}
 
 
+@pytest.mark.parametrize(('theirs', 'ours'), [(2, 1), (1, 2)])
+def test_a_pyramid_of_another_depth_does_not_fit(theirs, ours):
+  """Its blocks are residual: with some of them missing, every shape would fit."""
+  options = TINY_MAE | {'fpn_dim': 24}
+  arrays = exporter.state_dict(
+    hivit_jax.create_model('mae_itpn_base', **options, fpn_depth=theirs), 'backbone', prefix=''
+  )
+  model = nnx.merge(*abstract_model('mae_itpn_base', **options, fpn_depth=ours))
+  with pytest.raises(UserError, match=r'does not fit this model.*block_16to8\.1'):
+    importer.fit(model, StateDict(arrays, 'FILE', {}))
+
+
 def test_other_decoders_than_itpns_are_told(encoder):
   options = TINY_MAE | {'fpn_dim': 24, 'fpn_depth': 2}
   model = hivit_jax.create_model('mae_itpn_base', **options)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import hivit_jax
 from hivit_jax.errors import UserError
 from hivit_jax.ops import barriers
 from hivit_jax.planning.collectives import collectives
@@ -105,6 +106,19 @@ def test_one_device_a_copy_splits_nothing():
   _, params = abstract_model('hivit_tiny', **TINY)
   shardings = sharding.state_shardings(params, _mesh_of(8))
   assert all(place.is_fully_replicated for place in jax.tree.leaves(shardings))
+
+
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [
+    *((name, {}) for name in hivit_jax.list_models()),
+    ('hivit_tiny', {'layer_scale': 0.1}),
+    ('mae_itpn_base', {'target': 'saratrx_v2', 'channels': 1}),
+  ],
+)
+def test_every_parameter_of_every_model_has_a_rule(name, options):
+  _, params = abstract_model(name, **options)
+  assert sharding.state_shardings({'params': params}, _mesh_of(8))
 
 
 def test_a_leaf_without_a_rule_is_an_error():

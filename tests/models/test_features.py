@@ -8,7 +8,7 @@ from flax import nnx
 
 import hivit_jax
 from hivit_jax.errors import UserError
-from hivit_jax.models import hivit
+from hivit_jax.models import units
 from tests.helpers import (
   TINY,
   TINY_MAE,
@@ -148,9 +148,9 @@ def test_of_equal_places_the_first_gets_the_gradient_of_the_pooled_level():
   grads = quick_jit(jax.grad(loss))(params)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
   x = jnp.zeros((1, 3, 5, 1)).at[0, 1, 1].set(1).at[0, 1, 2].set(1)
-  pooled, pull = jax.vjp(hivit._max_pool, x)
+  pooled, pull = jax.vjp(units.max_pool, x)
   np.testing.assert_array_equal(pooled[0, ..., 0], [[1, 1]])
   (gradient,) = pull(jnp.ones_like(pooled))
   np.testing.assert_array_equal(np.argwhere(gradient[0, ..., 0]), [[1, 1], [1, 2]])
-  (gradient,) = jax.vjp(hivit._max_pool, jnp.zeros((1, 2, 2, 1)))[1](jnp.ones((1, 1, 1, 1)))
+  (gradient,) = jax.vjp(units.max_pool, jnp.zeros((1, 2, 2, 1)))[1](jnp.ones((1, 1, 1, 1)))
   np.testing.assert_array_equal(gradient[0, ..., 0], [[1, 0], [0, 0]])

@@ -201,9 +201,9 @@ def test_the_debug_variant_trains_two_steps(name, debug_run):
   assert_two_steps(run.workdir)
   written = json.loads((run.workdir / 'config.json').read_text())['config']
   expected = json.loads(json.dumps(run.config.to_dict()))
-  if run.config.task in ('classify', 'linear', 'segment'):
+  if run.config.task in ('classify', 'linear', 'segment', 'detect'):
     assert run.config.model.num_classes is None  # nobody has written into it
-    expected['model']['num_classes'] = 16 if run.config.task == 'segment' else 10
+    expected['model']['num_classes'] = 16 if run.config.task in ('segment', 'detect') else 10
   assert written == expected
 
 

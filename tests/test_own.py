@@ -148,9 +148,9 @@ def test_two_processes_evaluate_as_one(runs, segmented):
     ({'task': 'tests.own.dense:Brightness'}, 'is no dataclass that inherits from tasks.Task'),
     (
       {'model__name': 'hivit_tiny'},
-      'is no dense model, which config.task="tests.own.dense:DenseTask" needs',
+      'is not a dense model, which config.task="tests.own.dense:DenseTask" needs',
     ),
-    ({'task': 'mae'}, 'is no masked autoencoder, which config.task="mae" needs; try'),
+    ({'task': 'mae'}, 'is not a masked autoencoder, which config.task="mae" needs; try'),
     (
       {'model__depth': 3},
       'model.depth=3: tests.own.dense:DenseModel has no argument "depth"; it takes: channels',

@@ -89,7 +89,7 @@ def test_any_devices_and_processes_measure_the_same(runs, trained):
     ({'segment__stride': '99,99'}, 'stride=(99, 99): expected (rows, columns) from 1 to the crop'),
     ({'model__num_classes': 5}, 'config.model.num_classes=5, but photo_scenes (train[:32]) has 16'),
     ({'evaluation__more': 'd=test[:4]@digits'}, 'digits (test[:4]) has other classes (10) than'),
-    ({'model__name': 'hivit_tiny'}, 'is no segmenter, which config.task="segment" needs'),
+    ({'model__name': 'hivit_tiny'}, 'is not a segmenter, which config.task="segment" needs'),
   ],
 )
 def test_mistakes(runs, tmp_path, settings, message):

@@ -168,7 +168,7 @@ class ITPNBackbone(ITPNEncoder):
     info = self.feature_info
     levels = tuple(range(1, len(info) + 1)) if levels is None else levels
     if not set(levels) <= {level for level, *_ in info}:
-      raise UserError(f'levels must be of 1 to {len(info)}, got {tuple(levels)}')
+      raise UserError(f'levels must be some of 1 to {len(info)}, got {tuple(levels)}')
     coarsest = info[max(levels) - 1]
     if min(images.shape[1:3]) < coarsest.stride:
       height, width = images.shape[1:3]

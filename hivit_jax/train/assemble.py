@@ -184,7 +184,7 @@ def check_model(config: ml_collections.ConfigDict) -> None:
     size = name.rsplit('_', 1)[-1]
     guess = next((other for other in fitting if other.endswith(f'_{size}')), None)
     raise UserError(
-      f'config.model.name="{name}" is no {chosen.model_kind}, which config.task="{config.task}" '
+      f'config.model.name="{name}" is not a {chosen.model_kind}, which config.task="{config.task}" '
       f'needs; try {flag("model.name", guess) if guess else example}'
     )
 

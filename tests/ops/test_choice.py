@@ -40,6 +40,7 @@ class Case(NamedTuple):
 CASES = {
   'linear': Case('linear', ((5, 24),), ((24, 16), (16,))),
   'linear without bias': Case('linear', ((5, 24),), ((24, 16),), (None,)),
+  'convolve': Case('convolve', ((2, 5, 6, 4),), ((3, 3, 4, 6),)),
   'layer_norm': Case('layer_norm', ((5, 24),), ((24,), (24,)), (1e-6,)),
   'relative_position_bias': Case('relative_position_bias', (), ((5 * 7, 2),), ((3, 4),)),
   'gather some units': Case('gather_units', ((2, 5, 3, 2),), (), (SOME,)),

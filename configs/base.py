@@ -12,7 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
   # mae: masked autoencoding; simmim; classify; linear: train the last layer alone; segment;
   # detect; or one of your own, package.module:Name. model.name, data.name and evaluators take such
   # names, too.
-  config.task = 'mae'
+  config.task = 'mae'  # what is trained
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
   config.channels = 3  # channels of the images: 3 (RGB) or 1 (greyscale)
   config.epochs = 300.0  # length of the run and of the learning rate's schedule

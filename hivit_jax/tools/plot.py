@@ -29,6 +29,7 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config whose learning
 _EPOCHS = flags.DEFINE_list('epochs', None, 'Print the rate at these epochs; fractions are fine.')
 _STEPS = flags.DEFINE_list('steps', None, 'Print the rate at these steps; the first one is 0.')
 _JSON = flags.DEFINE_bool('json', False, 'With --epochs or --steps: one JSON object of lists.')
+_ONE = {'epochs': 'an epoch', 'steps': 'a step'}
 
 
 def main(argv: list[str]) -> None:
@@ -98,7 +99,7 @@ def _parse(flag: flags.FlagHolder) -> list[float]:
       times.append(math.nan)
     if not 0 <= times[-1] < math.inf:
       raise UserError(
-        f'--{flag.name}: "{text}" is no {flag.name[:-1]}; expected numbers from 0 on: 0,1.5,20'
+        f'--{flag.name}: "{text}" is not {_ONE[flag.name]}; expected numbers from 0 on: 0,1.5,20'
       )
   if not times:
     raise UserError(f'--{flag.name} is empty; expected numbers from 0 on: 0,1.5,20')

@@ -257,7 +257,7 @@ def test_what_is_drawn_of_a_config():
     ([CONFIG, '--epochs=-1'], '--epochs: "-1" is not an epoch'),
     ([CONFIG, '--epochs=nan'], '--epochs: "nan" is not an epoch'),
     ([CONFIG, '--epochs='], '--epochs is empty'),
-    ([CONFIG, '--steps=x'], '--steps: "x" is no step'),
+    ([CONFIG, '--steps=x'], '--steps: "x" is not a step'),
     ([CONFIG, '--steps=1', '--epochs=1'], '--epochs and --steps: give one of them'),
     ([CONFIG, '--config.optim.schedule=line'], 'config.optim.schedule=line: expected one of cos'),
     (

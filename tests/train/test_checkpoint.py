@@ -274,7 +274,9 @@ def test_params_are_read_onto_an_abstract_tree_that_must_fit(tmp_path):
   params = make_state(1)['params']
   assert_same(load_params(tmp_path, abstract(params)).state, params)
   other = abstract(params) | {'head': jax.ShapeDtypeStruct((2,), jnp.float32)}
-  with pytest.raises(UserError, match=r'params/head is missing there, float32 \(2,\) here'):
+  with pytest.raises(
+    UserError, match=r'params/head is missing in the checkpoint, float32 \(2,\) in the model'
+  ):
     load_params(tmp_path, other)
   assert load_params(tmp_path, key='step').state == 1
   with pytest.raises(UserError, match=r"no 'model'; it has: .*params"):
@@ -308,16 +310,24 @@ def variants():
   params = state['params']
   kernel = 'params/patch_embed/kernel'
   shape = dict(state, params=params | {'patch_embed': {'kernel': jnp.zeros((64, 9))}})
-  yield 'shape', shape, rf'{kernel} is float32 \(64, 8\) there, float32 \(64, 9\) here'
+  yield (
+    'shape',
+    shape,
+    rf'{kernel} is float32 \(64, 8\) in the checkpoint, float32 \(64, 9\) in the model',
+  )
   bfloat16 = {'patch_embed': {'kernel': jnp.zeros((64, 8), jnp.bfloat16)}}
   dtype = dict(state, params=params | bfloat16)
-  yield 'dtype', dtype, rf'{kernel} is float32 \(64, 8\) there, bfloat16 \(64, 8\) here'
+  yield (
+    'dtype',
+    dtype,
+    rf'{kernel} is float32 \(64, 8\) in the checkpoint, bfloat16 \(64, 8\) in the model',
+  )
   more = dict(state, params=params | {'head': jnp.zeros(2)})
-  yield 'more', more, r'params/head is missing there, float32 \(2,\) here'
+  yield 'more', more, r'params/head is missing in the checkpoint, float32 \(2,\) in the model'
   less = dict(state, params={k: v for k, v in params.items() if k != 'mask'})
-  yield 'less', less, r'params/mask is uint8 \(7,\) there, missing here'
+  yield 'less', less, r'params/mask is uint8 \(7,\) in the checkpoint, missing in the model'
   sgd = dict(state, opt_state=optax.sgd(0.1, momentum=0.9).init(params))
-  yield 'optimizer', sgd, r'opt_state/0/trace/\S+ is missing there.*and \d+ more'
+  yield 'optimizer', sgd, r'opt_state/0/trace/\S+ is missing in the checkpoint.*and \d+ more'
 
 
 @pytest.mark.parametrize(('other', 'message'), [pytest.param(*v[1:], id=v[0]) for v in variants()])

@@ -109,7 +109,7 @@ def test_a_checkpoint_outside_of_a_run_gets_its_picture_beside_it(
   [
     ([], 'give --workdir=DIRECTORY, the --workdir of a pretraining run'),
     (['--workdir={tmp}/nope'], '{tmp}/nope does not exist; give the --workdir of a training run'),
-    (['--workdir={tmp}/file'], '{tmp}/file is no directory; give the --workdir'),
+    (['--workdir={tmp}/file'], '{tmp}/file is not a directory; give the --workdir'),
     (['--workdir={tmp}/empty'], 'there is no checkpoint in {tmp}/empty; give the --workdir'),
     (['--workdir={run}/checkpoints/7'], '{run}/checkpoints/7 does not exist'),
     (['--workdir={run}', '--images={tmp}/no.jpg'], 'image {tmp}/no.jpg: No such file or directory'),

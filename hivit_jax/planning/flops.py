@@ -47,6 +47,11 @@ def _flops(eqn: Any) -> int:
   if products := _ATTENTION.get(eqn.primitive.name):
     (batch, n, heads, d), keys = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
     return products * 2 * batch * heads * n * keys * d
+  if eqn.primitive.name == 'conv_general_dilated':
+    kernel = eqn.invars[1].aval
+    features = kernel.shape[eqn.params['dimension_numbers'].rhs_spec[0]]
+    spread = math.prod(eqn.params['lhs_dilation'])  # zeros between the pixels are no work
+    return 2 * eqn.outvars[0].aval.size * (kernel.size // features) // spread
   ((contract, _), _) = eqn.params['dimension_numbers']
   lhs = eqn.invars[0].aval.shape
   return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
@@ -65,10 +70,8 @@ def _count(jaxpr: core.Jaxpr, measure: Callable[[Any], int]) -> int:
   total = 0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
-    if name == 'dot_general' or name in _ATTENTION:
+    if name in ('dot_general', 'conv_general_dilated') or name in _ATTENTION:
       total += measure(eqn)
-    elif name == 'conv_general_dilated':
-      raise NotImplementedError('convolutions are not counted: no model here uses one')
     else:
       inner = [_count(sub, measure) for sub in _subjaxprs(eqn.params)]
       if name == 'cond':

@@ -244,14 +244,12 @@ def optimizer(config: ml_collections.ConfigDict) -> Callable[..., optim.Optimize
     'stem_is_one_layer': chosen.stem_is_one_layer,
   }
   if o.name == 'adamw':
-    numbers = {'b1': o.b1, 'b2': o.b2, 'eps': o.eps}
-    return lambda params, first=(): optim.adamw(params, rules=(*first, *own), **shared, **numbers)
-  if o.name == 'lars':
-    momentum = o.momentum
-    return lambda params, first=(): optim.lars(
-      params, rules=(*first, *own), **shared, momentum=momentum
-    )
-  raise UserError(f'config.optim.name="{o.name}" is unknown; there are: adamw, lars')
+    make, numbers = optim.adamw, {'b1': o.b1, 'b2': o.b2, 'eps': o.eps}
+  elif o.name == 'lars':
+    make, numbers = optim.lars, {'momentum': o.momentum}
+  else:
+    raise UserError(f'config.optim.name="{o.name}" is unknown; there are: adamw, lars')
+  return lambda params, first=(): make(params, rules=(*first, *own), **shared, **numbers)
 
 
 def schedule(config: ml_collections.ConfigDict, epochs_per_step: float = 1.0) -> schedules.Schedule:

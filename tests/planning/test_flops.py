@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from hivit_jax.ops import triton_attention
+from hivit_jax.ops import conv, triton_attention
 from hivit_jax.ops.attention import plain as attend
 from hivit_jax.planning.flops import matmul_bytes, matmul_flops
 from tests.helpers import abstract_model
@@ -106,11 +106,13 @@ def test_loops_of_unknown_length():
   assert matmul_flops(harmless, SQUARE) == 0
 
 
-def test_convolutions_are_not_counted_silently():
-  image, kernel = (jax.ShapeDtypeStruct((1, 1, 8, 8), jnp.float32) for _ in range(2))
-  convolve = lambda x, k: jax.lax.conv(x, k, (1, 1), 'SAME')  # noqa: E731
-  with pytest.raises(NotImplementedError, match='convolutions'):
-    matmul_flops(convolve, image, kernel)
+def test_convolutions_count_as_products_at_every_place():
+  image = jax.ShapeDtypeStruct((2, 8, 6, 4), jnp.float32)
+  kernel = jax.ShapeDtypeStruct((3, 3, 4, 5), jnp.float32)
+  forward = 2 * (2 * 8 * 6 * 5) * (3 * 3 * 4)
+  assert matmul_flops(conv.plain, image, kernel) == forward
+  gradients = jax.grad(lambda x, k: jnp.square(conv.fast(x, k)).sum(), (0, 1))
+  assert matmul_flops(gradients, image, kernel) == 3 * forward
 
 
 def test_attention_and_its_gradient():

@@ -16,8 +16,8 @@ from flax import nnx
 
 from hivit_jax.errors import Stopped, UserError
 from hivit_jax.interop import files, importer, torch_names
-from hivit_jax.reporting.console import Progress, setup_logging
 from hivit_jax.reporting import trackers
+from hivit_jax.reporting.console import Progress, setup_logging
 from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.reporting.run_info import config_changes, write_run_info
 from hivit_jax.runtime import distributed, host_memory, lock, memory, watchdog

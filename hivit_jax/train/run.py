@@ -16,6 +16,7 @@ from flax import nnx
 
 from hivit_jax.errors import Stopped, UserError
 from hivit_jax.interop import files, importer, torch_names
+from hivit_jax.reporting import trackers
 from hivit_jax.reporting.console import Progress, setup_logging
 from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.reporting.run_info import config_changes, write_run_info
@@ -238,7 +239,15 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
     len(examples), examples.name, len(setup.eval_source), assemble.compute_dtype(config),
     mesh.size, mesh.devices.flat[0].device_kind,
   )  # fmt: skip
-  writer = stack.enter_context(MetricWriter(directory, start_step=start, primary=primary))
+  writer = stack.enter_context(
+    MetricWriter(
+      directory,
+      start_step=start,
+      primary=primary,
+      tracked_by=config.trackers,
+      config=config.to_dict(),
+    )
+  )
   context.writer = writer
   return loop.Run(
     state=state,
@@ -330,7 +339,8 @@ def _report(
   picture = evaluation.newest_picture(directory)
   if picture:
     lines.append(f'{picture.parent.name}: {picture}')
-  lines.append(f'curves: tensorboard --logdir={shlex.quote(str(directory))}/tensorboard')
+  if 'tensorboard' in trackers.listed(config.trackers):
+    lines.append(f'curves: tensorboard --logdir={shlex.quote(str(directory))}/tensorboard')
   example = assemble.task_class(config).example
   if example:
     command = f'{python} -m hivit_jax.tools.{example.format(workdir=workdir)}'

@@ -40,8 +40,7 @@ def draw(rows: Sequence[Predicted]) -> Image.Image:
   size = (columns * (cell_w + _MARGIN) + _MARGIN, count * (cell_h + 2 * _MARGIN) + _MARGIN)
   sheet = Image.new('RGB', size, 'white')
   pen = ImageDraw.Draw(sheet)
-  # Not Pillow's own, which has no letters but English ones.
-  font = ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', 12)
+  font = default_font()
   for i, row in enumerate(rows):
     left = _MARGIN + i % columns * (cell_w + _MARGIN)
     top = _MARGIN + i // columns * (cell_h + 2 * _MARGIN)
@@ -50,19 +49,24 @@ def draw(rows: Sequence[Predicted]) -> Image.Image:
       Image.fromarray(pixels).resize((w * scale, h * scale), Image.Resampling.NEAREST), (left, top)
     )
     top += h * scale
-    pen.text((left, top), _fit(os.path.basename(row.file), font, cell_w), 'black', font)
+    pen.text((left, top), fit(os.path.basename(row.file), font, cell_w), 'black', font)
     for label, probability in row.classes:
       top += _LINE
       bar = round((cell_w - 1) * probability)
       pen.rectangle((left, top, left + bar, top + _LINE - 3), _BAR)
       share = f'{100 * probability:.1f} %'
       room = cell_w - font.getlength(share) - 2 * _MARGIN
-      pen.text((left + 3, top), _fit(label, font, room), 'black', font)
+      pen.text((left + 3, top), fit(label, font, room), 'black', font)
       pen.text((left + cell_w - 3, top), share, 'black', font, anchor='ra')
   return sheet
 
 
-def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def default_font() -> ImageFont.FreeTypeFont:
+  """The font of all sheets: not Pillow's own, which has no font but English ones."""
+  return ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', 12)
+
+
+def fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
   """The text, or as much of its beginning as fits before an ellipsis."""
   if font.getlength(text) <= width:
     return text

@@ -27,8 +27,8 @@ class Inside(NamedTuple):
 
 
 def encoder_of(model: Any) -> Any:
-  """The encoder of a model: its backbone if it has one, else the model itself."""
-  encoder = getattr(model, 'backbone', model)
+  """The encoder of a model: that of a segmenter, detector or SimMIM, else the model itself."""
+  encoder = getattr(model, 'backbone', getattr(model, 'encoder', model))
   assert isinstance(encoder, Encoder), type(encoder)
   return encoder
 

@@ -54,9 +54,9 @@ def nearest(
 
   @jax.jit
   def describe(params, pixels):
-    encoder = inside.encoder_of(nnx.merge(graphdef, params))
-    images = normalize(pixels, **statistics)
-    if isinstance(encoder, MaskedAutoencoder | SimMIM):
+    model = nnx.merge(graphdef, params)
+    encoder, images = inside.encoder_of(model), normalize(pixels, **statistics)
+    if isinstance(model, MaskedAutoencoder | SimMIM):
       return pooled_stages(encoder.stages(images))
     return encoder.pooled(images)
 

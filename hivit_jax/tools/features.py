@@ -79,7 +79,11 @@ def main(argv: list[str]) -> None:
   if not argv[1:]:
     raise UserError('which images? Name files or folders of them')
   units = [_two_numbers('units', text, 'row,column of a unit') for text in _UNITS.value]
+  if _BLOCK.value is not None and not units:
+    raise UserError(f'--block={_BLOCK.value}: attention of which units? Give --units=ROW,COLUMN')
   point = _POINT.value and _two_numbers('point', _POINT.value, 'x,y in pixels of the first image')
+  paths = loaded.image_paths(argv[1:])
+  bank_paths = loaded.image_paths([_FOLDER.value]) if _FOLDER.value else []
   setup_logging()
   compilation_cache.turn_on()
   state = weights.read(_WORKDIR.value or _WEIGHTS.value, ema=_EMA.value)
@@ -87,21 +91,17 @@ def main(argv: list[str]) -> None:
   model: Any = loaded.model(state, described)
   statistics = loaded.statistics(state, described)
   failed: list[str] = []
-  arrays: dict[str, Any] = {}
-  sheets: dict[str, Image.Image] = {}
-
-  paths = loaded.image_paths(argv[1:])
-  bank_paths = loaded.image_paths([_FOLDER.value]) if _FOLDER.value else []
-  resize = _resizing(model, described.name)
-  look = _looker(model, described.name, statistics, units)
-  looked = [look(path, *image) for path, image in loaded.read(paths, resize, failed)]
-  if not looked:
+  images = list(loaded.read(paths, _resizing(model, described.name), failed))
+  if not images:
     raise UserError(f'none of the {len(paths)} images could be read')
-  title = f'{described.name}, {state.source}'
+  _check_places(images, model, units, point)
+  look = _looker(model, described.name, statistics, units)
+  looked = [look(path, *image) for path, image in images]
 
+  title = f'{described.name}, {state.source}'
   levels = [components.principal(maps) for maps in zip(*(one.maps for one in looked), strict=True)]
-  sheets['pca'] = feature_sheets.colours(looked, levels, title)
-  arrays['paths'] = [one.path for one in looked]
+  sheets = {'pca': feature_sheets.colours(looked, levels, title)}
+  arrays: dict[str, Any] = {'paths': [one.path for one in looked]}
   for level, found in enumerate(levels, 1):
     arrays |= {f'mean{level}': found.mean, f'basis{level}': found.basis}
     for i, one in enumerate(looked):
@@ -129,6 +129,24 @@ def _two_numbers(flag: str, text: str, meaning: str) -> tuple[int, int]:
   if not match:
     raise UserError(f'--{flag}={text}: expected {meaning}, from 0, such as --{flag}=3,5')
   return int(match[1]), int(match[2])
+
+
+def _check_places(
+  images: Sequence[tuple[str, Any]], model: Any, units: Sequence[tuple[int, int]], point: Any
+) -> None:
+  """UserError for units that an image does not have, or a point outside the first one."""
+  for path, (_, pixels) in images:
+    rows, columns = inside.grid_of(model, pixels.shape[:2])
+    for row, column in units:
+      if row >= rows or column >= columns:
+        raise UserError(
+          f'--units={row},{column}: {path} has {rows} rows and {columns} columns of units, from 0'
+        )
+  path, ((height, width), _) = images[0]
+  if point and (point[0] >= width or point[1] >= height):
+    raise UserError(
+      f'--point={_POINT.value}: {path} is {width} pixels wide and {height} high, counted from 0'
+    )
 
 
 def _resizing(model: Any, name: str) -> Callable[[bytes], tuple[tuple[int, int], np.ndarray]]:
@@ -180,20 +198,8 @@ def _looker(
     return maps, attention[:, chosen]
 
   def look(path: str, own: tuple[int, int], pixels: np.ndarray) -> Looked:
-    rows, columns = inside.grid_of(model, pixels.shape[:2])
-    for row, column in units:
-      if row >= rows or column >= columns:
-        raise UserError(
-          f'--units={row},{column}: {path} has {rows} rows and {columns} columns of units, from 0'
-        )
-    maps, attention = compute(params, pixels)
-    return Looked(
-      path,
-      own,
-      pixels,
-      list(map(np.asarray, maps)),
-      None if attention is None else np.asarray(attention),
-    )
+    maps, attention = jax.device_get(compute(params, pixels))
+    return Looked(path, own, pixels, maps, attention)
 
   return look
 
@@ -218,10 +224,6 @@ def _similarity(looked: Sequence[Looked], point: tuple[int, int]) -> list[list[n
   """Of each image and level, cosine similarities (h, w) to the first image's cell at a point."""
   x, y = point
   height, width = looked[0].own
-  if x >= width or y >= height:
-    raise UserError(
-      f'--point={x},{y}: {looked[0].path} is {width} pixels wide and {height} high, counted from 0'
-    )
   cells = []
   for features in looked[0].maps:
     rows, columns, _ = features.shape

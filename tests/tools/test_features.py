@@ -176,6 +176,7 @@ def test_other_models(features, pictures, tmp_path, name, options, levels, atten
       ['--weights={weights}', '{images}', '--units=0,0', '--block=2'],
       '--block=2: hivit_tiny has 2 blocks with attention, from 0',
     ),
+    (['--weights={weights}', '{images}', '--block=1'], '--block=1: attention of which units?'),
     (
       ['--weights={weights}', '{images}', '--point=128,0'],
       '--point=128,0: {images}/a.png is 128 pixels wide and 64 high, counted from 0',

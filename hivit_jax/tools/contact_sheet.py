@@ -62,7 +62,7 @@ def draw(rows: Sequence[Predicted]) -> Image.Image:
 
 
 def default_font() -> ImageFont.FreeTypeFont:
-  """The font of all sheets: not Pillow's own, which has no font but English ones."""
+  """The font of all sheets: not Pillow's own, which has no letters but English ones."""
   return ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', 12)
 
 

@@ -74,5 +74,5 @@ def nearest(
   for query in described(queries):
     alike = components.cosine(features, query)
     best = np.argsort(-alike, kind='stable')[:count]
-    result.append([Neighbour(*bank[i], float(alike[i])) for i in best])
+    result.append([Neighbour(*bank[i], similarity=float(alike[i])) for i in best])
   return result

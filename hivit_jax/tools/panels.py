@@ -28,7 +28,9 @@ def shown_size(size: tuple[int, int]) -> tuple[int, int]:
   return max(1, round(width * factor)), max(1, round(height * factor))
 
 
-def of_image(image: np.ndarray, boxes: Sequence[tuple[float, float, float, float]] = ()):
+def of_image(
+  image: np.ndarray, boxes: Sequence[tuple[float, float, float, float]] = ()
+) -> Image.Image:
   """An image (H, W, C) uint8, with red frames at (left, top, right, bottom), in its pixels."""
   height, width, channels = image.shape
   size = shown_size((height, width))

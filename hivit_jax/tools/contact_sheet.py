@@ -5,9 +5,10 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from hivit_jax.tools.panels import default_font, fit
 
 _COLUMNS = 5
 _SIDE = 192  # pixels: smaller images are enlarged about so far, by a whole factor
@@ -59,17 +60,3 @@ def draw(rows: Sequence[Predicted]) -> Image.Image:
       pen.text((left + 3, top), fit(label, font, room), 'black', font)
       pen.text((left + cell_w - 3, top), share, 'black', font, anchor='ra')
   return sheet
-
-
-def default_font() -> ImageFont.FreeTypeFont:
-  """The font of all sheets: not Pillow's own, which has no letters but English ones."""
-  return ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', 12)
-
-
-def fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-  """The text, or as much of its beginning as fits before an ellipsis."""
-  if font.getlength(text) <= width:
-    return text
-  while text and font.getlength(f'{text}...') > width:
-    text = text[:-1]
-  return f'{text}...'

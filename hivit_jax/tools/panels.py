@@ -5,9 +5,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw
-
-from hivit_jax.tools import contact_sheet
+from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 192  # pixels: larger images are reduced to it, smaller ones enlarged by a whole factor
 _MARGIN, _LINE = 8, 20
@@ -59,7 +57,7 @@ def of_values(values: np.ndarray, size: tuple[int, int], low: float, high: float
 
 def sheet(rows: Sequence[Sequence[Panel]], title: str) -> Image.Image:
   """Draws rows of panels on white, below a title."""
-  font = contact_sheet.default_font()
+  font = default_font()
   width = max(panel.picture.width for row in rows for panel in row)
   heights = [max(panel.picture.height for panel in row) for row in rows]
   columns = max(map(len, rows))
@@ -74,7 +72,21 @@ def sheet(rows: Sequence[Sequence[Panel]], title: str) -> Image.Image:
     for i, panel in enumerate(row):
       left = _MARGIN + i * (width + _MARGIN)
       canvas.paste(panel.picture, (left, top))
-      text = contact_sheet.fit(panel.text, font, width)
+      text = fit(panel.text, font, width)
       pen.text((left, top + panel.picture.height + 2), text, 'black', font)
     top += height + _LINE + _MARGIN
   return canvas
+
+
+def default_font() -> ImageFont.FreeTypeFont:
+  """The font of all sheets: not Pillow's own, which has no letters but English ones."""
+  return ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', 12)
+
+
+def fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+  """The text, or as much of its beginning as fits before an ellipsis."""
+  if font.getlength(text) <= width:
+    return text
+  while text and font.getlength(f'{text}...') > width:
+    text = text[:-1]
+  return f'{text}...'

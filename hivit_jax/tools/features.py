@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
   bank_paths = loaded.image_paths([_FOLDER.value]) if _FOLDER.value else []
   setup_logging()
   compilation_cache.turn_on()
-  state = weights.read(_WORKDIR.value or _WEIGHTS.value, ema=_EMA.value)
+  state = weights.read(_WORKDIR.value or _WEIGHTS.value or '', ema=_EMA.value)
   described = carried.model_of(state)
   model: Any = loaded.model(state, described)
   statistics = loaded.statistics(state, described)

@@ -38,6 +38,7 @@ def of_image(
   pen, factor = ImageDraw.Draw(picture), size[0] / width
   for box in boxes:
     left, top, right, bottom = (round(side * factor) for side in box)
+    right, bottom = max(right, left + 2), max(bottom, top + 2)  # of a small unit, a dot
     pen.rectangle((left - 1, top - 1, right, bottom), outline='white')
     pen.rectangle((left, top, right - 1, bottom - 1), outline='red')
   return picture

@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.num_heads = config_dict.placeholder(int)  # of every attention
   config.model.stem_blocks = config_dict.placeholder(tuple)  # MLPs of the first two stages (iTPN)
   config.model.rpe = config_dict.placeholder(bool)  # relative position bias
-  config.model.layer_scale = config_dict.placeholder(float)  # initial (iTPN-CLIP, Fast-iTPN)
+  config.model.layer_scale = config_dict.placeholder(float)  # initial (as in iTPN-CLIP); 0: none
   config.model.fpn_dim = config_dict.placeholder(int)  # channels of iTPN's pyramid
   config.model.fpn_depth = config_dict.placeholder(int)  # its blocks
   config.model.drop_path_rate = 0.0  # of the last block; rises linearly from 0

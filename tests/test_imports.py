@@ -57,7 +57,7 @@ CONFINED = {
   'matplotlib': (
     'hivit_jax/tools/compare.py',
     'hivit_jax/tools/curves.py',
-    'hivit_jax/tools/contact_sheet.py',
+    'hivit_jax/tools/panels.py',
     'hivit_jax/tools/report_page.py',
   ),
   'optax': ('hivit_jax/train/',),

@@ -111,7 +111,9 @@ class ClassifyTask(ImageTask):
     every, accuracies = context.every('evaluation'), []
     if every is not None:
       accuracies = [
-        Evaluator(every, Summed(context, source, self.evaluate, _shares_of(source), name=name))
+        Evaluator(
+          every, Summed(context, source, self.evaluate, _shares_of(source, name), name=name)
+        )
         for name, source in context.class_sets.items()
       ]
     return [*accuracies, *knn.evaluators(context, self.features)]
@@ -148,12 +150,12 @@ class ClassifyTask(ImageTask):
     return model.pooled(normalize(images, self.mean, self.std)).astype(jnp.float32)
 
 
-def _shares_of(source: Any):
+def _shares_of(source: Any, name: str):
   """Sums over the labelled examples of a source -> means."""
 
   def shares(sums: dict[str, Any]) -> Metrics:
     if not sums['count']:
-      raise knn.no_labels(source)
+      raise knn.no_labels(source, name)
     return {key: value / sums['count'] for key, value in sums.items() if key != 'count'}
 
   return shares

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hivit_jax.errors import UserError
-from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics, of_model, rows
+from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics, of_model, rows, setting_of
 
 _CHUNK = 1024  # queries at a time
 _PART = 4096  # of the bank at a time: the two bound the matrix of similarities
@@ -33,11 +33,11 @@ def evaluators(
   return [] if every is None else [Evaluator(every, _Accuracy(context, features))]
 
 
-def no_labels(source: Any) -> UserError:
-  """The error for an evaluation set without a label."""
+def no_labels(source: Any, name: str) -> UserError:
+  """The error for an evaluation set without a label; `name` as in `Context.sets`."""
   return UserError(
     f'none of the {len(source)} examples of {source.name} ({source.split}) has a label; '
-    'choose another --config.data.eval_split, or evaluate nothing: '
+    f'choose another {setting_of(name)}, or evaluate nothing: '
     '--config.evaluation.every_epochs=0 --config.knn.every_epochs=0'
   )
 
@@ -69,7 +69,7 @@ class _Accuracy:
     }
     for name, (_, labels) in found.items():
       if not (labels >= 0).any():
-        raise no_labels(context.sets[name])
+        raise no_labels(context.sets[name], name)
     queries = [queries for queries, _ in found.values()]
     neighbours = Neighbours(
       queries[0] if len(queries) == 1 else np.concatenate(queries),

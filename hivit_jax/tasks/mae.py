@@ -1,6 +1,7 @@
 """Masked autoencoding as a task for the training loop."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -86,10 +87,14 @@ class MAETask(ImageTask):
     Returns:
       (B, C/4 + C/2 + C) float32.
     """
-    stages = model.stages(normalize(images, self.mean, self.std))
-    pooled = []
-    for tokens in stages:  # (B, ..., c); of HiViT (B, N, cells, c) twice, then (B, N, C)
-      tokens = tokens.astype(jnp.float32)
-      tokens = (tokens - tokens.mean(-1, keepdims=True)) / (tokens.std(-1, keepdims=True) + 1e-6)
-      pooled.append(tokens.mean(axis=tuple(range(1, tokens.ndim - 1))))
-    return jnp.concatenate(pooled, axis=-1)
+    return pooled_stages(model.stages(normalize(images, self.mean, self.std)))
+
+
+def pooled_stages(stages: Sequence[jax.Array]) -> jax.Array:
+  """Joins the stages of an encoder, each (B, ..., c): (B, sum of c) float32."""
+  pooled = []
+  for tokens in stages:  # of HiViT (B, N, cells, c) twice, then (B, N, C)
+    tokens = tokens.astype(jnp.float32)
+    tokens = (tokens - tokens.mean(-1, keepdims=True)) / (tokens.std(-1, keepdims=True) + 1e-6)
+    pooled.append(tokens.mean(axis=tuple(range(1, tokens.ndim - 1))))
+  return jnp.concatenate(pooled, axis=-1)

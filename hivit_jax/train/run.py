@@ -24,6 +24,7 @@ from hivit_jax.runtime import distributed, host_memory, lock, memory, watchdog
 from hivit_jax.runtime.signals import Interrupted, StopSignals
 from hivit_jax.train import (
   assemble,
+  best,
   evaluation,
   hints,
   initialise,
@@ -33,7 +34,6 @@ from hivit_jax.train import (
   validate,
   weights,
 )
-from hivit_jax.train.best import KeepBest
 from hivit_jax.train.checkpoint import Checkpoints, Restored
 from hivit_jax.train.manifest import Misfit
 from hivit_jax.train.setup import Setup, check_local, has_head, set_up
@@ -220,7 +220,9 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
   evaluated = restored is not None and restored.metadata['evaluated']
   if restored:
     _warn_of_changes(restored, changes, steps, total)
-  if start >= total and evaluated:
+  finished = start >= total and evaluated
+  best.warn_of_change(keep_best, checkpoints.best, finished=finished)
+  if finished:
     _log.info(
       'this run is finished: %s is at step %d of %d. To train longer: %s; to start over: another '
       '--workdir',
@@ -267,7 +269,7 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
       'class_names': list(examples.class_names),
     },
     save_every=steps.between_saves(config.checkpoint),
-    keep_best=keep_best and KeepBest(keep_best, checkpoints),
+    keep_best=keep_best and best.KeepBest(keep_best, checkpoints),
     writer=writer,
     progress=stack.enter_context(Progress(total, start_step=start, primary=primary)),
     log_every=config.log_every_steps,

@@ -171,6 +171,8 @@ def _artifact(model: nnx.Module, what: Forward, out: pathlib.Path) -> tuple[byte
 def _onnx(model: nnx.Module, what: Forward, out: pathlib.Path) -> tuple[bytes, str]:
   """An ONNX model, and what it takes."""
   del out
+  if _DTYPE.value != 'float32' or _BESIDE.value:
+    raise UserError('--format=onnx is float32 with its weights inside: omit --dtype and --beside')
   for noisy in ('jax2onnx', 'onnx_ir'):  # of examples that it cannot import, of shapes it computes
     logging.getLogger(noisy).setLevel(logging.ERROR)
   try:

@@ -50,7 +50,7 @@ def text(
     '---',
     f'# {described.name}',
     '',
-    f'{what.format(config["num_classes"])} for images of {size} pixels, {count:,} numbers.',
+    f'{what.format(config["num_classes"])} for images of {size} pixels, {count:,} parameters.',
     '',
     '```python',
     'import hivit_jax',

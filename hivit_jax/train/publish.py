@@ -49,8 +49,10 @@ def save_pretrained(
       infinite numbers, or a file cannot be read or written.
   """
   state, described = _model(model, ema)
-  given = {'mean': mean, 'std': std, 'eval_crop': eval_crop}
-  data = carried.pixels(state, described) | {k: v for k, v in given.items() if v is not None}
+  data = carried.pixels(state, described)
+  data |= {k: list(map(float, v)) for k, v in (('mean', mean), ('std', std)) if v is not None}
+  if eval_crop is not None:
+    data |= {'eval_crop': eval_crop}
   names = state.metadata.get('class_names') if class_names is None else list(class_names)
   state = state._replace(metadata=state.metadata | {'data': data, 'class_names': names})
   _check(state, described, class_names)
@@ -100,6 +102,8 @@ def push_to_hub(
 
 def _model(model: Any, ema: bool) -> tuple[StateDict, infer.Described]:
   if isinstance(model, nnx.Module):
+    if ema:
+      raise UserError('ema=True takes the averaged weights of a path; the model has one set')
     described = carried.of_model(model)
     arrays = exporter.named_arrays(nnx.to_pure_dict(nnx.state(model)))
     state = StateDict(arrays, 'the model', {})
@@ -117,6 +121,9 @@ def _check(state: StateDict, described: infer.Described, class_names: Sequence[s
   for key, value in carried.statistics(state, described).items():
     if len(value) != channels:
       raise UserError(f'{key}={value}: the model has {channels} channels, give a number for each')
+  crop = carried.pixels(state, described).get('eval_crop')
+  if crop is not None and not 0 < crop <= 1:
+    raise UserError(f'eval_crop={crop}: expected a share of the sides, in (0, 1]')
   classes = described.arguments.get('num_classes', 0)
   if class_names is not None and len(class_names) != classes:
     raise UserError(f'class_names has {len(class_names)} names for {classes} classes')

@@ -216,6 +216,10 @@ def test_mistakes_have_one_line(tmp_path):
     hivit_jax.save_pretrained(_random('vit_base', num_classes=4), tmp_path, class_names=NAMES)
   with pytest.raises(UserError, match=r'mean=.*: the model has 1 channels, give a number for each'):
     hivit_jax.save_pretrained(_random('vit_base', channels=1), tmp_path)
+  with pytest.raises(UserError, match=r'eval_crop=90: expected a share of the sides, in \(0, 1\]'):
+    hivit_jax.save_pretrained(_random('vit_base'), tmp_path, eval_crop=90)
+  with pytest.raises(UserError, match='ema=True takes the averaged weights of a path'):
+    hivit_jax.save_pretrained(_random('vit_base'), tmp_path, ema=True)
   with pytest.raises(UserError, match='Linear is none of the models'):
     hivit_jax.save_pretrained(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), tmp_path)
   with pytest.raises(UserError, match='has weights of its own'):

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from flax import nnx
 
 import hivit_jax
@@ -129,6 +130,8 @@ def test_mistakes_have_one_line(forks, tmp_path, monkeypatch):
   done = forks('hivit_jax/tools/export.py', 'x.pth', '--out=y', '--platforms=cpu,gpu')
   assert '--platforms: "gpu" is not one of cpu, cuda, rocm, tpu' in error_of(done)
   model = nnx.merge(*random_model('vit_base', ops='plain', **VIT))
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(['export'])
   monkeypatch.setitem(sys.modules, 'jax2onnx', None)
   with pytest.raises(UserError, match='--format=onnx needs jax2onnx'):
     export._onnx(model, export.forward(model, 'pooled'), tmp_path / 'x.onnx')

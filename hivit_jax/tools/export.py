@@ -9,6 +9,7 @@ docs/guide/weights.md has the program that runs it.
 """
 
 import dataclasses
+import importlib
 import importlib.util
 import logging
 import pathlib
@@ -175,10 +176,9 @@ def _onnx(model: nnx.Module, what: Forward, out: pathlib.Path) -> tuple[bytes, s
     raise UserError('--format=onnx is float32 with its weights inside: omit --dtype and --beside')
   for noisy in ('jax2onnx', 'onnx_ir'):  # of examples that it cannot import, of shapes it computes
     logging.getLogger(noisy).setLevel(logging.ERROR)
-  try:
-    import jax2onnx
-  except ModuleNotFoundError:
-    raise UserError('--format=onnx needs jax2onnx: see "Export" in docs/guide/weights.md') from None
+  if importlib.util.find_spec('jax2onnx') is None:
+    raise UserError('--format=onnx needs jax2onnx: see "Export" in docs/guide/weights.md')
+  jax2onnx = importlib.import_module('jax2onnx')  # in no requirements.txt: it would contradict
   inputs = [
     tuple(size.upper() if isinstance(size, str) else size for size in shape)
     for shape, _ in what.inputs.values()

@@ -6,7 +6,6 @@ timm builds ViT and Swin from it.
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,23 +17,25 @@ from hivit_jax.interop.infer import Described
 
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
-# Family -> timm's name for a size, arguments that always hold, and those that both have.
+# Family -> timm's name for a size, arguments that always hold, those that both have, its head.
 _TIMM = {
   'vit': (
     'vit_{}_patch16_224',
     {'global_pool': 'avg'},
     ('embed_dim', 'depth', 'num_heads', 'mlp_ratio'),
+    'head',
   ),
   'swin': (
     'swin_{}_patch4_window7_224',
     {},
     ('embed_dim', 'depths', 'num_heads', 'mlp_ratio', 'window_size'),
+    'head.fc',
   ),
 }
 
 
 def write(
-  directory: str | os.PathLike[str], state: StateDict, described: Described, num_features: int
+  directory: pathlib.Path, state: StateDict, described: Described, num_features: int
 ) -> dict[str, Any]:
   """Writes both files; those of the same names are replaced.
 
@@ -50,7 +51,6 @@ def write(
   Raises:
     UserError: a file cannot be written.
   """
-  directory = pathlib.Path(directory).expanduser()
   arrays, exported = exporter.whole(state, described)
   files.write(directory / WEIGHTS, arrays, metadata=carried.metadata(exported, state))
   content = _config(state, exported, num_features)
@@ -86,7 +86,7 @@ def read(directory: pathlib.Path, *, ema: bool = False) -> StateDict:
 
 def _config(state: StateDict, described: Described, num_features: int) -> dict[str, Any]:
   arguments = described.arguments
-  architecture, own = _architecture(described)
+  architecture, own, head = _architecture(described)
   classes = arguments.get('num_classes', 0)
   size = arguments['image_size']
   # As evaluations here crop where nothing is set.
@@ -108,22 +108,22 @@ def _config(state: StateDict, described: Described, num_features: int) -> dict[s
       **carried.statistics(state, described),
       'num_classes': classes,
       'first_conv': 'patch_embed.proj',
-      'classifier': 'head.fc' if architecture.endswith('window7_224') else 'head',
+      'classifier': head,
     },
   }
 
 
-def _architecture(described: Described) -> tuple[str, dict[str, Any]]:
-  """timm's name and arguments of a model that it has too, ours of the others."""
+def _architecture(described: Described) -> tuple[str, dict[str, Any], str]:
+  """Name, arguments and head in timm if it has such a model, else here."""
   name, arguments, _ = described
   family, _, size = name.rpartition('_')
   if family not in _TIMM or arguments.get('mlp_stages') or arguments.get('global_stages'):
     usual = infer.defaults(name)
-    return name, {key: value for key, value in arguments.items() if value != usual[key]}
-  pattern, always, shared = _TIMM[family]
+    return name, {key: value for key, value in arguments.items() if value != usual[key]}, 'head'
+  pattern, always, shared, head = _TIMM[family]
   own = {key: arguments[key] for key in shared}
   size_and_channels = {'img_size': arguments['image_size'], 'in_chans': arguments['channels']}
-  return pattern.format(size), {**own, **size_and_channels, **always}
+  return pattern.format(size), {**own, **size_and_channels, **always}, head
 
 
 def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:

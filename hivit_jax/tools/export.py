@@ -23,10 +23,10 @@ from absl import flags
 from flax import nnx
 from jax import export
 
-import hivit_jax
 from hivit_jax import cli, settings
 from hivit_jax.errors import UserError
 from hivit_jax.interop import files, torch_names
+from hivit_jax.train import weights as reader
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
@@ -74,9 +74,9 @@ def main(argv: list[str]) -> None:
   overrides: dict[str, Any] = {}
   if _IMAGE_SIZE.value is not None:
     overrides['image_size'] = settings.image_size(_IMAGE_SIZE.value, '--image_size')
-  model = hivit_jax.create_model(
+  model = reader.create_model(
     # Kernels for one platform must not get into a file for all of them.
-    weights=argv[1], ema=_EMA.value, dtype=_DTYPE.value, ops='plain', **overrides
+    None, argv[1], ema=_EMA.value, dtype=_DTYPE.value, ops='plain', **overrides
   )  # fmt: skip
   what = forward(model, _OUTPUT.value)
   content, said = (_onnx if _FORMAT.value == 'onnx' else _artifact)(model, what, out)

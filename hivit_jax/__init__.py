@@ -3,7 +3,7 @@
 from typing import Any
 
 __version__ = '0.1.0'
-__all__ = ['create_model', 'list_models', 'load_weights']
+__all__ = ['create_model', 'list_models', 'load_weights', 'push_to_hub', 'save_pretrained']
 
 # Imports are inside: data workers and `main.py --help` import this package and must not wait for
 # JAX. This file stands above all others: it may import any part, no part imports it.
@@ -44,10 +44,11 @@ def create_model(
   Args:
     name: one of `list_models()`; None: the model that `weights` are for. Weights from here carry
       the arguments that the model was trained with. What a file of other code does not show is
-      guessed, and one warning names it.
+      guessed, and one warning names it. 'local-dir:PATH' and 'hf-hub:OWNER/NAME[@REVISION]' are the
+      model of a directory or of a repository on the Hugging Face Hub, with its weights.
     seed: of the initialisation.
     attention: 'xla', or for NVIDIA GPUs 'auto' or 'cudnn', see `ops.choice`.
-    weights: path of a file, workdir or checkpoint, see `load_weights`.
+    weights: path of a file, workdir or checkpoint, see `load_weights`, or hf-hub:OWNER/NAME.
     partial: see `load_weights`.
     ema: see `load_weights`.
     fold_layer_scale: see `load_weights`.
@@ -101,6 +102,10 @@ def create_model(
 
   if attention == 'auto' and jax.default_backend() != 'gpu':
     attention = 'xla'
+  if name is not None and ':' in name:
+    if weights is not None:
+      raise UserError(f'{name} has weights of its own: leave out weights={weights}')
+    name, weights = None, name
   if weights is None:
     if name is None:
       raise UserError('give the name of a model, or weights=')
@@ -116,3 +121,17 @@ def load_weights(model: Any, path: Any, **options: Any) -> Any:
   from hivit_jax.train import weights
 
   return weights.load_weights(model, path, **options)
+
+
+def save_pretrained(model: Any, directory: Any, **options: Any) -> None:
+  """Writes a model as a directory: see `hivit_jax.train.publish.save_pretrained`."""
+  from hivit_jax.train import publish
+
+  publish.save_pretrained(model, directory, **options)
+
+
+def push_to_hub(model: Any, name: str, **options: Any) -> str:
+  """Uploads a model to the Hugging Face Hub: see `hivit_jax.train.publish.push_to_hub`."""
+  from hivit_jax.train import publish
+
+  return publish.push_to_hub(model, name, **options)

@@ -47,6 +47,7 @@ ALLOWED = {
 CONFINED = {
   'orbax': ('hivit_jax/train/storage.py',),
   'torch': ('hivit_jax/interop/torch_io.py',),
+  'huggingface_hub': ('hivit_jax/interop/hub.py',),
   'tensorflow_datasets': ('hivit_jax/data/',),
   'array_record': ('hivit_jax/data/',),
   'grain': ('hivit_jax/data/',),
@@ -211,7 +212,7 @@ def test_every_import_is_declared_in_requirements_txt():
   lines = (ROOT / 'requirements.txt').read_text().splitlines()
   declared = {_normal(re.split('[<>=!~;[ ]', line)[0]) for line in lines if line[:1].isalnum()}
   distributions = importlib.metadata.packages_distributions()
-  optional = {'torch', 'wandb', 'mlflow'}  # asked for by name where they are needed
+  optional = {'torch', 'wandb', 'mlflow', 'huggingface_hub'}  # asked for by name where needed
   known = set(sys.stdlib_module_names) | {'hivit_jax', 'configs'} | optional
   for file in OURS:
     for package in {i.split('.')[0] for i in imports(file)} - known:

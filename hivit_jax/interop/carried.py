@@ -1,15 +1,19 @@
 """The model that weights carry: in a run's checkpoint, a conversion, or a file exported here."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from hivit_jax import settings
+from hivit_jax.errors import UserError
 from hivit_jax.interop import infer
 from hivit_jax.interop.files import StateDict
 from hivit_jax.interop.infer import Described
-from hivit_jax.models import targets
+from hivit_jax.models import MODELS, targets
 
+# Of pixels in [0, 1]: what weights that say nothing else were trained with.
+_IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 # Mean and standard deviation of grey pixels, by the target that is computed from them.
 _PIXELS = {targets.SARATRX: (0.0, 1.0), targets.SARATRX_V2: (0.2109, 0.2178)}
 
@@ -79,6 +83,26 @@ def pixels(state: StateDict, described: Described) -> dict[str, Any]:
     mean, std = 0.5, 0.5  # iTPN-CLIP
   channels = arguments['channels']
   return {} if mean is None else {'mean': (mean,) * channels, 'std': (std,) * channels}
+
+
+def statistics(state: StateDict, described: Described) -> dict[str, tuple[float, ...]]:
+  """`mean` and `std` of each channel, ImageNet's where the weights say nothing else."""
+  known = pixels(state, described)
+  return {key: tuple(known.get(key, value)) for key, value in _IMAGENET.items()}
+
+
+def of_model(model: Any) -> Described:
+  """The description of a model from `create_model`, with every argument except `COMPUTATION`.
+
+  Raises:
+    UserError: its class is none of `models`.
+  """
+  names = [name for name, (cls, _) in MODELS.items() if cls is type(model)]
+  if not names:
+    raise UserError(f'{type(model).__name__} is none of the models of hivit_jax.list_models()')
+  own = dataclasses.asdict(model.settings)
+  arguments = {key: value for key, value in own.items() if key not in infer.COMPUTATION}
+  return Described(infer.nearest(names, arguments), arguments)
 
 
 def read(metadata: Mapping[str, Any]) -> Described | None:

@@ -101,8 +101,7 @@ def in_layout(
       f'{state.source} is {infer.KINDS[kind][0]}, and layout "{layout}" is {LAYOUTS[layout][0]}: '
       f'use --layout={fitting}{encoder}'
     )
-  arrays = {k: v for k, v in state.arrays.items() if not k.endswith((_INDEX, _MASK))}
-  arrays = _without_batch_norm(arrays)
+  arrays = _parameters(state)
   if layout == 'backbone':
     own = r'norm\..*' if base in ('vit', 'swin') else rf'fpn\d.*|{mismatch.PYRAMID}'
     encoder = f'{mismatch.ENCODER}|{own}'
@@ -114,12 +113,7 @@ def in_layout(
     arrays |= {'norm.weight': np.ones(width, np.float32), 'norm.bias': np.zeros(width, np.float32)}
   if layout == 'mae' and state.metadata.get('target') == targets.SARATRX:
     arrays |= _saratrx_masks()
-  if base == 'fast_itpn':
-    arrays = fast_itpn.split(arrays)
-  elif base == 'swin':
-    arrays |= _swin_buffers(arrays, state)
-  else:
-    arrays |= _indices(arrays, state, every_block=layout == 'mmpretrain')
+  arrays = _official(arrays, state, every_block=layout == 'mmpretrain')
   if layout == 'segmenter':
     return _openmmlab(arrays, segmenter.HEADS)
   if layout == 'detector':
@@ -151,6 +145,39 @@ def in_layout_described(
   if arguments.get('head_batch_norm'):  # is part of the last layer now
     arguments['head_batch_norm'] = False
   return described._replace(arguments=arguments)
+
+
+def whole(state: StateDict, described: Described) -> tuple[dict[str, np.ndarray], Described]:
+  """All of a model in the layout for its kind, without a prefix, and the model that this is.
+
+  Args:
+    state: all parameters of a model.
+    described: the model.
+  """
+  if infer.family(state.arrays) == 'backbone':  # a classifier without a head keeps its norm
+    return _official(_parameters(state), state), described
+  layout = default_layout(state)
+  arrays = in_layout(state, layout, prefix='')
+  return arrays, in_layout_described(state, described, arrays, layout)
+
+
+def _parameters(state: StateDict) -> dict[str, np.ndarray]:
+  """A state dict without buffers and without the BatchNorm of a linear probe."""
+  return _without_batch_norm(
+    {name: value for name, value in state.arrays.items() if not name.endswith((_INDEX, _MASK))}
+  )
+
+
+def _official(
+  arrays: dict[str, np.ndarray], state: StateDict, every_block: bool = False
+) -> dict[str, np.ndarray]:
+  """Parameters as the official code has them, with its buffers."""
+  base = infer.architecture(state.arrays)
+  if base == 'fast_itpn':
+    return fast_itpn.split(arrays)
+  if base == 'swin':
+    return arrays | _swin_buffers(arrays, state)
+  return arrays | _indices(arrays, state, every_block)
 
 
 def _without_batch_norm(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

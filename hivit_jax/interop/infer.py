@@ -150,7 +150,14 @@ def with_pyramid(described: Described, arrays: Mapping[str, np.ndarray], source:
 
 
 def _name(family_name: str, arguments: Mapping[str, Any], source: str) -> str:
-  """The registered model of the same width and, if possible, depth."""
+  names = [name for name in MODELS if name.rsplit('_', 1)[0] == family_name]
+  if not names:
+    raise UserError(f'{source} is a {family_name}, and there is no such model here')
+  return nearest(names, arguments)
+
+
+def nearest(names: Sequence[str], arguments: Mapping[str, Any]) -> str:
+  """The registered model of the same width and, if possible, depth and other arguments."""
 
   def depths(arguments: Mapping[str, Any]) -> Sequence[int]:
     return arguments.get('depths') or (arguments['depth'],)
@@ -158,9 +165,10 @@ def _name(family_name: str, arguments: Mapping[str, Any], source: str) -> str:
   def distance(name: str) -> tuple:
     own = settings_of(name)
     pairs = itertools.zip_longest(depths(own), depths(arguments), fillvalue=0)
-    return own['embed_dim'] != arguments['embed_dim'], sum(abs(a - b) for a, b in pairs)
+    return (
+      own['embed_dim'] != arguments['embed_dim'],
+      sum(abs(a - b) for a, b in pairs),
+      sum(value != own.get(key) for key, value in arguments.items()),
+    )
 
-  names = [name for name in MODELS if name.rsplit('_', 1)[0] == family_name]
-  if not names:
-    raise UserError(f'{source} is a {family_name}, and there is no such model here')
   return min(names, key=distance)

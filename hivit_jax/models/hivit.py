@@ -285,7 +285,7 @@ class HiViTEncoder(Encoder):
       position = resize.own_position_embeddings(embedding, self.grid, grid, own, overhang=over)
       inside = units_inside(own, grid)
     x = layers.add_parameter(stem.tokens, position)
-    x = x.reshape(len(x), *grid, -1)  # (B, rows, columns, C)
+    x = x.reshape(x.shape[0], *grid, -1)  # (B, rows, columns, C)
     return stem, self._dense_blocks(x, window_size, global_blocks, inside, drop_path_noise)
 
   def _taps(self, stem: Stem) -> tuple[jax.Array, jax.Array]:
@@ -296,7 +296,7 @@ class HiViTEncoder(Encoder):
     """The transformer blocks on a map (B, rows, columns, C), of which `inside` is the image's."""
     grid = x.shape[1], x.shape[2]
     first, depth, scan = sum(self.stem_blocks), self.settings.depths[2], self.settings.scan
-    keys = None if inside is None else inside.reshape(len(x), -1)  # (B, N)
+    keys = None if inside is None else inside.reshape(x.shape[0], -1)  # (B, N)
     # What a block makes of the outside must not come into the windows of the next.
     alone = inside is not None and window_size is not None
 
@@ -308,7 +308,7 @@ class HiViTEncoder(Encoder):
       start, *rest = (first + i for i in run)
       blocks = self.blocks[start + 2 : start + 3 + len(rest)]  # two merges are before them
       if everywhere or window_size is None:
-        tokens = x.reshape(len(x), -1, x.shape[-1])  # (B, N, C)
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, N, C)
         where = (None, grid) if keys is None else (None, grid, keys)
         tokens = self._run(blocks, start, tokens, drop_path_noise, *where, scan=scan)
         x = tokens.reshape(x.shape)

@@ -178,7 +178,7 @@ class ITPNBackbone(ITPNEncoder):
       )
     grid = unit_grid((images.shape[1], images.shape[2]))
     stem, x = self._of_any_size(images, None, (), drop_path_noise)
-    stages = stem.stage1, stem.stage2, x.reshape(len(x), -1, x.shape[-1])
+    stages = stem.stage1, stem.stage2, x.reshape(x.shape[0], -1, x.shape[-1])
     maps = [to_map(level, grid) for level in reversed(self.pyramid(*stages))]  # fine to coarse
     if self.settings.join_stages:
       own = (to_map(stem.stage1, grid), to_map(stem.stage2, grid), x)

@@ -116,7 +116,7 @@ class MaskedAutoencoder(Encoder):
       ValueError: none or several of the ways to choose units are given.
       UserError: a shape, ratio or mask does not fit.
     """
-    ids_keep, ids_restore, removed = self._choose(len(images), noise, rng, mask, mask_ratio)
+    ids_keep, ids_restore, removed = self._choose(images.shape[0], noise, rng, mask, mask_ratio)
     latent = self.latent(images, ids_keep, drop_path_noise)  # (B, K, width)
     pred = self.decode(latent, ids_restore)  # (B, N, 16 * 16 * channels)
     error = jnp.square(pred - self.target(images)).mean(axis=-1)  # (B, N)

@@ -72,7 +72,7 @@ def own_position_embeddings(
   x = embedding.reshape(*source, -1)
   x = jnp.einsum('bqw,hwc->bhqc', matrices[1], x, precision='highest')
   x = jnp.einsum('bph,bhqc->bpqc', matrices[0], x, precision='highest')
-  return x.reshape(len(x), -1, x.shape[-1])
+  return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 @functools.lru_cache(maxsize=64)
@@ -151,8 +151,8 @@ def _resize_map(x: Any, size: Sequence[int], matrix: Any) -> Any:
   if x.shape[1:3] == tuple(size) and matrix is bilinear_matrix:
     return x
   rows, columns = (matrix(*sides) for sides in zip(x.shape[1:3], size, strict=True))
-  cells = apply_separable(rows, columns, x.reshape(len(x), -1, x.shape[-1]))
-  return cells.reshape(len(x), *size, -1)
+  cells = apply_separable(rows, columns, x.reshape(x.shape[0], -1, x.shape[-1]))
+  return cells.reshape(x.shape[0], *size, -1)
 
 
 @functools.lru_cache(maxsize=256)

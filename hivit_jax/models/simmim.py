@@ -163,7 +163,7 @@ class SimMIM(nnx.Module):
     if (noise is None) == (rng is None):
       raise ValueError('give one of noise= and rng= to choose the units that are masked')
     if rng is not None:
-      noise = self.masking_noise(rng, len(images))
+      noise = self.masking_noise(rng, images.shape[0])
     keep = self.settings.kept(self.mask_ratio if mask_ratio is None else mask_ratio)
     ids_keep, ids_restore, mask = random_masking(jnp.asarray(noise), keep)
     cells = self.settings.stride // PATCH

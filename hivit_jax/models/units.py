@@ -88,7 +88,7 @@ def max_pool(x: jax.Array) -> jax.Array:
 def mean_pool(x: jax.Array) -> jax.Array:
   """The mean of 2x2 cells, an odd last row or column dropped: (B, h, w, C)."""
   rows, columns = x.shape[1] // 2, x.shape[2] // 2
-  cells = x[:, : 2 * rows, : 2 * columns].reshape(len(x), rows, 2, columns, 2, -1)
+  cells = x[:, : 2 * rows, : 2 * columns].reshape(x.shape[0], rows, 2, columns, 2, -1)
   return cells.mean(axis=(2, 4))
 
 

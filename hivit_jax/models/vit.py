@@ -91,7 +91,7 @@ class ViTEncoder(Encoder):
       of_patches = self.ops.gather_shared(of_patches[0], ids)  # (B, K, C)
     x = self.patch_embed(units.reshape(*units.shape[:2], -1))
     x = layers.add_parameter(x, of_patches)
-    first = jnp.broadcast_to(self.cls_token[...] + of_class, (len(x), 1, x.shape[-1]))
+    first = jnp.broadcast_to(self.cls_token[...] + of_class, (x.shape[0], 1, x.shape[-1]))
     x = jnp.concatenate([first.astype(x.dtype), x], axis=1)  # (B, 1 + K, C)
     return self._run(self.blocks, 0, x, drop_path_noise, scan=self.settings.scan)
 

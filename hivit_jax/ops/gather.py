@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 def units_plain(units: jax.Array, ids: jax.Array) -> jax.Array:
   """Picks units of each example: (B, N, ...) and (B, K) -> (B, K, ...)."""
-  return jnp.asarray(units)[jnp.arange(len(ids))[:, None], ids]
+  return jnp.asarray(units)[jnp.arange(ids.shape[0])[:, None], ids]
 
 
 def shared_plain(values: jax.Array, ids: jax.Array) -> jax.Array:

@@ -1,10 +1,12 @@
-"""Converts weights from PyTorch and to PyTorch.
+"""Converts weights from PyTorch and to PyTorch, and publishes them.
 
   python -m hivit_jax.tools.convert from-torch FILE --out=DIR|FILE.safetensors [--model=NAME]
   python -m hivit_jax.tools.convert to-torch WORKDIR|CHECKPOINT|FILE --out=FILE.pth|FILE.safetensors
       [--layout=official|mae|simmim|segmenter|detector|backbone|mmpretrain]
+  python -m hivit_jax.tools.convert to-hub WORKDIR|CHECKPOINT|FILE --out=DIR|hf-hub:OWNER/NAME
 
-A DIR gets a checkpoint, as a training run writes it. docs/guide/weights.md says what loads where.
+to-hub writes model.safetensors, config.json and a model card. from-torch gives a DIR a checkpoint,
+as a training run writes it. docs/guide/weights.md says what loads where.
 """
 
 import math
@@ -16,7 +18,7 @@ from absl import flags
 from hivit_jax import cli, settings
 from hivit_jax.errors import UserError, suggest
 
-_OUT = flags.DEFINE_string('out', None, 'Where to write: a directory or a file.')
+_OUT = flags.DEFINE_string('out', None, 'Where to write: a directory, a file or hf-hub:OWNER/NAME.')
 _LAYOUT = flags.DEFINE_string(
   'layout',
   None,
@@ -39,11 +41,11 @@ _IMAGE_SIZE = flags.DEFINE_string('image_size', None, 'Pixels: HEIGHTxWIDTH if n
 
 
 def main(argv: list[str]) -> None:
-  commands = {'from-torch': _from_torch, 'to-torch': _to_torch}
+  commands = {'from-torch': _from_torch, 'to-torch': _to_torch, 'to-hub': _to_hub}
   given = argv[1] if len(argv) > 1 else ''
   if given not in commands:
     raise UserError(
-      f'unknown command "{given}"{suggest(given, commands)}; name from-torch or to-torch'
+      f'unknown command "{given}"{suggest(given, commands)}; name from-torch, to-torch or to-hub'
     )
   if len(argv) != 3:
     raise UserError(f'{given} takes one file or directory, got {len(argv) - 2}')
@@ -137,6 +139,20 @@ def _to_torch(path: str, out: pathlib.Path) -> None:
   if layout == 'mae' and described.arguments.get('target') == targets.SARATRX_V2:
     note += '; left out, constants of its code: hogs.SAR_Lay*, load with strict=False'
   print(f'wrote {len(arrays)} arrays, {_size(arrays)}, for {what} to {out}{note}')
+
+
+def _to_hub(path: str, out: pathlib.Path) -> None:
+  from hivit_jax.interop import hub
+  from hivit_jax.reporting.console import setup_logging
+  from hivit_jax.train import publish
+
+  setup_logging()
+  if hub.is_name(out):
+    name = publish.push_to_hub(path, str(out), ema=_EMA.value)
+    print(f'uploaded; to pin this version: hivit_jax.create_model({name!r})')
+  else:
+    publish.save_pretrained(path, out, ema=_EMA.value)
+    print(f'wrote {out}; read and complete {out / hub.CARD} before you publish it')
 
 
 def _check_finite(arrays: dict, path: str) -> None:

@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
   state = weights.read(_WORKDIR.value or _WEIGHTS.value or '', ema=_EMA.value)
   described = carried.model_of(state)
   model: Any = loaded.model(state, described)
-  statistics = loaded.statistics(state, described)
+  statistics = carried.statistics(state, described)
   failed: list[str] = []
   images = list(loaded.read(paths, _resizing(model, described.name), failed))
   if not images:

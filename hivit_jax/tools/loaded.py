@@ -13,11 +13,8 @@ from flax import nnx
 from hivit_jax import models
 from hivit_jax.data.decode import BrokenImage, read_file
 from hivit_jax.data.sources import folder
-from hivit_jax.interop import carried, files, importer, infer
+from hivit_jax.interop import files, importer, infer
 from hivit_jax.train import assemble
-
-# Of pixels in [0, 1]: what weights without a config were trained with.
-_IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 
 
 def model(state: files.StateDict, described: infer.Described) -> nnx.Module:
@@ -32,12 +29,6 @@ def model(state: files.StateDict, described: infer.Described) -> nnx.Module:
     }
   create = functools.partial(models.create_model, described.name, **described.arguments, **options)
   return importer.load_new(create, state)[0]
-
-
-def statistics(state: files.StateDict, described: infer.Described) -> dict[str, tuple[float, ...]]:
-  """`mean` and `std` of the pixels that the weights were trained with."""
-  told = carried.pixels(state, described)
-  return {key: tuple(told.get(key, value)) for key, value in _IMAGENET.items()}
 
 
 def image_paths(named: Sequence[str]) -> list[str]:

@@ -118,7 +118,7 @@ def _predictor(
   state: files.StateDict, described: infer.Described, *, batch_size: int
 ) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
   """Returns a function from up to `batch_size` images to (B, classes) probabilities."""
-  statistics = loaded.statistics(state, described)
+  statistics = carried.statistics(state, described)
   graphdef, params = nnx.split(loaded.model(state, described))
 
   @jax.jit
@@ -136,7 +136,7 @@ def _predictor(
 def _pixels(paths: list[str], state: files.StateDict, described: infer.Described) -> list[str]:
   """What a segmenter says; the images that could not be read."""
   model = loaded.model(state, described)
-  task = predict_pixels.task_of(state.metadata, model, **loaded.statistics(state, described))
+  task = predict_pixels.task_of(state.metadata, model, **carried.statistics(state, described))
   return predict_pixels.predict(
     paths, model, task, _labels(state), top=_TOP.value, as_json=_JSON.value, folder=_SAVE.value
   )

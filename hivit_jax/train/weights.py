@@ -12,11 +12,12 @@ from flax import nnx
 
 from hivit_jax import models
 from hivit_jax.errors import UserError
-from hivit_jax.interop import carried, exporter, files, importer, layer_scale
+from hivit_jax.interop import carried, exporter, files, hub, importer, layer_scale, pretrained
 from hivit_jax.interop.report import LoadReport
 from hivit_jax.train import manifest
 from hivit_jax.train.checkpoint import load_params
 
+LOCAL = 'local-dir:'  # before a directory where a model's name is expected, as timm has it
 _EMA_KEY = 'ema'  # of the training state
 
 
@@ -24,7 +25,8 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> files.StateDict:
   """Reads weights under their PyTorch names.
 
   Args:
-    path: a `.pth` or `.safetensors` file, a workdir, its `best`, or one of its checkpoints.
+    path: a `.pth` or `.safetensors` file, a workdir, its `best`, one of its checkpoints, a
+      directory of `hivit_jax.save_pretrained`, or `hf-hub:OWNER/NAME[@REVISION]`.
     ema: the exponential moving average of the weights instead of the weights.
 
   Raises:
@@ -35,11 +37,16 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> files.StateDict:
       f'weights={path!r}: expected the path of a .pth or .safetensors file, a checkpoint or a '
       'workdir'
     )
-  path = pathlib.Path(path).expanduser()
+  if hub.is_name(path):
+    return hub.read(str(path), ema=ema)
+  path = pathlib.Path(str(path).removeprefix(LOCAL)).expanduser()
+  if pretrained.holds(path):
+    return pretrained.read(path, ema=ema)
   if path.is_dir() or manifest.names_best(path):
     restored = load_params(path, key=_EMA_KEY if ema else 'params')
     source = f'step {restored.step} of {path}'
-    return files.StateDict(exporter.named_arrays(restored.state), source, restored.metadata)
+    metadata = {**restored.metadata, 'step': restored.step}
+    return files.StateDict(exporter.named_arrays(restored.state), source, metadata)
   if path.exists() or files.is_weight_file(path):
     return files.read(path, ema=ema)
   raise UserError(

@@ -53,20 +53,23 @@ def scene(example: Mapping[str, Any], channels: int = 3) -> Scene:
   Args:
     example: `image`, and `objects` with `boxes` and `classes`; with `masks`, run lengths or
       polygons, or else a map `instances` that is i + 1 where object i is; and perhaps `crowd`.
+      They lie on the pixels as they are stored, whatever EXIF says, of an image of `size`.
     channels: of the image.
 
   Raises:
-    BrokenImage: image or map are damaged, or differ in size.
+    BrokenImage: image, masks or map are damaged, or differ in size.
     UserError: a field is missing.
   """
   if 'objects' not in example:
     raise UserError(f"there are no 'objects' to find; the data set has: {', '.join(example)}")
   objects = example['objects']
-  picture = np.asarray(decode_image(example['image'], channels=channels))
-  picture = picture[..., None] if picture.ndim == 2 else picture
+  picture = pixels(example, channels)
   size, count = picture.shape[:2], len(objects['classes'])
   if 'masks' in objects:
-    found = [coco.decode(segmentation, size) for segmentation in objects['masks']]
+    try:
+      found = [coco.decode(segmentation, size) for segmentation in objects['masks']]
+    except ValueError as error:
+      raise BrokenImage(f'a mask is damaged: {error}') from error
     bitmaps = np.stack(found) if found else np.zeros((0, *size), np.uint8)
   elif 'instances' in example:
     instances = np.asarray(decode_label_map(example['instances']))
@@ -83,6 +86,19 @@ def scene(example: Mapping[str, Any], channels: int = 3) -> Scene:
     bitmaps,
     np.asarray(objects.get('crowd', np.zeros(count)), bool),
   )
+
+
+def pixels(example: Mapping[str, Any], channels: int = 3) -> np.ndarray:
+  """(H, W, channels) uint8, as stored; raises `BrokenImage` unless that is the example's `size`."""
+  image = decode_image(example['image'], channels=channels, upright=False)
+  known = example.get('size')
+  if known is not None and (image.height, image.width) != tuple(known):
+    height, width = known
+    raise BrokenImage(
+      f'the image has {image.width}x{image.height} pixels, by its annotations {width}x{height}'
+    )
+  array = np.asarray(image)
+  return array[..., None] if array.ndim == 2 else array
 
 
 def mirror(scene: Scene) -> Scene:
@@ -305,8 +321,7 @@ class EvalTransform:
   channels: int = 3
 
   def __call__(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    picture = np.asarray(decode_image(example['image'], channels=self.channels))
-    picture = picture[..., None] if picture.ndim == 2 else picture
+    picture = pixels(example, self.channels)
     none: Sequence = ()
     empty = Scene(
       picture,

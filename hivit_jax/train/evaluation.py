@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax import settings
-from hivit_jax.data.sources.subset import Subset
+from hivit_jax.data.sources.subset import spread
 from hivit_jax.errors import UserError
 from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.runtime import distributed
@@ -88,7 +88,7 @@ class EvaluationContext:
     return self.setup.eval_batches(source)
 
   def some(self, source: Any, size: int) -> Any:
-    return Subset(source, size)
+    return spread(source, size)
 
   def examples(self, source: Any) -> dict[str, np.ndarray]:
     with self.setup.eval_batches(source, alone=True) as batches:

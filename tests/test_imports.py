@@ -51,6 +51,7 @@ CONFINED = {
   'array_record': ('hivit_jax/data/',),
   'grain': ('hivit_jax/data/',),
   'pycocotools': ('hivit_jax/data/coco.py',),
+  'faster_coco_eval': ('hivit_jax/data/coco.py',),
   'tensorboard': ('hivit_jax/reporting/tensorboard.py',),
   'matplotlib': (
     'hivit_jax/tools/compare.py',

@@ -25,6 +25,12 @@ def _run_lengths() -> Any:  # its own annotations of types are wrong
 
 
 def _coco() -> Any:
+  try:  # the same numbers, several times as fast
+    from faster_coco_eval import COCO, COCOeval_faster  # pyright: ignore[reportMissingImports]
+  except ImportError:
+    pass
+  else:
+    return COCO, COCOeval_faster
   from pycocotools.coco import COCO
   from pycocotools.cocoeval import COCOeval
 
@@ -107,7 +113,7 @@ def evaluate(
     int(category): float(own[own > -1].mean()) if (own > -1).any() else -1.0
     for category, own in zip(run.params.catIds, np.moveaxis(precision, 2, 0), strict=True)
   }
-  return dict(zip(METRICS, map(float, run.stats), strict=True)), of_category
+  return dict(zip(METRICS, map(float, run.stats[: len(METRICS)]), strict=True)), of_category
 
 
 def _nothing_found(truth: Any) -> tuple[dict[str, float], dict[int, float]]:

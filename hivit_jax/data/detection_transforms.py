@@ -205,12 +205,16 @@ class EvalTransform:
   canvas: Size
   channels: int = 3
 
+  def size(self, size: Size) -> Size:
+    """What an image of a size becomes."""
+    return fitted(size, self.short, self.long)
+
   def __call__(
     self, example: Mapping[str, Any], *, shape: Size | None = None
   ) -> dict[str, np.ndarray]:
     picture = pixels(example, self.channels)
     size = picture.shape[0], picture.shape[1]
-    resized = resize(Scene.without_objects(picture), fitted(size, self.short, self.long))
+    resized = resize(Scene.without_objects(picture), self.size(size))
     arrays = to_arrays(resized, shape or self.canvas, 0)
     return {
       'image': arrays['image'],

@@ -25,7 +25,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.models.mask_rcnn import BOX_SIZE, MASK_CELLS, MASK_SIZE, MaskRCNN
 from hivit_jax.tasks import detection_losses as losses
 from hivit_jax.tasks import detection_targets as targets
-from hivit_jax.tasks.evaluators import Collected, Context, Evaluator
+from hivit_jax.tasks.evaluators import Context, Evaluator
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tasks.task import Batch, ImageTask
 
@@ -72,7 +72,8 @@ class DetectTask(ImageTask):
   encoder = 'backbone/'
   stem_is_one_layer = True
   object_classes = True
-  measures = frozenset(('evaluation',))
+  measures = frozenset(('evaluation', 'pictures'))
+  example = 'predict {workdir} PICTURE.jpg --save=FOLDER'
 
   num_classes: int
   image_size: tuple[int, int] = (1344, 1344)
@@ -257,26 +258,10 @@ class DetectTask(ImageTask):
     return total / jnp.maximum(positive.sum(), 1)
 
   def evaluators(self, context: Context) -> list[Evaluator]:
-    """COCO's measures of boxes and masks on each set."""
-    from hivit_jax.tasks import detection_results
+    """COCO's measures of boxes and masks on each set, and pictures."""
+    from hivit_jax.tasks import detection_evaluation
 
-    every = context.every('evaluation')
-    if every is None:
-      return []
-    return [
-      Evaluator(
-        every,
-        Collected(
-          context,
-          source,
-          self.detections,
-          detection_results.Measured(source, self.channels),
-          name=name,
-          host=detection_results.of_batch,
-        ),
-      )
-      for name, source in context.sets.items()
-    ]
+    return detection_evaluation.evaluators(context, self)
 
   def detections(self, model: MaskRCNN, batch: Batch) -> dict[str, jax.Array]:
     """What `detection_results.of_batch` needs of an evaluation batch."""

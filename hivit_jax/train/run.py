@@ -136,7 +136,10 @@ def _evaluate(
   state = weights.read(path, ema=config.init_ema)
   setup = set_up(initialise.config_for(config, state, given), evaluated=state)
   graphdef, params = _evaluated(setup, state)
-  evaluators = evaluation.evaluators(evaluation.EvaluationContext(setup, graphdef))
+  run = pathlib.Path(path).expanduser()
+  results = run if (run / 'checkpoints').is_dir() else None
+  context = evaluation.EvaluationContext(setup, graphdef, results=results)
+  evaluators = evaluation.evaluators(context)
   if not evaluators:
     raise UserError(
       f'{state.source} is {setup.config.model.name}, which has no classifier; evaluate its '

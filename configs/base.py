@@ -67,7 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.init_ema = False  # use the averaged weights of init
 
   config.data = ml_collections.ConfigDict()
-  config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, or folder:/path
+  config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, folder:/path, coco:/path
   config.data.data_dir = config_dict.placeholder(str)  # None: TFDS_DATA_DIR or TFDS's default
   config.data.train_split = 'train'  # may be cut: train[:90%]; see docs/guide/data.md
   config.data.eval_split = 'validation'  # for accuracies and pictures

@@ -14,7 +14,7 @@ pytest.importorskip('pycocotools')
 from hivit_jax.data import class_lists, coco
 from hivit_jax.tasks import detection_pictures
 from hivit_jax.tools import predict_objects
-from tests.helpers import random_model
+from tests.helpers import quick_jit, random_model
 from tests.models.test_mask_rcnn import DETECTOR
 
 STATISTICS = {'mean': (0.5,) * 3, 'std': (0.25,) * 3}
@@ -30,7 +30,10 @@ def model():
   return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(positive, params))
 
 
-def test_objects_are_printed_and_drawn_in_the_pixels_of_the_image(model, tmp_path, capsys):
+def test_objects_are_printed_and_drawn_in_the_pixels_of_the_image(
+  model, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(jax, 'jit', quick_jit)
   rng = np.random.default_rng(0)
   for name, (width, height) in SIZES.items():
     Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(

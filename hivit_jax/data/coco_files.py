@@ -252,12 +252,20 @@ def learnable(boxes: np.ndarray, crowd: np.ndarray) -> np.ndarray:
   return ~crowd & (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)
 
 
-def check_files(where: str, listed: Sequence[str], there: Iterable[str]) -> None:
-  """UserError unless all images that annotations name are there."""
+def check_files(path: str, listed: Sequence[str], where: str, there: Iterable[str]) -> None:
+  """UserError unless all images that annotations name are there.
+
+  Args:
+    path: of the annotations, for the message.
+    listed: names of their images.
+    where: these should be, for the message.
+    there: names of the images that there are.
+  """
   missing = sorted(set(listed) - set(there))
   if missing:
     raise UserError(
-      f'{len(missing)} of the {len(listed)} images are not in {where}: {_some(missing)}'
+      f'{path} names {len(listed)} images, and {len(missing)} of them are not in {where}: '
+      f'{_some(missing)}; add them, or choose the annotations that belong to these images'
     )
 
 

@@ -40,7 +40,10 @@ from hivit_jax.train.steps import Steps
 
 _log = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_ORDER = {'seed', 'batch_size', 'data.name', 'data.train_split'}  # settings that decide who is next
+_ORDER = {  # settings that decide who is next
+  *('seed', 'batch_size', 'data.name', 'data.train_split'),
+  *(f'detect.{key}' for key in ('buckets', 'short_sides', 'long_side', 'crop_first', 'crop_sides')),
+}
 
 
 def train(config: ml_collections.ConfigDict, workdir: str, given: Collection[str] = ()) -> None:

@@ -209,7 +209,7 @@ def test_files_that_are_wrong_or_missing(root, tmp_path):
   del files['train2017/000000000002.jpg']
   put(tmp_path, files)
   with pytest.raises(
-    UserError, match=r'1 of the 5 images are not in .*train2017, .*: 000000000002\.jpg'
+    UserError, match=r'5 images, and 1 of them are not in .*train2017: 000000000002\.jpg'
   ):
     open_source(f'coco:{tmp_path}', 'train')
   assert len(open_source(f'coco:{tmp_path}', 'val')) == 3

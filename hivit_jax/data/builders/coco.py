@@ -122,7 +122,7 @@ class Coco(ShardedBuilder, skip_registration=True):
         '--config.data.name=coco:FOLDER'
       )
     paths = {Path(path).name: path for path in images.paths if f'{_FOLDERS[split]}/' in path}
-    coco_files.check_files(f'{images.root}, of which {path} tells', known.files, paths)
+    coco_files.check_files(where, known.files, str(images.root), paths)
     if len(known) != COUNTS[split] and not self._allow_other_counts:
       raise UserError(
         f'{where} has {len(known)} images, COCO has {COUNTS[split]} for {split} (to take a part on '

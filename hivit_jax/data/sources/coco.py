@@ -106,7 +106,7 @@ class _Split:
     there = {folder: coco_files.files_below(folder, files) for folder in folders}
     self._folder = max(folders, key=lambda folder: len(there[folder]))  # the first of the best
     where = ' or '.join(folders) if not there[self._folder] else self._folder
-    coco_files.check_files(f'{where}, of which {path} tells', files, there[self._folder])
+    coco_files.check_files(path, files, where, there[self._folder])
     self.order = splits.hashed_order(os.fsencode(file) for file in files)
 
   def image(self, place: int) -> str:

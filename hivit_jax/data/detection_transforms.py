@@ -21,11 +21,14 @@ DRAWS = 8  # random numbers of an image
 def fitted_sizes(sizes: np.ndarray, short: Any, long: Any) -> np.ndarray:
   """`fitted` of many sizes: (n, 2) -> (n, 2) integers; the bounds are numbers or (n,)."""
   factor = np.minimum(long / sizes.max(axis=1), short / sizes.min(axis=1))
-  return (sizes * factor[:, None] + 0.5).astype(np.int64)
+  return np.maximum((sizes * factor[:, None] + 0.5).astype(np.int64), 1)
 
 
 def fitted(size: Size, short: int, long: int) -> Size:
-  """The size of an image whose shorter and longer side may be so long, its shape kept."""
+  """The size of an image whose shorter and longer side may be so long, its shape kept.
+
+  No side becomes less than a pixel.
+  """
   height, width = fitted_sizes(np.array([size]), short, long)[0]
   return int(height), int(width)
 

@@ -69,6 +69,11 @@ def test_the_published_augmentation_keeps_within_its_bounds():
         assert 0 <= start <= side - length
 
 
+def test_a_line_of_pixels_stays_one():
+  assert transforms.fitted((5000, 1), 800, 1333) == (1333, 1)
+  assert transforms.fitted((480, 640), 800, 1333) == (800, 1067)
+
+
 def example_of(scene, **objects):
   file, instances = io.BytesIO(), io.BytesIO()
   Image.fromarray(scene.image).save(file, 'PNG')

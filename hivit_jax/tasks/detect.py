@@ -49,7 +49,7 @@ class DetectTask(ImageTask):
     num_classes: of the model, without the background.
     image_size: (height, width) of the canvas that images are padded to, multiples of 32.
     buckets, eval_buckets: the same of several canvases, where the sizes of images are known before
-      these are read: a batch is on the smallest that its images fit on. None: only `image_size`.
+      these are read: a batch is on the smallest that its images fit on. Empty: only `image_size`.
     channels: of the images.
     flip: half of the images are mirrored.
     short_sides, long_side: what the sides of an image become at most, see

@@ -67,7 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.init_ema = False  # use the averaged weights of init
 
   config.data = ml_collections.ConfigDict()
-  config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, or folder:/path
+  config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, folder:/path, coco:/path
   config.data.data_dir = config_dict.placeholder(str)  # None: TFDS_DATA_DIR or TFDS's default
   config.data.train_split = 'train'  # may be cut: train[:90%]; see docs/guide/data.md
   config.data.eval_split = 'validation'  # for accuracies and pictures
@@ -119,6 +119,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.detect.crop_first = (400, 500, 600)  # every second image: to one of these, then cropped
   config.detect.crop_sides = (384, 600)  # least and most of a crop's sides
   config.detect.eval_short_side = 800  # of evaluation images at most
+  # Canvases (height, width) instead of image_size, where the sizes of images are known before they
+  # are read (COCO): a batch is on the smallest that its images fit on.
+  config.detect.buckets = ()  # none: image_size
+  config.detect.eval_buckets = ()  # the same in evaluations
   config.detect.objects = 100  # of an image at most
   config.detect.anchors = 256  # of an image that the proposals learn from
   config.detect.rois = 512  # of an image that the heads learn from; masks: a quarter

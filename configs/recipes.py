@@ -224,8 +224,8 @@ def linear(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
 def detect(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
   """Mask R-CNN on COCO, 36 epochs ("3x") of DETR's augmentation, after MAE.
 
-  Published is HiViT-B. T and S have its recipe with less drop path. Images are on one canvas that
-  all of them fit on; the official runs pad each pair of images to its own.
+  Published is HiViT-B. T and S have its recipe with less drop path. A batch is on one of eight
+  canvases; the official runs pad each pair of images to its own.
 
   Args:
     model: a HiViT, such as hivit_base.
@@ -236,7 +236,9 @@ def detect(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
   config.init = f'workdirs/mae_{_short(model)}'
   config.model.update(name=f'detect_{model}', drop_path_rate=_DETECTION[model])
   config.data.update(name='coco', eval_split='validation')
-  config.image_size = (1344, 1344)
+  config.image_size = (1344, 1344)  # for data whose sizes are not known before they are read
+  config.detect.buckets = _both(((544, 832), (672, 1024), (800, 1088), (800, 1344)))
+  config.detect.eval_buckets = _both(((800, 1088), (800, 1216), (800, 1344)))
   config.epochs = 36.0
   config.batch_size = 16
   config.optim.update(lr=1e-4, warmup_start_lr=1e-7, warmup_epochs=0.0, warmup_steps=500, b2=0.999)
@@ -245,6 +247,13 @@ def detect(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
   config.checkpoint.keep_every_epochs = 0.0
   config.knn.every_epochs = 0.0
   return with_variant(config, variant)
+
+
+def _both(
+  canvases: tuple[tuple[int, int], ...],
+) -> tuple[tuple[int, int], ...]:
+  """Each canvas, and the same upright."""
+  return canvases + tuple((width, height) for height, width in canvases)
 
 
 def with_variant(

@@ -52,6 +52,7 @@ CONFINED = {
   'array_record': ('hivit_jax/data/',),
   'grain': ('hivit_jax/data/',),
   'pycocotools': ('hivit_jax/data/coco.py',),
+  'faster_coco_eval': ('hivit_jax/data/coco.py',),
   'tensorboard': ('hivit_jax/reporting/tensorboard.py',),
   'wandb': ('hivit_jax/reporting/trackers.py',),
   'mlflow': ('hivit_jax/reporting/trackers.py',),

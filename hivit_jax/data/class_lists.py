@@ -96,3 +96,18 @@ ADE20K = _class_list(
   005cff b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff
   """,
 )
+
+COCO = _class_list(
+  """
+  person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+  fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,
+  zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard,
+  sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle,
+  wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+  hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+  mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
+  vase, scissors, teddy bear, hair drier, toothbrush
+  """,
+)
+# Ids of these in COCO's files: from 1 to 90, some of which are not used.
+COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))

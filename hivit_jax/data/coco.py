@@ -25,6 +25,12 @@ def _run_lengths() -> Any:  # its own annotations of types are wrong
 
 
 def _coco() -> Any:
+  try:  # the same numbers, several times as fast
+    from faster_coco_eval import COCO, COCOeval_faster  # pyright: ignore[reportMissingImports]
+  except ImportError:
+    pass
+  else:
+    return COCO, COCOeval_faster
   from pycocotools.coco import COCO
   from pycocotools.cocoeval import COCOeval
 
@@ -38,27 +44,38 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
   return {'size': [int(n) for n in found['size']], 'counts': found['counts'].decode('ascii')}
 
 
-def decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-  """The mask of an object, parts of it merged.
+def run_lengths(segmentation: Any, size: tuple[int, int]) -> bytes:
+  """The compressed run lengths of an object's mask, parts of it merged.
 
   Args:
     segmentation: list of polygons [x0, y0, x1, y1, ...] in pixels, or run lengths, compressed (text
-      or bytes) or not (a list of numbers), as in COCO's files.
+      or bytes, alone or as `counts`) or not (a list of numbers), as in COCO's files.
     size: (height, width) of the image.
-
-  Returns:
-    (height, width) uint8 of 0 and 1.
   """
-  run_lengths = _run_lengths()
+  if isinstance(segmentation, str | bytes):
+    segmentation = {'counts': segmentation}
   if isinstance(segmentation, Mapping):
     counts = segmentation['counts']
-    if isinstance(counts, Sequence) and not isinstance(counts, str | bytes):
-      found = run_lengths.frPyObjects(dict(segmentation), *size)
-    else:
-      found = {'size': list(segmentation['size']), 'counts': counts}
-  else:
-    found = run_lengths.merge(run_lengths.frPyObjects(list(segmentation), *size))
-  return np.ascontiguousarray(run_lengths.decode(found))
+    if isinstance(counts, str | bytes):
+      return counts.encode('ascii') if isinstance(counts, str) else counts
+    return _run_lengths().frPyObjects({'size': list(size), 'counts': list(counts)}, *size)['counts']
+  found = _run_lengths()
+  return found.merge(found.frPyObjects(list(segmentation), *size))['counts']
+
+
+def decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
+  """(height, width) uint8 of 0 and 1; the arguments are those of `run_lengths`.
+
+  Raises:
+    ValueError: the run lengths are those of another size, or damaged.
+  """
+  counts = run_lengths(segmentation, size)
+  return np.ascontiguousarray(_run_lengths().decode({'size': list(size), 'counts': counts}))
+
+
+def area(counts: bytes, size: tuple[int, int]) -> float:
+  """Pixels of a mask given as compressed run lengths."""
+  return float(_run_lengths().area({'size': list(size), 'counts': counts}))
 
 
 def evaluate(
@@ -96,7 +113,7 @@ def evaluate(
     int(category): float(own[own > -1].mean()) if (own > -1).any() else -1.0
     for category, own in zip(run.params.catIds, np.moveaxis(precision, 2, 0), strict=True)
   }
-  return dict(zip(METRICS, map(float, run.stats), strict=True)), of_category
+  return dict(zip(METRICS, map(float, run.stats[: len(METRICS)]), strict=True)), of_category
 
 
 def _nothing_found(truth: Any) -> tuple[dict[str, float], dict[int, float]]:

@@ -1,165 +1,36 @@
 """From an image and its objects to arrays: mirrored, resized, cropped, padded, as mmdetection does.
 
-Masks are whole bitmaps until the end, where each becomes a crop to its box. Boxes and bitmaps
-equal mmdetection's, and so do images but for one grey level in one pixel of 250: they are resized
-without antialiasing, in OpenCV's integers.
+Masks are whole bitmaps until the end, where each becomes a crop to its box. What happens to an
+image is a function of its size and of eight random numbers, so that the size of the result is known
+before the image is read.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from hivit_jax.data import coco, masks
-from hivit_jax.data.decode import BrokenImage, decode_image, decode_label_map
+from hivit_jax.data import coco_files, masks
+from hivit_jax.data.scenes import Scene, Size, crop, mirror, pixels, resize, scene
 from hivit_jax.errors import UserError
 
-Size = tuple[int, int]  # (height, width) in pixels
+DRAWS = 8  # random numbers of an image
 
 
-@dataclasses.dataclass(frozen=True)
-class Scene:
-  """An image with its objects.
-
-  Attributes:
-    image: (H, W, channels) uint8.
-    boxes: (n, 4) float32.
-    labels: (n,) int32.
-    masks: (n, H, W) uint8 of 0 and 1.
-    crowd: (n,) bool, groups that nobody told apart.
-  """
-
-  image: np.ndarray
-  boxes: np.ndarray
-  labels: np.ndarray
-  masks: np.ndarray
-  crowd: np.ndarray
-
-  @property
-  def size(self) -> Size:
-    """(height, width) in pixels."""
-    return self.image.shape[0], self.image.shape[1]
-
-  def only(self, keep: np.ndarray) -> 'Scene':
-    """The scene with some of its objects, (n,) bool."""
-    fields = {name: getattr(self, name)[keep] for name in ('boxes', 'labels', 'masks', 'crowd')}
-    return dataclasses.replace(self, **fields)
-
-
-def scene(example: Mapping[str, Any], channels: int = 3) -> Scene:
-  """Decodes an example.
-
-  Args:
-    example: `image`, and `objects` with `boxes` and `classes`; with `masks`, run lengths or
-      polygons, or else a map `instances` that is i + 1 where object i is; and perhaps `crowd`.
-    channels: of the image.
-
-  Raises:
-    BrokenImage: image or map are damaged, or differ in size.
-    UserError: a field is missing.
-  """
-  if 'objects' not in example:
-    raise UserError(f"there are no 'objects' to find; the data set has: {', '.join(example)}")
-  objects = example['objects']
-  picture = np.asarray(decode_image(example['image'], channels=channels))
-  picture = picture[..., None] if picture.ndim == 2 else picture
-  size, count = picture.shape[:2], len(objects['classes'])
-  if 'masks' in objects:
-    found = [coco.decode(segmentation, size) for segmentation in objects['masks']]
-    bitmaps = np.stack(found) if found else np.zeros((0, *size), np.uint8)
-  elif 'instances' in example:
-    instances = np.asarray(decode_label_map(example['instances']))
-    bitmaps = (instances == np.arange(1, count + 1)[:, None, None]).astype(np.uint8)
-  else:
-    raise UserError("the objects have neither 'masks' nor is there a map 'instances' of them")
-  if bitmaps.shape[1:] != size:
-    height, width = bitmaps.shape[1:]
-    raise BrokenImage(f'the image has {size[1]}x{size[0]} pixels, its masks {width}x{height}')
-  return Scene(
-    picture,
-    np.asarray(objects['boxes'], np.float32).reshape(-1, 4),
-    np.asarray(objects['classes'], np.int32),
-    bitmaps,
-    np.asarray(objects.get('crowd', np.zeros(count)), bool),
-  )
-
-
-def mirror(scene: Scene) -> Scene:
-  """Swaps left and right."""
-  x1, y1, x2, y2 = scene.boxes.T
-  width = np.float32(scene.size[1])
-  boxes = np.stack([width - x2, y1, width - x1, y2], axis=1)
-  return dataclasses.replace(
-    scene, image=scene.image[:, ::-1], boxes=boxes, masks=scene.masks[:, :, ::-1]
-  )
-
-
-def resize(scene: Scene, size: Size) -> Scene:
-  """Resizes the image bilinearly, masks to the nearest pixel."""
-  height, width = scene.size
-  ratio = np.array([size[1] / width, size[0] / height] * 2, np.float32)
-  boxes = (scene.boxes * ratio).clip(0, np.array([size[1], size[0]] * 2, np.float32))
-  rows, columns = (_nearest(new, old) for new, old in zip(size, scene.size, strict=True))
-  bitmaps = scene.masks[:, rows][:, :, columns]
-  return dataclasses.replace(scene, image=_bilinear(scene.image, size), boxes=boxes, masks=bitmaps)
-
-
-def _nearest(new: int, old: int) -> np.ndarray:
-  """The pixel of the source that each shows: that of its beginning, rounded as by OpenCV."""
-  return np.minimum(np.floor(np.arange(new) * (1 / (new / old))), old - 1).astype(np.int64)
-
-
-def _bilinear(image: np.ndarray, size: Size) -> np.ndarray:
-  """(H, W, channels) uint8 -> (*size, channels), the four nearest pixels weighed, as by OpenCV.
-
-  It computes in integers: weights have 11 bits, of which sums between the axes lose 4.
-  """
-  if size == image.shape[:2]:
-    return image
-  (top, bottom, rows), (left, right, columns) = (
-    _neighbours(new, old) for new, old in zip(size, image.shape[:2], strict=True)
-  )
-  wide = image.astype(np.int32)
-  x = wide[:, left] * columns[0][:, None] + wide[:, right] * columns[1][:, None]
-  x >>= 4
-  first = x[top] * rows[0][:, None, None] >> 16
-  second = x[bottom] * rows[1][:, None, None] >> 16
-  return ((first + second + 2) >> 2).astype(np.uint8)
-
-
-def _neighbours(new: int, old: int) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
-  """Of each pixel of the resized axis: the two of the source around it, and their weights."""
-  place = ((np.arange(new) + 0.5) * (old / new) - 0.5).clip(0, old - 1).astype(np.float32)
-  first = np.floor(place).astype(np.int64)
-  share = place - first.astype(np.float32)
-  weights = tuple(np.rint(w * 2048).astype(np.int32) for w in (1 - share, share))
-  return first, np.minimum(first + 1, old - 1), weights
-
-
-def crop(scene: Scene, size: Size, offset: tuple[int, int]) -> Scene:
-  """Cuts a rectangle out; objects whose boxes are outside go.
-
-  Args:
-    scene: what to cut.
-    size: height and width of the rectangle.
-    offset: its upper left corner (top, left).
-  """
-  (height, width), (top, left) = size, offset
-  rows, columns = slice(top, top + height), slice(left, left + width)
-  boxes = scene.boxes - np.array([left, top, left, top], np.float32)
-  boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
-  cut = dataclasses.replace(
-    scene, image=scene.image[rows, columns], boxes=boxes, masks=scene.masks[:, rows, columns]
-  )
-  return cut.only((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+def fitted_sizes(sizes: np.ndarray, short: Any, long: Any) -> np.ndarray:
+  """`fitted` of many sizes: (n, 2) -> (n, 2) integers; the bounds are numbers or (n,)."""
+  factor = np.minimum(long / sizes.max(axis=1), short / sizes.min(axis=1))
+  return np.maximum((sizes * factor[:, None] + 0.5).astype(np.int64), 1)
 
 
 def fitted(size: Size, short: int, long: int) -> Size:
-  """The size of an image whose shorter and longer side may be so long, its shape kept."""
-  factor = min(long / max(size), short / min(size))
-  height, width = (int(side * factor + 0.5) for side in size)
-  return height, width
+  """The size of an image whose shorter and longer side may be so long, its shape kept.
+
+  No side becomes less than a pixel.
+  """
+  height, width = fitted_sizes(np.array([size]), short, long)[0]
+  return int(height), int(width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,21 +83,44 @@ class Augmentation:
   crop: tuple[int, int] = (384, 600)
   flip: bool = True
 
-  def draw(self, size: Size, rng: np.random.Generator) -> Chain:
-    """A chain for an image of a size; nothing else of the image matters."""
-    flip = self.flip and bool(rng.random() < 0.5)
-    cropped = bool(self.first) and bool(rng.random() < 0.5)
-    short = int(rng.choice(self.short))
-    if not cropped:
-      return Chain(flip, short, self.long)
-    first = int(rng.choice(self.first)), self.long
-    sides = fitted(size, *first)
-    least, most = self.crop
-    height, width = (int(rng.integers(min(s, least), min(s, most) + 1)) for s in sides)
-    offset = tuple(
-      int(rng.integers(s - c + 1)) for s, c in zip(sides, (height, width), strict=True)
+  def draw(self, size: Size, draws: np.ndarray) -> Chain:
+    """A chain for an image.
+
+    Args:
+      size: of the image; nothing else of it matters.
+      draws: (DRAWS,) in [0, 1).
+    """
+    cropped, short, first, sides, corners = self._many(np.array([size]), draws[None])
+    flip = self.flip and bool(draws[0] < 0.5)
+    if not cropped[0]:
+      return Chain(flip, int(short[0]), self.long)
+    (height, width), (top, left) = sides[0].tolist(), corners[0].tolist()
+    return Chain(
+      flip, int(short[0]), self.long, (int(first[0]), self.long), (height, width), (top, left)
     )
-    return Chain(flip, short, self.long, first, (height, width), (offset[0], offset[1]))
+
+  def sizes(self, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """What images become: (n, 2) sizes and (n, DRAWS) numbers -> (n, 2), equal to `Chain.size`."""
+    cropped, short, _, sides, _ = self._many(sizes, draws)
+    return fitted_sizes(np.where(cropped[:, None], sides, sizes), short, self.long)
+
+  def _many(self, sizes: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Which are cropped (n,), bounds (n,) of the last and of the first resizing, crops (n, 2), and
+    their upper left corners (n, 2)."""
+
+    def chosen(options: tuple[int, ...], column: int) -> np.ndarray:
+      return np.array(options)[(draws[:, column] * len(options)).astype(np.int64)]
+
+    short = chosen(self.short, 2)
+    if not self.first:
+      none = np.zeros_like(sizes)
+      return np.zeros(len(sizes), bool), short, short, none, none
+    first = chosen(self.first, 3)
+    whole = fitted_sizes(sizes, first, self.long)
+    least, most = (np.minimum(whole, bound) for bound in self.crop)
+    sides = least + (draws[:, 4:6] * (most - least + 1)).astype(np.int64)
+    corners = (draws[:, 6:8] * (whole - sides + 1)).astype(np.int64)
+    return draws[:, 1] < 0.5, short, first, sides, corners
 
 
 def to_arrays(scene: Scene, canvas: Size, slots: int) -> dict[str, np.ndarray]:
@@ -243,11 +137,11 @@ def to_arrays(scene: Scene, canvas: Size, slots: int) -> dict[str, np.ndarray]:
   height, width = scene.size
   if height > canvas[0] or width > canvas[1]:
     raise UserError(
-      f'an image has become {height}x{width} pixels, more than the {canvas[0]}x{canvas[1]} of '
-      'config.image_size; enlarge that, or reduce the sides that images are resized to'
+      f'an image has become {height}x{width} pixels, more than the {canvas[0]}x{canvas[1]} of its '
+      'canvas (config.image_size, config.detect.buckets); enlarge that, or reduce the sides that '
+      'images are resized to'
     )
-  sides = scene.boxes[:, 2:] - scene.boxes[:, :2]
-  scene = scene.only(~scene.crowd & (sides >= 1).all(axis=1))
+  scene = scene.only(coco_files.learnable(scene.boxes, scene.crowd))
   areas = np.prod(scene.boxes[:, 2:] - scene.boxes[:, :2], axis=1)
   largest = np.sort(np.argsort(-areas, kind='stable')[:slots])
   scene = scene.only(np.isin(np.arange(len(areas)), largest))
@@ -271,9 +165,11 @@ def to_arrays(scene: Scene, canvas: Size, slots: int) -> dict[str, np.ndarray]:
 class TrainTransform:
   """`(example, rng) -> arrays`: decodes, augments, pads; see `to_arrays`.
 
+  An order may give it the `shape` of the canvas and the `draws` that decide, instead of the rng.
+
   Attributes:
-    augmentation: draws what happens.
-    canvas: height and width of the arrays.
+    augmentation: decides what happens.
+    canvas: height and width of the arrays without an order that knows better.
     slots: for objects.
     channels: of the image.
   """
@@ -283,10 +179,18 @@ class TrainTransform:
   slots: int = 100
   channels: int = 3
 
-  def __call__(self, example: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def __call__(
+    self,
+    example: Mapping[str, Any],
+    rng: np.random.Generator,
+    *,
+    shape: Size | None = None,
+    draws: np.ndarray | None = None,
+  ) -> dict[str, np.ndarray]:
     decoded = scene(example, self.channels)
-    chain = self.augmentation.draw(decoded.size, rng)
-    return to_arrays(chain(decoded), self.canvas, self.slots)
+    draws = rng.random(DRAWS) if draws is None else draws
+    chain = self.augmentation.draw(decoded.size, draws)
+    return to_arrays(chain(decoded), shape or self.canvas, self.slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,21 +208,19 @@ class EvalTransform:
   canvas: Size
   channels: int = 3
 
-  def __call__(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    picture = np.asarray(decode_image(example['image'], channels=self.channels))
-    picture = picture[..., None] if picture.ndim == 2 else picture
-    none: Sequence = ()
-    empty = Scene(
-      picture,
-      np.zeros((0, 4), np.float32),
-      np.asarray(none, np.int32),
-      np.zeros((0, *picture.shape[:2]), np.uint8),
-      np.asarray(none, bool),
-    )
-    resized = resize(empty, fitted(empty.size, self.short, self.long))
-    arrays = to_arrays(resized, self.canvas, 0)
+  def size(self, size: Size) -> Size:
+    """What an image of a size becomes."""
+    return fitted(size, self.short, self.long)
+
+  def __call__(
+    self, example: Mapping[str, Any], *, shape: Size | None = None
+  ) -> dict[str, np.ndarray]:
+    picture = pixels(example, self.channels)
+    size = picture.shape[0], picture.shape[1]
+    resized = resize(Scene.without_objects(picture), self.size(size))
+    arrays = to_arrays(resized, shape or self.canvas, 0)
     return {
       'image': arrays['image'],
       'size': arrays['size'],
-      'original': np.array(picture.shape[:2], np.int32),
+      'original': np.array(size, np.int32),
     }

@@ -22,7 +22,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from hivit_jax.data.order import Order, Shuffled
+from hivit_jax.data.order import InOrder, Order, Pass, Shuffled
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.stream import (
   Broken,
@@ -71,11 +71,11 @@ def train_loader(
   Args:
     source: Where the examples come from.
     transform: `transform(example, rng)` returns a dict of arrays, of the same shapes and types for
-      every example of a step. It is called as `transform(example, rng, shape=shape)` in steps that
-      have a shape by the order. Raises `decode.BrokenImage` for an example that is broken.
+      every example of a step. It is also given by name what `order.given` tells, such as a shape.
+      Raises `decode.BrokenImage` for an example that is broken.
     batch_size: Examples in a step, over all hosts.
     seed: Fixes augmentation and, without `order`, the order; 0 <= seed < 2**63.
-    order: Which examples, and shapes of steps; None: `order.Shuffled`.
+    order: Which examples, and what the transform is given; None: `order.Shuffled`.
     start_step: First step to deliver. A later one costs no more than 0.
     num_steps: Number of steps to deliver; None for no end.
     process_index: This host, from 0.
@@ -102,26 +102,29 @@ def eval_loader(
   transform: Callable[[dict[str, Any]], Mapping[str, np.ndarray]],
   *,
   batch_size: int,
+  order: Pass | None = None,
   process_index: int = 0,
   process_count: int = 1,
   **loading: Any,
 ) -> 'Loader':
-  """Returns this host's batches of one pass over the source, in its order, each example once.
+  """Returns this host's batches of one pass over the source, each example once.
 
   A batch has the keys that the transform returns, each array stacked over b = batch_size /
-  process_count examples, and 'mask': bool (b,), 'index': int32 (b,). All hosts get
-  ceil(len(source) / batch_size) batches of the same shape: where the mask is False there is no
-  example to count, either because the row is padding (index -1) or because the example is broken
-  (see `Loader.broken`); all else is 0 there, of the shape of a real row.
+  process_count examples, and 'mask': bool (b,), 'index': int32 (b,), positions in the source. All
+  hosts get batches of the same number and shapes: where the mask is False there is no example to
+  count, either because the row is padding (index -1) or because the example is broken (see
+  `Loader.broken`); all else is 0 there, of the shape of a real row.
 
-  The transform is called as `transform(example)`. If it has an attribute `ragged` that is True,
-  shapes may differ: then every key is a list of b arrays, except where a transform returns scalars.
+  The transform is called as `transform(example)`, and given by name what `order.given` tells; the
+  order without one is that of the source. If it has an attribute `ragged` that is True, shapes may
+  differ: then every key is a list of b arrays, except where a transform returns scalars.
 
   Other args and raises: as for `train_loader`.
   """
   rows = _rows_of_host(batch_size, process_index, process_count)
-  chunks = EvalChunks(source, transform, rows)
-  return Loader(chunks, range(math.ceil(len(source) / batch_size)), **loading)
+  order = InOrder(len(source), batch_size) if order is None else order
+  chunks = EvalChunks(source, transform, rows, order)
+  return Loader(chunks, range(order.steps), **loading)
 
 
 class Loader(Iterator[Batch]):

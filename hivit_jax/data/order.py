@@ -1,4 +1,4 @@
-"""The order of training: which example stands where in the endless stream, and the shape of a step.
+"""The order of examples: who stands where in the endless stream of training, or in one pass.
 
 Position p of the stream belongs to step p // batch_size. An order is a pure function of a seed and
 of metadata, so every host knows all of it, and any step can be loaded without those before it.
@@ -6,7 +6,8 @@ of metadata, so every host knows all of it, and any step can be loaded without t
 
 import dataclasses
 import functools
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,8 +28,36 @@ class Order(Protocol):
     """
     ...
 
-  def shape(self, step: int) -> tuple[int, ...] | None:
-    """Returns what the transform is given as `shape` in this step; None for a single shape."""
+  def given(self, position: int, index: int) -> dict[str, Any]:
+    """Returns what the transform is given by name, besides the example and random numbers.
+
+    Args:
+      position: Where in the stream; rows of a step come out in one shape.
+      index: Of the example that is there, or replaces it.
+    """
+    ...
+
+
+class Pass(Protocol):
+  """Which examples an evaluation sees, one after the other, each once. Picklable.
+
+  Attributes:
+    steps: Batches.
+  """
+
+  @property
+  def steps(self) -> int: ...
+
+  def example(self, position: int) -> int:
+    """Returns the index in the source of the example at a position; -1 for padding."""
+    ...
+
+  def alike(self, position: int) -> Sequence[int]:
+    """Returns indices of examples of the shape of a position's batch, for padding."""
+    ...
+
+  def given(self, position: int) -> dict[str, Any]:
+    """Returns what the transform is given by name, besides the example."""
     ...
 
 
@@ -53,8 +82,34 @@ class Shuffled:
   def replacement(self, position: int, rng: np.random.Generator) -> int:
     return int(rng.integers(self.length))
 
-  def shape(self, step: int) -> None:
-    return None
+  def given(self, position: int, index: int) -> dict[str, Any]:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class InOrder:
+  """All examples as they are in the source, and padding behind them.
+
+  Attributes:
+    length: Number of examples.
+    batch_size: Over all hosts.
+  """
+
+  length: int
+  batch_size: int
+
+  @property
+  def steps(self) -> int:
+    return -(-self.length // self.batch_size)
+
+  def example(self, position: int) -> int:
+    return position if position < self.length else -1
+
+  def alike(self, position: int) -> Sequence[int]:
+    return range(self.length)
+
+  def given(self, position: int) -> dict[str, Any]:
+    return {}
 
 
 @functools.lru_cache(maxsize=4)

@@ -10,13 +10,13 @@ import dataclasses
 import math
 import multiprocessing
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
 from hivit_jax.data.decode import BrokenImage
-from hivit_jax.data.order import Order, generator
+from hivit_jax.data.order import Order, Pass, generator
 from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import UserError
 
@@ -157,10 +157,8 @@ class TrainChunks(Chunks):
   remedy: ClassVar[str] = 'replaced by another'
 
   def load(self, positions: range) -> dict[str, Any]:
-    shape = self.order.shape(positions[0] // self.rows.batch_size)
-    options = {} if shape is None else {'shape': shape}
     broken: Broken = []
-    rows = [self._example(position, broken, options) for position in positions]
+    rows = [self._example(position, broken) for position in positions]
     return {
       'rows': self._stack(rows),
       'like': rows[0][0],
@@ -168,14 +166,14 @@ class TrainChunks(Chunks):
       'seen': len(rows) + len(broken),
     }
 
-  def _example(self, position: int, broken: Broken, options: dict[str, Any]) -> tuple[int, Row]:
+  def _example(self, position: int, broken: Broken) -> tuple[int, Row]:
     index = self.order.example(position)
     rng = generator(self.seed, position)
     tried = []
     while len(tried) < MAX_PROBES:
       with self.named(index):
         try:
-          row = self.row(index, rng, **options)
+          row = self.row(index, rng, **self.order.given(position, index))
         except BrokenImage as error:
           tried.append((index, str(error)))
           index = self.order.replacement(position, rng)
@@ -187,8 +185,9 @@ class TrainChunks(Chunks):
 
 @dataclasses.dataclass(frozen=True)
 class EvalChunks(Chunks):
-  """Chunks of one pass over the source, and padding behind it; see `loader.eval_loader`."""
+  """Chunks of one pass over the source, and padding; see `loader.eval_loader`."""
 
+  order: Pass
   remedy: ClassVar[str] = 'left out'
 
   @property
@@ -198,22 +197,25 @@ class EvalChunks(Chunks):
   def load(self, positions: range) -> dict[str, Any]:
     found: dict[int, Row] = {}
     broken: Broken = []
-    known = range(positions.start, min(positions.stop, len(self.source)))
-    for position in known:
-      with self.named(position):
+    given = self.order.given(positions[0])
+    index = [self.order.example(position) for position in positions]
+    known = [i for i in index if i >= 0]
+    for i in known:
+      with self.named(i):
         try:
-          found[position] = self.row(position)
+          found[i] = self.row(i, **given)
         except BrokenImage as error:
-          broken.append((position, str(error)))
-    like, row = next(iter(found.items()), None) or self._any_example()
+          broken.append((i, str(error)))
+    like, row = next(iter(found.items()), None) or self._any_of(
+      self.order.alike(positions[0]), given
+    )
     for key in ('mask', 'index'):
       if key in row:
         raise UserError(f'{key!r} in what an evaluation transform returns: the loader adds its own')
     blank = {key: np.zeros_like(array) for key, array in row.items()}
-    rows = [(p, found[p]) if p in found else (like, blank) for p in positions]
-    index = [position if position in known else -1 for position in positions]
+    rows = [(i, found[i]) if i in found else (like, blank) for i in index]
     mask = {
-      'mask': np.array([position in found for position in positions]),
+      'mask': np.array([i in found for i in index]),
       'index': np.array(index, np.int32),
     }
     return {
@@ -223,14 +225,14 @@ class EvalChunks(Chunks):
       'seen': len(known),
     }
 
-  def _any_example(self) -> tuple[int, Row]:
+  def _any_of(self, indices: Sequence[int], given: Mapping[str, Any]) -> tuple[int, Row]:
     """Index and row of some example that is not broken: padding has its keys and shapes."""
     tried = []
-    apart = math.ceil(len(self.source) / MAX_PROBES)
-    for index in range(0, len(self.source), apart):
+    apart = math.ceil(len(indices) / MAX_PROBES)
+    for index in map(int, indices[::apart]):
       with self.named(index):
         try:
-          return index, self.row(index)
+          return index, self.row(index, **given)
         except BrokenImage as error:
           tried.append((index, str(error)))
     raise self._all_broken(tried)

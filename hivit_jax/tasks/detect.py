@@ -9,11 +9,13 @@ A batch has, for each example, objects in M slots:
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hivit_jax.detection import anchors as anchor_ops
 from hivit_jax.detection import boxes as box_ops
@@ -23,9 +25,11 @@ from hivit_jax.errors import UserError
 from hivit_jax.models.mask_rcnn import BOX_SIZE, MASK_CELLS, MASK_SIZE, MaskRCNN
 from hivit_jax.tasks import detection_losses as losses
 from hivit_jax.tasks import detection_targets as targets
-from hivit_jax.tasks.evaluators import Collected, Context, Evaluator
+from hivit_jax.tasks.evaluators import Context, Evaluator
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tasks.task import Batch, ImageTask
+
+_log = logging.getLogger(__name__)
 
 PADDING = 32  # pixels: an image's own canvas has sides that are multiples of it
 
@@ -44,6 +48,8 @@ class DetectTask(ImageTask):
   Attributes:
     num_classes: of the model, without the background.
     image_size: (height, width) of the canvas that images are padded to, multiples of 32.
+    buckets, eval_buckets: the same of several canvases, where the sizes of images are known before
+      these are read: a batch is on the smallest that its images fit on. Empty: only `image_size`.
     channels: of the images.
     flip: half of the images are mirrored.
     short_sides, long_side: what the sides of an image become at most, see
@@ -66,7 +72,8 @@ class DetectTask(ImageTask):
   encoder = 'backbone/'
   stem_is_one_layer = True
   object_classes = True
-  measures = frozenset(('evaluation',))
+  measures = frozenset(('evaluation', 'pictures'))
+  example = 'predict {workdir} PICTURE.jpg --save=FOLDER'
 
   num_classes: int
   image_size: tuple[int, int] = (1344, 1344)
@@ -77,15 +84,17 @@ class DetectTask(ImageTask):
   crop_first: tuple[int, ...] = (400, 500, 600)
   crop_sides: tuple[int, int] = (384, 600)
   eval_short_side: int = 800
+  buckets: tuple[tuple[int, int], ...] = ()
+  eval_buckets: tuple[tuple[int, int], ...] = ()
   objects: int = 100
   anchors: int = 256
   rois: int = 512
 
   def __post_init__(self):
-    if any(side % PADDING for side in self.image_size):
-      raise UserError(
-        f'image_size={self.image_size}: detection needs sides that are multiples of {PADDING}'
-      )
+    for key in ('image_size', 'detect.buckets', 'detect.eval_buckets'):
+      sizes = getattr(self, key.removeprefix('detect.'))
+      if np.any(np.array(sizes, int) % PADDING):
+        raise UserError(f'{key}={sizes}: detection needs sides that are multiples of {PADDING}')
 
   def input(self, train: bool) -> Callable[..., dict[str, Any]]:
     """See `detection_transforms.TrainTransform` and `EvalTransform`."""
@@ -95,12 +104,38 @@ class DetectTask(ImageTask):
       return detection_transforms.EvalTransform(
         self.eval_short_side, self.long_side, self.image_size, self.channels
       )
-    augmentation = detection_transforms.Augmentation(
+    return detection_transforms.TrainTransform(
+      self._augmentation, self.image_size, self.objects, self.channels
+    )
+
+  @property
+  def _augmentation(self) -> Any:
+    from hivit_jax.data import detection_transforms
+
+    return detection_transforms.Augmentation(
       self.short_sides, self.long_side, self.crop_first, self.crop_sides, self.flip
     )
-    return detection_transforms.TrainTransform(
-      augmentation, self.image_size, self.objects, self.channels
+
+  def order(self, source: Any, seed: int, batch_size: int) -> Any:
+    """See `buckets.Bucketed`."""
+    from hivit_jax.data import buckets
+
+    scenes = getattr(source, 'scenes', None)
+    if not self.buckets or scenes is None:
+      return None
+    return buckets.Bucketed(
+      scenes[:, :2], self._augmentation.sizes, self.buckets, batch_size=batch_size, seed=seed
     )
+
+  def eval_order(self, source: Any, batch_size: int) -> Any:
+    """See `buckets.BucketedPass`."""
+    from hivit_jax.data import buckets, detection_transforms
+
+    scenes = getattr(source, 'scenes', None)
+    if not self.eval_buckets or scenes is None:
+      return None
+    sizes = detection_transforms.fitted_sizes(scenes[:, :2], self.eval_short_side, self.long_side)
+    return buckets.BucketedPass.of(sizes, self.eval_buckets, batch_size)
 
   def shapes(self, size: tuple[int, int], channels: int) -> dict[str, jax.ShapeDtypeStruct]:
     """See `Task`."""
@@ -129,6 +164,7 @@ class DetectTask(ImageTask):
     """
     for_anchors, for_rois, drop_path = jax.random.split(rng, 3)
     b, height, width, _ = batch['image'].shape
+    _tell('the training step', (height, width), self.buckets)
     shapes = map_shapes(height, width)
     anchors = all_anchors(shapes)
     own = own_shapes(own_canvas(batch['size']))
@@ -222,30 +258,15 @@ class DetectTask(ImageTask):
     return total / jnp.maximum(positive.sum(), 1)
 
   def evaluators(self, context: Context) -> list[Evaluator]:
-    """COCO's measures of boxes and masks on each set."""
-    from hivit_jax.tasks import detection_results
+    """COCO's measures of boxes and masks on each set, and pictures."""
+    from hivit_jax.tasks import detection_evaluation
 
-    every = context.every('evaluation')
-    if every is None:
-      return []
-    return [
-      Evaluator(
-        every,
-        Collected(
-          context,
-          source,
-          self.detections,
-          detection_results.Measured(source, self.channels),
-          name=name,
-          host=detection_results.of_batch,
-        ),
-      )
-      for name, source in context.sets.items()
-    ]
+    return detection_evaluation.evaluators(context, self)
 
   def detections(self, model: MaskRCNN, batch: Batch) -> dict[str, jax.Array]:
     """What `detection_results.of_batch` needs of an evaluation batch."""
     sizes = batch['size']
+    _tell('the evaluation', batch['image'].shape[1:3], self.eval_buckets)
     # Rows that are padding have no size; on a canvas of their own they would divide by zero.
     canvases = jnp.maximum(own_canvas(sizes), PADDING)
     found = model.detect(self.padded_images(batch), sizes, canvases)
@@ -257,6 +278,14 @@ class DetectTask(ImageTask):
     size = batch['size'][:, :, None]
     rows, columns = (jnp.arange(n) < size[:, i] for i, n in enumerate(images.shape[1:3]))
     return jnp.where((rows[:, :, None] & columns[:, None])[..., None], images, 0)
+
+
+def _tell(what: str, size: tuple[int, ...], canvases: tuple[tuple[int, int], ...]) -> None:
+  """Logs for which of the canvases a program is traced, which happens once for each."""
+  known = list(map(tuple, canvases))
+  if tuple(size) in known:
+    place = known.index(tuple(size)) + 1
+    _log.info('compiling %s for %dx%d (%d of %d)', what, *size, place, len(known))
 
 
 def _targets_of_image(masks, boxes, owner, rois, size):

@@ -115,6 +115,10 @@ class Context(Protocol):
     """Keeps a text and its JSON as NAME/step_STEP.txt and .json, or logs it without a workdir."""
     ...
 
+  def store(self, name: str, data: str) -> None:
+    """Keeps a text, such as JSON, as results/NAME in the workdir, instead of the one before."""
+    ...
+
   def draw(self, step: int, name: str, picture: Any) -> None:
     """Keeps a PIL image as NAME/step_STEP.png in the workdir and in TensorBoard."""
     ...

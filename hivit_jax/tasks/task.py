@@ -11,7 +11,7 @@ from flax import nnx
 from hivit_jax.tasks.evaluators import Context, Evaluator
 
 if TYPE_CHECKING:  # a benchmark of a step needs no data
-  from hivit_jax.data.order import Order
+  from hivit_jax.data.order import Order, Pass
 
 Batch = Mapping[str, jax.Array]
 
@@ -73,9 +73,14 @@ class Task(Protocol):
       'label': jax.ShapeDtypeStruct((), jnp.int32),
     }
 
-  def order(self, source: Any, seed: int) -> 'Order | None':
+  def order(self, source: Any, seed: int, batch_size: int) -> 'Order | None':
     """The order of the training examples; None: all of them in each epoch, shuffled."""
-    del source, seed
+    del source, seed, batch_size
+    return None
+
+  def eval_order(self, source: Any, batch_size: int) -> 'Pass | None':
+    """The order of evaluation examples; None: that of the source."""
+    del source, batch_size
     return None
 
   def prepare(self, model: Any, batch: Batch, rng: jax.Array) -> Batch:

@@ -70,8 +70,8 @@ class MemorySource:
     return f'{self.name}[{index}]'
 
 
-def photo_files() -> list[bytes]:
-  """Returns photographs that scikit-image carries, as JPEG files of `PHOTO_SIZE`.
+def photo_files(size: tuple[int, int] = PHOTO_SIZE) -> list[bytes]:
+  """Returns photographs that scikit-image carries, as JPEG files of a width and height.
 
   Raises:
     UserError: scikit-image is not installed.
@@ -79,7 +79,7 @@ def photo_files() -> list[bytes]:
   files = []
   for name in PHOTOS:
     with Image.open(package_file('skimage', f'data/{name}')) as image:
-      photo = image.convert('RGB').resize(PHOTO_SIZE, Image.Resampling.LANCZOS)
+      photo = image.convert('RGB').resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     photo.save(buffer, 'JPEG', quality=JPEG_QUALITY)
     files.append(buffer.getvalue())
@@ -217,15 +217,24 @@ def format_report(report: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def main(*, as_json: bool = False, **options: Any) -> dict[str, Any]:
+def main(*, as_json: bool = False, detected: int = 64, **options: Any) -> dict[str, Any]:
   """Measures, prints a table or one JSON object, and returns the numbers.
 
   Args:
     as_json: Print JSON.
+    detected: Images of `detection_data_benchmark`, whose report is under `detection`.
     **options: Those of `measure`.
   """
+  from hivit_jax.tools import detection_data_benchmark  # here: it takes its photographs from us
+
   report = measure(**options)
-  print(json.dumps(report) if as_json else format_report(report))
+  report['detection'] = detection_data_benchmark.measure(detected)
+  if as_json:
+    print(json.dumps(report))
+  else:
+    print(
+      format_report(report), detection_data_benchmark.format_report(report['detection']), sep='\n\n'
+    )
   return report
 
 

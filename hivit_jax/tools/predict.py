@@ -1,10 +1,12 @@
-"""Predicts the classes of images with a classifier, or of their pixels with a segmenter.
+"""Predicts the classes of images, the classes of their pixels, or the objects in them.
 
   python -m hivit_jax.tools.predict (--workdir=WORKDIR | --weights=FILE) IMAGES... [--json]
       [--top=5] [--save=PICTURE.png | FOLDER] [--labels=names.txt] [--ema]
 
 A segmenter prints the largest classes, and --save is a folder: of NAME.jpg it gets NAME.png with
-the classes themselves, NAME_colour.png, NAME_overlay.png, and legend.png for all.
+the classes themselves, NAME_colour.png, NAME_overlay.png, and legend.png for all. A detector prints
+the best objects, with --json all of them with boxes (left, top, width, height) and masks as run
+lengths; of NAME.jpg its folder gets NAME_objects.png, with the objects of a score from 0.3 on.
 
 IMAGES are files, or folders of them. Those that cannot be read are reported and skipped, and the
 exit status is 2.
@@ -26,28 +28,29 @@ from flax import nnx
 from hivit_jax import cli
 from hivit_jax.data import transforms
 from hivit_jax.errors import UserError
-from hivit_jax.interop import carried, files, infer, segmenter
+from hivit_jax.interop import carried, files, infer
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks.images import normalize
-from hivit_jax.tools import contact_sheet, loaded, predict_pixels
+from hivit_jax.tools import contact_sheet, loaded, predict_objects, predict_pixels
 from hivit_jax.train import weights
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Workdir of a model, or a checkpoint.')
 _WEIGHTS = flags.DEFINE_string('weights', None, 'A .pth or .safetensors file instead.')
 _EMA = flags.DEFINE_bool('ema', False, 'Use the averaged weights (EMA).')
-_TOP = flags.DEFINE_integer('top', 5, 'Number of classes shown per image.', lower_bound=1)
+_TOP = flags.DEFINE_integer('top', 5, 'Classes or objects shown per image.', lower_bound=1)
 _LABELS = flags.DEFINE_string('labels', None, 'File with the class names, one per line.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per image.')
-_SAVE = flags.DEFINE_string('save', None, 'Picture to write; of a segmenter, a folder.')
+_SAVE = flags.DEFINE_string('save', None, 'Picture to write; a folder for a segmenter or detector.')
 
+_DENSE: dict[str, Any] = {'segmenter': predict_pixels, 'detector': predict_objects}
 _BATCH_SIZE = 32
 _RECIPES = ('hivit', 'vit', 'swin')  # that configs/ has to finetune
 
 
 def main(argv: list[str]) -> None:
   if (_WORKDIR.value is None) == (_WEIGHTS.value is None):
-    raise UserError("which classifier? Either a run's --workdir=DIRECTORY or --weights=FILE")
+    raise UserError("which model? Either a run's --workdir=DIRECTORY or --weights=FILE")
   if not argv[1:]:
     raise UserError('which images? Name files or folders of them')
   setup_logging()
@@ -56,8 +59,8 @@ def main(argv: list[str]) -> None:
   source = pathlib.Path(_WORKDIR.value or _WEIGHTS.value or '').expanduser()
   state = weights.read(source, ema=_EMA.value)
   described = carried.model_of(state)
-  if infer.family(state.arrays) == 'segmenter':
-    failed = _pixels(paths, state, described)
+  if infer.family(state.arrays) in _DENSE:
+    failed = _dense(paths, state, described)
     if failed:
       raise UserError(f'{len(failed)} of {len(paths)} images could not be read')
     return
@@ -68,7 +71,7 @@ def main(argv: list[str]) -> None:
       f'{state.source} is {described.name}, which has no classifier. Finetune it first: '
       f'python main.py {config} --config.init={shlex.quote(str(source))}'
     )
-  labels = _labels(state)
+  labels = _labels(state, len(state.arrays['head.weight']))
   predict = _predictor(state, described, batch_size=min(_BATCH_SIZE, len(paths)))
   failed: list[str] = []
   crop = infer.pixels(state.metadata).get('eval_crop')
@@ -97,13 +100,15 @@ def main(argv: list[str]) -> None:
     raise UserError(f'{len(failed)} of {len(paths)} images could not be read')
 
 
-def _labels(state: files.StateDict) -> Sequence[str]:
-  """The name of every class; its index where no names are known."""
-  classifier = segmenter.CLASSIFIER if segmenter.CLASSIFIER in state.arrays else 'head.weight'
-  count = len(state.arrays[classifier])
+def _labels(
+  state: files.StateDict, count: int, unknown: Callable[[int], Sequence[str]] | None = None
+) -> Sequence[str]:
+  """The name of every class; where no names are known, its index or what `unknown` says."""
   if _LABELS.value is None:
     names = state.metadata.get('class_names') or ()
-    return names if len(names) == count else [str(i) for i in range(count)]
+    if len(names) == count:
+      return names
+    return unknown(count) if unknown else [str(i) for i in range(count)]
   try:
     names = pathlib.Path(_LABELS.value).read_text('utf-8').rstrip().splitlines()
   except (OSError, UnicodeDecodeError) as error:
@@ -133,12 +138,14 @@ def _predictor(
   return predict
 
 
-def _pixels(paths: list[str], state: files.StateDict, described: infer.Described) -> list[str]:
-  """What a segmenter says; the images that could not be read."""
-  model = loaded.model(state, described)
-  task = predict_pixels.task_of(state.metadata, model, **carried.statistics(state, described))
-  return predict_pixels.predict(
-    paths, model, task, _labels(state), top=_TOP.value, as_json=_JSON.value, folder=_SAVE.value
+def _dense(paths: list[str], state: files.StateDict, described: infer.Described) -> list[str]:
+  """What a segmenter or detector says; the images that could not be read."""
+  tool = _DENSE[infer.family(state.arrays)]
+  model: Any = loaded.model(state, described)
+  task = tool.task_of(state.metadata, model, **carried.statistics(state, described))
+  labels = _labels(state, model.num_classes, getattr(tool, 'known_names', None))
+  return tool.predict(
+    paths, model, task, labels, top=_TOP.value, as_json=_JSON.value, folder=_SAVE.value
   )
 
 

@@ -3,6 +3,8 @@
   python -m hivit_jax.tools.prepare imagenet2012 --train_tar=... --val_tar=... [--data_dir=...]
   python -m hivit_jax.tools.prepare imagenet2012 --source_dir=FOLDER [--data_dir=...]
   python -m hivit_jax.tools.prepare ade20k --archive=ADEChallengeData2016.zip|--source_dir=FOLDER
+  python -m hivit_jax.tools.prepare coco --train_zip=... --val_zip=... --annotations_zip=...
+  python -m hivit_jax.tools.prepare coco --source_dir=FOLDER [--data_dir=...]
   python -m hivit_jax.tools.prepare photo_tiles|photo_scenes|digits [--data_dir=...]
 
 You may stop or kill it at any time: the same command continues where it was.
@@ -22,26 +24,36 @@ _TARS = (
   flags.DEFINE_string('val_tar', None, 'ILSVRC2012_img_val.tar. One of the two tars is enough.'),
 )
 _ARCHIVE = flags.DEFINE_string('archive', None, 'ADEChallengeData2016.zip.')
+_ZIPS = (
+  flags.DEFINE_string('train_zip', None, 'train2017.zip of COCO.'),
+  flags.DEFINE_string('val_zip', None, 'val2017.zip of COCO. One of the two zips is enough.'),
+  flags.DEFINE_string('annotations_zip', None, 'annotations_trainval2017.zip of COCO.'),
+)
 _SHARED = (
   flags.DEFINE_string(
     'source_dir',
     None,
     'Folder with train/<synset>/*.JPEG, val/<synset>/*.JPEG or val/*.JPEG; of ade20k: with images/ '
-    'and annotations/.',
+    'and annotations/; of coco: with train2017/, val2017/ and annotations/.',
   ),
   flags.DEFINE_bool('allow_other_counts', False, 'Accept a part of the data set.'),
   flags.DEFINE_integer('examples_per_shard', None, 'Images per file, roughly; default 2500.'),
 )
-_FLAGS_OF = {'imagenet2012': (*_TARS, *_SHARED), 'ade20k': (_ARCHIVE, *_SHARED)}
+_FLAGS_OF = {
+  'imagenet2012': (*_TARS, *_SHARED),
+  'ade20k': (_ARCHIVE, *_SHARED),
+  'coco': (*_ZIPS, *_SHARED),
+}
 
 
 def main(argv: list[str]) -> None:
   # Imported here: --help and a mistyped flag answer at once.
   from hivit_jax.data import builders
   from hivit_jax.data.builders.ade20k import Ade20k
+  from hivit_jax.data.builders.coco import Coco
   from hivit_jax.data.builders.imagenet import ImageNet2012
 
-  known = {'imagenet2012': ImageNet2012, 'ade20k': Ade20k, **builders.EMBEDDED}
+  known = {'imagenet2012': ImageNet2012, 'ade20k': Ade20k, 'coco': Coco, **builders.EMBEDDED}
   if len(argv) != 2 or argv[1] not in known:
     given = ' '.join(argv[1:])
     raise UserError(
@@ -50,11 +62,11 @@ def main(argv: list[str]) -> None:
     )
   options = {}
   takes = {name: [flag.name for flag in own] for name, own in _FLAGS_OF.items()}
-  for flag in (*_TARS, _ARCHIVE, *_SHARED):
+  for flag in (*_TARS, _ARCHIVE, *_ZIPS, *_SHARED):
     if flag.name in takes.get(argv[1], ()):
       options[flag.name] = flag.value
     elif flag.present:
-      fitting = ' and '.join(name for name, own in takes.items() if flag.name in own)
+      fitting = ', '.join(name for name, own in takes.items() if flag.name in own)
       raise UserError(f'--{flag.name} is for {fitting} only, not for {argv[1]}')
   setup_logging()
   try:

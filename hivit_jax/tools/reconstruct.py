@@ -16,7 +16,7 @@ from flax import nnx
 from hivit_jax import cli
 from hivit_jax.data.decode import BrokenImage, read_file
 from hivit_jax.data.sources.base import open_source
-from hivit_jax.data.sources.subset import Subset
+from hivit_jax.data.sources.subset import spread
 from hivit_jax.errors import UserError
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
@@ -81,7 +81,7 @@ def _read(files: list[str], config: ml_collections.ConfigDict) -> np.ndarray:
 
 def _evaluation_images(config: ml_collections.ConfigDict) -> np.ndarray:
   source = open_source(config.data.name, config.data.eval_split, config.data.data_dir)
-  source = Subset(source, _COUNT.value)
+  source = spread(source, _COUNT.value)
   transform = inputs.eval_transform(config)
   with inputs.eval_batches(config, source, transform, len(source), alone=True) as batches:
     return next(batches)['image']

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax import settings
-from hivit_jax.data.sources.subset import Subset
+from hivit_jax.data.sources.subset import spread
 from hivit_jax.errors import UserError
 from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.runtime import distributed
@@ -32,12 +32,14 @@ class EvaluationContext:
     setup: config, devices and data.
     graphdef: of the model.
     directory: of the run; None: pictures have no place to go.
+    results: directory of a run that only results go to; None: as `directory`.
     writer: of the run, as soon as there is one, for pictures in TensorBoard.
   """
 
   setup: Setup
   graphdef: nnx.GraphDef
   directory: pathlib.Path | None = None
+  results: pathlib.Path | None = None
   writer: MetricWriter | None = None
 
   @property
@@ -88,7 +90,7 @@ class EvaluationContext:
     return self.setup.eval_batches(source)
 
   def some(self, source: Any, size: int) -> Any:
-    return Subset(source, size)
+    return spread(source, size)
 
   def examples(self, source: Any) -> dict[str, np.ndarray]:
     with self.setup.eval_batches(source, alone=True) as batches:
@@ -124,11 +126,18 @@ class EvaluationContext:
       _log.info('%s\n%s', name, text)
       return
     for suffix, content in (('.txt', text), ('.json', data)):
-      path = self.directory / name / f'step_{step:08d}{suffix}'
-      path.parent.mkdir(exist_ok=True)
-      unfinished = path.with_suffix('.tmp')
-      unfinished.write_text(f'{content}\n', 'utf-8')
-      unfinished.replace(path)
+      _write(self.directory / name / f'step_{step:08d}{suffix}', content)
+
+  def store(self, name: str, data: str) -> None:
+    folder = self.results or self.directory
+    if folder is None or not distributed.primary():
+      return
+    path = folder / 'results' / name
+    try:
+      _write(path, data)
+    except OSError as error:
+      raise UserError(f'cannot write {path}: {error.strerror}') from error
+    _log.info('results: %s', path)
 
   def draw(self, step: int, name: str, picture: Any) -> None:
     assert self.directory is not None
@@ -141,6 +150,14 @@ class EvaluationContext:
     unfinished.replace(path)
     if self.writer is not None:
       self.writer.write_image(step, name, np.asarray(picture))
+
+
+def _write(path: pathlib.Path, content: str) -> None:
+  """Writes a file that appears complete; a kill leaves the one before."""
+  path.parent.mkdir(exist_ok=True)
+  unfinished = path.with_suffix('.tmp')
+  unfinished.write_text(f'{content}\n', 'utf-8')
+  unfinished.replace(path)
 
 
 def evaluators(context: EvaluationContext) -> list[Evaluator]:

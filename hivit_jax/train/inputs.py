@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from hivit_jax.data import loader, transforms
-from hivit_jax.data.order import Order
+from hivit_jax.data.order import Order, Pass
 from hivit_jax.data.sources import base
 from hivit_jax.data.sources.relabelled import Relabelled
+from hivit_jax.data.sources.subset import Subset
 from hivit_jax.errors import UserError
 from hivit_jax.tasks.evaluators import setting_of
 from hivit_jax.train.assemble import image_size
@@ -26,6 +28,21 @@ _SHOWN = 6  # names in a message
 def open_source(config: ml_collections.ConfigDict, split: str, name: str | None = None) -> Any:
   """Examples of a split of the config's data set, or of another one."""
   return base.open_source(name or config.data.name, split, config.data.data_dir)
+
+
+def with_objects(source: Any) -> Any:
+  """The examples of a source that have an object to learn from, as far as that is known."""
+  scenes = getattr(source, 'scenes', None)
+  if scenes is None or scenes[:, 2].all():
+    return source
+  kept = np.flatnonzero(scenes[:, 2])
+  if not len(kept):
+    raise UserError(f'{source.name} ({source.split}) has no object to learn from')
+  _log.info(
+    '%d of %d images of %s (%s) have no object to learn from and are left out',
+    len(source) - len(kept), len(source), source.name, source.split,
+  )  # fmt: skip
+  return Subset(source, kept)
 
 
 def num_classes(config: ml_collections.ConfigDict, source: Any) -> int:
@@ -228,6 +245,7 @@ def eval_batches(
   transform: Callable[[dict[str, Any]], Mapping[str, Any]],
   batch_size: int,
   *,
+  order: Pass | None = None,
   alone: bool = False,
   told: set[str] | None = None,
 ) -> loader.Loader:
@@ -238,10 +256,12 @@ def eval_batches(
     source: the examples.
     transform: of evaluation, see `loader.eval_loader`.
     batch_size: over all processes.
+    order: of the examples; None: that of the source.
     alone: all examples, not this process's share.
     told: broken examples that the log has already; see `loader.eval_loader`.
   """
   options = _loader_options(config)
   if alone:
     options |= {'process_index': 0, 'process_count': 1}
-  return loader.eval_loader(source, transform, batch_size=batch_size, told=told, **options)
+  options |= {'order': order, 'told': told}
+  return loader.eval_loader(source, transform, batch_size=batch_size, **options)

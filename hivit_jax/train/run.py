@@ -41,7 +41,10 @@ from hivit_jax.train.steps import Steps
 
 _log = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_ORDER = {'seed', 'batch_size', 'data.name', 'data.train_split'}  # settings that decide who is next
+_ORDER = {  # settings that decide who is next
+  *('seed', 'batch_size', 'data.name', 'data.train_split'),
+  *(f'detect.{key}' for key in ('buckets', 'short_sides', 'long_side', 'crop_first', 'crop_sides')),
+}
 
 
 def train(config: ml_collections.ConfigDict, workdir: str, given: Collection[str] = ()) -> None:
@@ -137,7 +140,10 @@ def _evaluate(
   state = weights.read(path, ema=config.init_ema)
   setup = set_up(initialise.config_for(config, state, given), evaluated=state)
   graphdef, params = _evaluated(setup, state)
-  evaluators = evaluation.evaluators(evaluation.EvaluationContext(setup, graphdef))
+  run = pathlib.Path(path).expanduser()
+  results = run if (run / 'checkpoints').is_dir() else None
+  context = evaluation.EvaluationContext(setup, graphdef, results=results)
+  evaluators = evaluation.evaluators(context)
   if not evaluators:
     raise UserError(
       f'{state.source} is {setup.config.model.name}, which has no classifier; evaluate its '

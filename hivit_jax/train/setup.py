@@ -58,12 +58,15 @@ class Setup:
     """This process's batches of one pass over a source; `alone`: all of it as one batch."""
     size = len(source) if alone else self.config.evaluation.batch_size
     transform = self.task.input(train=False)
-    return inputs.eval_batches(self.config, source, transform, size, alone=alone, told=self._told)
+    order = self.task.eval_order(source, size)
+    return inputs.eval_batches(
+      self.config, source, transform, size, order=order, alone=alone, told=self._told
+    )
 
   def train_batches(self, start: int, end: int) -> Any:
     """This process's training batches of steps [start, end)."""
     source, task = self.train_source, self.task
-    order = task.order(source, self.config.seed)
+    order = task.order(source, self.config.seed, self.config.batch_size)
     return inputs.train_batches(self.config, source, task.input(train=True), order, start, end)
 
 
@@ -94,6 +97,8 @@ def set_up(config: ml_collections.ConfigDict, evaluated: files.StateDict | None 
   with distributed.primary_first():  # embedded data sets are prepared
     if training or knn:
       train_source = inputs.open_source(config, config.data.train_split)
+      if training and chosen.object_classes:
+        train_source = inputs.with_objects(train_source)
     sets = {'eval': inputs.open_source(config, config.data.eval_split)} | _more_sets(config)
   class_sets = {}
   if chosen.pixel_classes or chosen.object_classes:

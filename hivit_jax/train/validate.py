@@ -72,6 +72,11 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'detect.short_sides',
   ),
   (
+    'canvases such as ((544,832),(832,544)), or none',
+    lambda x: all(len(v) == 2 and all(isinstance(s, int) and s >= 1 for s in v) for v in x),
+    'detect.buckets detect.eval_buckets',
+  ),
+  (
     'numbers of pixels, at least 1, or none',
     lambda x: all(isinstance(v, int) and v >= 1 for v in x),
     'detect.crop_first',

@@ -48,6 +48,9 @@ class Grouped:
   def shape(self, step: int) -> tuple[int, int]:
     return self.shapes[self._step(step)[0]]
 
+  def given(self, position: int, index: int) -> dict:
+    return {'shape': self.shape(position // self.batch_size)}
+
 
 @functools.lru_cache(maxsize=4)
 def _epoch(order: Grouped, epoch: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hivit_jax.data.builders import ade20k
+from hivit_jax.data.builders import files as builder_files
 from hivit_jax.data.builders.ade20k import Ade20k
 from hivit_jax.data.class_lists import ADE20K
 from hivit_jax.data.sources.base import open_source
@@ -46,7 +46,7 @@ def test_zip_and_folder_give_the_same_files_also_after_a_stop(tmp_path, monkeypa
   folder = scenes.put(tmp_path / 'extracted', scenes.ade20k_files())
   reference = prepared(tmp_path / 'a', source_dir=folder)
   archive = scenes.ade20k_zip(tmp_path / 'ade.zip')
-  read, calls = ade20k._Zip.read, []
+  read, calls = builder_files.Zip.read, []
 
   def stopping(self, path):
     calls.append(path)
@@ -55,7 +55,7 @@ def test_zip_and_folder_give_the_same_files_also_after_a_stop(tmp_path, monkeypa
     return read(self, path)
 
   with monkeypatch.context() as patch:
-    patch.setattr(ade20k._Zip, 'read', stopping)
+    patch.setattr(builder_files.Zip, 'read', stopping)
     with pytest.raises(KeyboardInterrupt):
       prepared(tmp_path / 'b', archive=archive)
   assert file_bytes(prepared(tmp_path / 'b', archive=archive).data_dir) == file_bytes(

@@ -53,7 +53,7 @@ PUBLISHED = transforms.Augmentation(
 
 def test_the_published_augmentation_keeps_within_its_bounds():
   rng = np.random.default_rng(0)
-  chains = [PUBLISHED.draw((480, 640), rng) for _ in range(400)]
+  chains = [PUBLISHED.draw((480, 640), rng.random(transforms.DRAWS)) for _ in range(400)]
   sizes = np.array([chain.size((480, 640)) for chain in chains])
   assert sizes.max() <= 1333
   assert sizes.min(axis=1).max() <= 800
@@ -67,6 +67,11 @@ def test_the_published_augmentation_keeps_within_its_bounds():
       for side, length, start in zip(sides, chain.crop, chain.offset, strict=True):
         assert min(side, 384) <= length <= min(side, 600)
         assert 0 <= start <= side - length
+
+
+def test_a_line_of_pixels_stays_one():
+  assert transforms.fitted((5000, 1), 800, 1333) == (1333, 1)
+  assert transforms.fitted((480, 640), 800, 1333) == (800, 1067)
 
 
 def example_of(scene, **objects):

@@ -10,6 +10,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.tools import data_benchmark
 
 TINY = {'images': 65, 'repeats': 2, 'size': 64, 'segmented': 96, 'num_threads': 2}
+MAIN = TINY | {'detected': 2}
 
 
 def test_photographs_are_jpeg_files_of_imagenet_like_size():
@@ -19,12 +20,16 @@ def test_photographs_are_jpeg_files_of_imagenet_like_size():
 
 
 def test_report_has_every_side_per_core_and_by_the_clock(capsys):
-  report = data_benchmark.main(as_json=True, **TINY)
+  report = data_benchmark.main(as_json=True, **MAIN)
   assert json.loads(capsys.readouterr().out) == report
   assert report['images_per_turn'] == 128  # Whole batches.
   for side in ('bare', 'pipeline', 'supervised', 'bare_segmentation', 'segmentation'):
     assert report[side]['images_per_second_per_core'] > 10
     assert report[side]['images_per_second'] > 10
+  found = report['detection']
+  assert found['ms'].keys() == {'decode', 'rasterise', 'geometry', 'arrays'}
+  assert min(found['ms'].values()) > 0
+  assert found['cores'] == pytest.approx(found['ms_per_image'] * 8 * 30 / 1000)
   # A loose bound for a loaded machine: the sides did the same amount of the same work.
   assert 0.4 < report['pipeline']['kept'] < 1.5
   assert 0.4 < report['supervised']['kept'] < 1.5
@@ -32,7 +37,7 @@ def test_report_has_every_side_per_core_and_by_the_clock(capsys):
 
 
 def test_table_names_the_targets_and_what_was_measured(capsys):
-  data_benchmark.main(**TINY)
+  data_benchmark.main(**MAIN)
   table = capsys.readouterr().out
   for expected in (
     'bare decode + resize',
@@ -42,6 +47,8 @@ def test_table_names_the_targets_and_what_was_measured(capsys):
     'of bare segmentation; target: 50% per core',
     'for segmentation to 96x96',
     '2 threads',
+    'masks from polygons',
+    '8 GPUs at 30 images/s each (assumed) need',
   ):
     assert expected in table
 

@@ -201,8 +201,8 @@ def test_averaged_parameters(predict, probabilities, workdir, photographs):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['{images}'], "which classifier? Either a run's --workdir=DIRECTORY or --weights=FILE"),
-    (['--workdir={run}', '--weights={weights}', '{images}'], 'which classifier? Either'),
+    (['{images}'], "which model? Either a run's --workdir=DIRECTORY or --weights=FILE"),
+    (['--workdir={run}', '--weights={weights}', '{images}'], 'which model? Either'),
     (['--workdir={run}'], 'which images? Name files or folders of them'),
     (['--workdir={run}', '{tmp}'], 'no images in {tmp} (looked for .jpg, '),
     (['--workdir={tmp}/no', '{images}'], '{tmp}/no does not exist; give a .pth or'),

@@ -124,12 +124,13 @@ def test_embedded_sets_are_prepared_by_the_same_command(tmp_path, name):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ([], 'name one of: imagenet2012, ade20k, photo_tiles, photo_scenes, digits'),
+    ([], 'name one of: imagenet2012, ade20k, coco, photo_tiles, photo_scenes, digits'),
     (['digit'], 'did you mean "digits"?'),
     (['digits', '--val_tar=x.tar'], '--val_tar is for imagenet2012 only'),
     (['ade20k', '--val_tar=x.tar'], '--val_tar is for imagenet2012 only, not for ade20k'),
-    (['digits', '--source_dir=x'], '--source_dir is for imagenet2012 and ade20k only'),
+    (['digits', '--source_dir=x'], '--source_dir is for imagenet2012, ade20k, coco only'),
     (['ade20k'], 'ade20k needs either --archive=ADEChallengeData2016.zip or --source_dir'),
+    (['coco', '--val_zip=x.zip'], 'coco needs --train_zip=train2017.zip and/or'),
     (['imagenet2012'], 'imagenet2012 needs --train_tar='),
     (['imagenet2012', '--train_tar=/no/such.tar'], '/no/such.tar does not exist'),
     (['imagenet2012', '--train_tr=x.tar'], 'train_tar'),

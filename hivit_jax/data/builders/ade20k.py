@@ -2,13 +2,12 @@
 
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from hivit_jax.data.builders.files import Files, Folder, Zip
 from hivit_jax.data.builders.sharded import ShardedBuilder, SplitContent
 from hivit_jax.data.class_lists import ADE20K
 from hivit_jax.data.sources.layouts import matched
@@ -84,13 +83,16 @@ class Ade20k(ShardedBuilder, skip_registration=True):
       contents[split] = SplitContent(names, _Pairs(files, pairs, names), size)
     return contents
 
-  def _files(self) -> '_Zip | _Folder':
+  def _files(self) -> Files:
     if bool(self._archive) == bool(self._source_dir):
       raise UserError(
         'ade20k needs either --archive=ADEChallengeData2016.zip or --source_dir with images/ and '
         'annotations/'
       )
-    return _Zip(self._archive) if self._archive else _Folder(self._source_dir)
+    if self._archive:
+      return Zip(self._archive)
+    folders = [f'{kind}/{split}' for kind in _SUFFIXES for split in _FOLDERS.values()]
+    return Folder(self._source_dir, folders, 'give --source_dir=.../ADEChallengeData2016')
 
   def _check_count(self, split: str, count: int, root: Path) -> None:
     if count and (self._allow_other_counts or count == COUNTS[split]):
@@ -102,60 +104,10 @@ class Ade20k(ShardedBuilder, skip_registration=True):
     )
 
 
-class _Zip:
-  """The members of a zip file."""
-
-  def __init__(self, path: str | os.PathLike | None):
-    self.root = Path(path or '').expanduser()
-    try:
-      self._file = zipfile.ZipFile(self.root)
-    except FileNotFoundError:
-      raise UserError(f'{self.root} does not exist') from None
-    except (OSError, zipfile.BadZipFile) as error:
-      raise UserError(
-        f'{self.root} is damaged, truncated or no zip file ({error}); download it again'
-      ) from None
-    self._members = {info.filename: info for info in self._file.infolist()}
-    self.paths = list(self._members)
-
-  def size(self, path: str) -> int:
-    return self._members[path].file_size
-
-  def read(self, path: str) -> bytes:
-    try:
-      return self._file.read(path)  # safe in several threads
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-      raise UserError(f'{self.root}: {path} is damaged ({error}); download it again') from error
-
-
-class _Folder:
-  """The files below a folder."""
-
-  def __init__(self, path: str | os.PathLike | None):
-    self.root = Path(path or '').expanduser()
-    folders = [self.root / kind / split for kind in _SUFFIXES for split in _FOLDERS.values()]
-    missing = [folder for folder in folders if not folder.is_dir()]
-    if missing:
-      raise UserError(
-        f'there is no folder {missing[0]}; give --source_dir=.../ADEChallengeData2016'
-      )
-    self.paths = [
-      f'{folder.relative_to(self.root).as_posix()}/{name}'
-      for folder in folders
-      for name in os.listdir(folder)
-    ]
-
-  def size(self, path: str) -> int:
-    return os.stat(self.root / path).st_size
-
-  def read(self, path: str) -> bytes:
-    return (self.root / path).read_bytes()
-
-
 class _Pairs(Sequence):
   """The examples of one split, read when they are asked for."""
 
-  def __init__(self, files: _Zip | _Folder, pairs: list[tuple[str, str]], names: list[str]):
+  def __init__(self, files: Files, pairs: list[tuple[str, str]], names: list[str]):
     self._files, self._pairs, self._names = files, pairs, names
 
   def __len__(self) -> int:

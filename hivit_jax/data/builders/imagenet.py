@@ -1,6 +1,7 @@
 """`imagenet2012`, from the official tar files or from folders, JPEG bytes unchanged."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -63,20 +64,8 @@ class ImageNet2012(ShardedBuilder, skip_registration=True):
       label=tfds.features.ClassLabel(names=imagenet_files.synsets()),
     )
 
-  def download_and_prepare(self) -> None:
-    """Prepares the splits that were asked for; see `ShardedBuilder.download_and_prepare`.
-
-    Raises:
-      UserError: also if the set was prepared before, but without one of the splits.
-    """
-    sources = self._sources()
-    super().download_and_prepare()
-    lacking = [split for split in sources if split not in self.info.splits]
-    if lacking:
-      raise UserError(
-        f'{self.data_dir} was prepared before without {lacking[0]}; delete that folder and run '
-        'this again with the sources of all splits'
-      )
+  def _asked(self) -> Collection[str]:
+    return self._sources()
 
   def _sources(self) -> dict[str, Path]:
     """Returns the tar or folder of each split."""

@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,13 @@ class SplitContent:
     names: file name of each example, unique; they settle the order on disk.
     examples: reads one example as a dict of features; called from several threads.
     num_bytes: about how many bytes they take, to check the free space beforehand.
+    scenes: (n, 3) int32, see `sources.base.Source`; None: not known.
   """
 
   names: Sequence[str]
   examples: Sequence[Mapping[str, Any]]
   num_bytes: int
+  scenes: np.ndarray | None = None
 
   @classmethod
   def of(cls, examples: Sequence[Mapping[str, Any]]) -> 'SplitContent':
@@ -108,6 +110,7 @@ class ShardedBuilder(FileReaderBuilder, skip_registration=True):
     features: Mapping[str, Any],
     supervised_keys: tuple[str, str],
     palette: np.ndarray | None = None,
+    category_ids: Sequence[int] = (),
     **description: Any,
   ) -> tfds.core.DatasetInfo:
     """What `_info` is to return, for a set of examples with file names.
@@ -116,14 +119,23 @@ class ShardedBuilder(FileReaderBuilder, skip_registration=True):
       features: of TFDS, by name.
       supervised_keys: names of the input and of what is to be learnt.
       palette: (n, 3) uint8, colours of the classes.
+      category_ids: of the classes in result files.
       **description: of the set, as TFDS has it.
     """
-    metadata = palette is not None and tfds.core.MetadataDict(palette=palette.tolist())
+    metadata = tfds.core.MetadataDict()
+    if palette is not None:
+      metadata['palette'] = palette.tolist()
+    if category_ids:
+      metadata['category_ids'] = list(category_ids)
     return _Info(
       builder=self, supervised_keys=supervised_keys, metadata=metadata or None,
       features=tfds.features.FeaturesDict({**features, 'file_name': tfds.features.Text()}),
       **description,
     )  # fmt: skip
+
+  def _asked(self) -> Collection[str]:
+    """Splits that there have to be; for a set that may be prepared without one of them."""
+    return ()
 
   @abc.abstractmethod
   def _contents(self) -> dict[str, SplitContent]:
@@ -142,13 +154,20 @@ class ShardedBuilder(FileReaderBuilder, skip_registration=True):
     Several processes may call this at once: one works and the others wait for it.
 
     Raises:
-      UserError: if the folder cannot be written, the disk is too small, or an unfinished
-        preparation there was made from other files.
+      UserError: if the folder cannot be written, the disk is too small, an unfinished preparation
+        there was made from other files, or the set was prepared before without a split.
     """
+    asked = self._asked()
     if not self.is_ready():
       self._prepare(Path(self.data_dir))
     if not self.info.splits:  # another process, or an earlier run, has written them
       self.info.read_from_directory(self.data_dir)
+    lacking = [split for split in asked if split not in self.info.splits]
+    if lacking:
+      raise UserError(
+        f'{self.data_dir} was prepared before without {lacking[0]}; delete that folder and run '
+        'this again with the sources of all splits'
+      )
 
   def _prepare(self, final: Path) -> None:
     partial = final.with_name(f'incomplete.{final.name}')
@@ -201,6 +220,10 @@ class ShardedBuilder(FileReaderBuilder, skip_registration=True):
             examples = readers.map(contents[split].examples.__getitem__, indices)
             _write_shard(path, map(self._serialize, _counted(examples, progress, done)))
           done += len(indices)
+        scenes = contents[split].scenes
+        if scenes is not None:
+          order = np.concatenate(parts)
+          np.save(folder / tfds_source.SCENES_FILE.format(split=split), scenes[order])
         size = sum(path.stat().st_size for path in paths)
         infos.append(tfds.core.SplitInfo(split, lengths[split], size, template))
     self.info.set_splits(tfds.core.SplitDict(infos))

@@ -24,6 +24,9 @@ class Source(Protocol):
     split: the split as the user gave it.
     class_names: names of the classes, which labels of any kind are indices into; may be empty.
     palette: optional, uint8 (classes, 3): colours of the classes.
+    category_ids: optional, ids of the classes in result files; without them, their indices.
+    scenes: optional, int32 (len, 3): height, width, and number of objects that can be learnt from
+      (no crowds, sides of a pixel or more) of each example, known before any is read.
   """
 
   name: str
@@ -43,8 +46,13 @@ class Source(Protocol):
     | `image` | bytes of an image file, see `decode.FORMATS`, or uint8 (H, W) or (H, W, C) |
     | `label` | int, its class; -1, or no such key: unknown (the test split of ImageNet) |
     | `segmentation` | bytes of a PNG file of the same size, or integers (H, W): a class a pixel |
-    | `objects` | dict with `boxes`, float (n, 4), see `fields`, and arrays with a row a box |
+    | `objects` | dict with `boxes`, float (n, 4), and what has a row a box, see below |
+    | `size` | (2,) height and width that `objects` are for |
+    | `image_id` | int, which result files name the image by |
     | `instances` | like `segmentation`: `objects['instance']` where it is seen, 0 elsewhere |
+
+    For detection `objects` has `classes`, `masks` as `coco.run_lengths` takes them (or there are
+    `instances`), and perhaps `crowd` and `area`.
 
     Further keys are of use to transforms that know them. An example that cannot be read raises
     OSError or RuntimeError: the loader counts and replaces it.
@@ -64,11 +72,11 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
       in one of the layouts of `layouts.layout_of`; the embedded `photo_tiles`,
       `photo_scenes` or `digits`, which are prepared in `data_dir` on first use; a data set of TFDS,
       with an optional config and version (`name/config:1.0.0`), that was prepared as ArrayRecord;
-      or a class of your own, `package.module:Name`, which is called as
-      `Name(split=..., data_dir=...)`.
+      `coco:/path/to/root` for images with objects, see `coco.find_files`; or a class of your own,
+      `package.module:Name`, which is called as `Name(split=..., data_dir=...)`.
     split: a split or slices of it: `train`, `train[:90%]`, `train[1000:]+validation`.
     data_dir: folder of prepared data sets; default TFDS's own (TFDS_DATA_DIR or
-      ~/tensorflow_datasets). Without effect on `folder:`.
+      ~/tensorflow_datasets). Without effect on `folder:` and `coco:`.
 
   Returns:
     The source, its order of examples always the same.
@@ -92,6 +100,10 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
       if paired is None:
         raise
       raise UserError(f'{error}; {paired} has images with label maps: folder:{paired}') from error
+  if name.startswith('coco:') and not name[5:6].isdigit():  # coco:1.0.0 is the prepared one
+    from hivit_jax.data.sources.coco import CocoSource
+
+    return CocoSource(name.removeprefix('coco:'), split)
   if settings.is_imported(name):  # TFDS names have numbers behind their colon
     return _imported(name, split, data_dir)
 
@@ -140,7 +152,7 @@ def _not_prepared(wanted, data_dir: str | None) -> UserError:
   from hivit_jax.data import builders
   from hivit_jax.data.sources import tfds as tfds_source
 
-  known = {*tfds.list_builders(with_community_datasets=False), *builders.EMBEDDED, 'ade20k'}
+  known = {*tfds.list_builders(with_community_datasets=False), *builders.EMBEDDED, 'ade20k', 'coco'}
   folders = tfds_source.data_dirs(data_dir)
   looked = ', '.join(str(folder / wanted.name) for folder in folders)
   if wanted.name not in known:

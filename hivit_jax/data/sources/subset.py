@@ -6,21 +6,22 @@ import numpy as np
 
 
 class Subset:
-  """Evenly spread examples of a source.
+  """Some examples of a source.
 
   Args:
     source: the whole.
-    size: at most so many examples; 0 for all.
+    indices: (n,) of these examples.
   """
 
-  def __init__(self, source: Any, size: int):
-    size = min(size, len(source)) if size else len(source)
-    self._source = source
-    self._indices = np.linspace(0, len(source) - 1, size).round().astype(int)
+  def __init__(self, source: Any, indices: np.ndarray):
+    self._source, self._indices = source, indices
     self.name, self.split = source.name, source.split
     self.class_names = source.class_names
     self.num_classes = source.num_classes
     self.palette = getattr(source, 'palette', None)
+    self.category_ids = getattr(source, 'category_ids', None)
+    scenes = getattr(source, 'scenes', None)
+    self.scenes = None if scenes is None else scenes[indices]
 
   def __len__(self) -> int:
     return len(self._indices)
@@ -30,3 +31,9 @@ class Subset:
 
   def example_name(self, index: int) -> str:
     return self._source.example_name(int(self._indices[index]))
+
+
+def spread(source: Any, size: int) -> Subset:
+  """Evenly spread examples of a source, at most so many; 0: all."""
+  size = min(size, len(source)) if size else len(source)
+  return Subset(source, np.linspace(0, len(source) - 1, size).round().astype(int))

@@ -18,6 +18,7 @@ from hivit_jax.data.sources import splits
 from hivit_jax.errors import UserError
 
 INFO_FILE = 'dataset_info.json'
+SCENES_FILE = 'scenes-{split}.npy'  # beside it, for `base.Source.scenes`
 LABEL_MAPS = ('segmentation', 'segmentation_mask', 'segmentation_label', 'annotation')
 _NAME = re.compile(r'(?P<name>\w+)(/(?P<config>[\w.\-]+))?(:(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?')
 
@@ -37,7 +38,8 @@ class DatasetName:
     if not match:
       raise UserError(
         f'{text!r} is not the name of a data set; write a TFDS name such as imagenet2012, '
-        'cifar10:3.0.2 or name/config:1.0.0, folder:/path/to/root, or package.module:Name'
+        'cifar10:3.0.2 or name/config:1.0.0, folder:/path/to/root, coco:/path/to/root, or '
+        'package.module:Name'
       )
     return cls(match['name'], match['config'], match['version'])
 
@@ -138,6 +140,12 @@ def preparation(wanted: DatasetName, folder: str | os.PathLike) -> str:
       f'--data_dir={folder} (from http://sceneparsing.csail.mit.edu; --source_dir=... takes the '
       'extracted folder instead)'
     )
+  if wanted.name == 'coco':
+    return (
+      'python -m hivit_jax.tools.prepare coco --train_zip=train2017.zip --val_zip=val2017.zip '
+      f'--annotations_zip=annotations_trainval2017.zip --data_dir={folder} (from '
+      'https://cocodataset.org; --source_dir=... takes extracted folders instead)'
+    )
   return (
     'pip install tensorflow tensorflow-datasets importlib-resources (in an environment of its '
     'own: only this step needs TensorFlow), then there: python -c "import tensorflow_datasets as '
@@ -156,6 +164,8 @@ class TfdsSource:
     split: the split as the user gave it.
     class_names: names of the classes, by label.
     palette: uint8 (classes, 3), colours of the classes; None where the set has none.
+    category_ids: ids of the classes in result files; None where the set has none.
+    scenes: int32 (n, 3), see `base.Source`; None where the set does not have them.
   """
 
   def __init__(self, name: str, split: str, folder: Path):
@@ -178,20 +188,23 @@ class TfdsSource:
       reason = str(error).strip().splitlines()[0]
       raise UserError(f'{folder} has no readable description of a data set: {reason}') from None
     features: Any = info.features  # a FeaturesDict, which TFDS's annotations do not say
+    self._object_keys = _object_keys(dict(features).get('objects'))
     maps = [key for key in LABEL_MAPS if key in features]
     self._map_key = next((m for m in maps if isinstance(features[m], tfds.features.Image)), None)
     self._image_key, self._label_key = _image_and_label(
-      name, features, info.supervised_keys, needs_label=not self._map_key
+      name, features, info.supervised_keys, needs_label=not (self._map_key or self._object_keys)
     )
     self._file_name_key = next((k for k in ('file_name', 'filename') if k in features), None)
-    named = features[self._label_key or self._map_key]
+    key = self._label_key or self._map_key
+    named = features[key] if key else features['objects'].feature['classes']
     self.class_names = tuple(getattr(named, 'names', None) or ())
     palette = (info.metadata or {}).get('palette')
+    self.category_ids = (info.metadata or {}).get('category_ids')
     self.palette = None if palette is None else np.array(palette, np.uint8)
     self._has_instances = isinstance(dict(features).get('instances'), tfds.features.Image)
-    self._object_keys = _object_keys(dict(features).get('objects'))
+    self._facts = [key for key in ('image_id', 'size') if key in features]
     sizes = {key: value.num_examples for key, value in info.splits.items()}
-    splits.parse_split(name, split, sizes, sizes.__getitem__)
+    self.scenes = _scenes(folder, splits.parse_split(name, split, sizes, sizes.__getitem__))
     ranges = [
       _ShardRange(os.fspath(r.filename), r.skip, r.take, r.examples_in_shard)
       for r in info.splits[split].file_instructions
@@ -224,10 +237,7 @@ class TfdsSource:
     return len(self._records)
 
   def __getitem__(self, index: int) -> dict:
-    """Returns what there is of `image`, `segmentation`, `instances`, `label` and `objects`.
-
-    The first three are encoded files; `objects` is as in `base.Source`.
-    """
+    """Returns what there is of the keys of `base.Source`; images are encoded files."""
     features = self._features(index)
     example = {'image': features[self._image_key].bytes_list.value[0]}
     if self._label_key:
@@ -239,6 +249,9 @@ class TfdsSource:
     if self._object_keys:
       example['objects'] = {key: _rows(features[f'objects/{key}']) for key in self._object_keys}
       example['objects']['boxes'] = example['objects']['boxes'].reshape(-1, 4)
+    for key in self._facts:
+      numbers = np.array(features[key].int64_list.value, np.int64)
+      example[key] = numbers if len(numbers) > 1 else int(numbers[0])
     return example
 
   def example_name(self, index: int) -> str:
@@ -258,8 +271,19 @@ def _object_keys(feature: Any) -> tuple[str, ...]:
   return tuple(sorted(objects))
 
 
-def _rows(feature: Any) -> np.ndarray:
-  """The numbers of a feature that has them for each object, float32 or int64."""
+def _scenes(folder: Path, parts: list[tuple[str, int, int]]) -> np.ndarray | None:
+  """What is known of all examples of some parts of splits, if it is known."""
+  paths = [folder / SCENES_FILE.format(split=name) for name, _, _ in parts]
+  if not all(path.exists() for path in paths):
+    return None
+  known = zip(paths, parts, strict=True)
+  return np.concatenate([np.load(path)[start:stop] for path, (_, start, stop) in known])
+
+
+def _rows(feature: Any) -> Any:
+  """What a feature has for each object: bytes, or numbers as float32 or int64."""
+  if feature.WhichOneof('kind') == 'bytes_list':
+    return list(feature.bytes_list.value)
   if feature.WhichOneof('kind') == 'int64_list':
     return np.array(feature.int64_list.value, np.int64)
   return np.array(feature.float_list.value, np.float32)

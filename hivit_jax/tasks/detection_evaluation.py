@@ -1,0 +1,122 @@
+"""Detectors on images of any size: COCO's measures, results files, pictures."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from hivit_jax.data import scenes
+from hivit_jax.data.decode import BrokenImage
+from hivit_jax.tasks import detection_pictures, detection_results, segmentation_pictures
+from hivit_jax.tasks.evaluators import Collected, Context, Evaluator, Metrics, of_model
+
+SHOWN_SCORE = 0.3  # of detections in pictures, at least
+_SIDES = 128  # pixels: canvases of single images have sides that are multiples of it
+_NAME = 'detections'  # of the pictures' directory
+
+
+class Detector:
+  """Detections in one image of any size: `detect(params, image)`.
+
+  Args:
+    graphdef: static half of the detector.
+    task: a `DetectTask`.
+  """
+
+  def __init__(self, graphdef: nnx.GraphDef, task: Any):
+    self._transform = task.input(train=False)
+    self._found = jax.jit(of_model(graphdef, task.detections))
+
+  def __call__(self, params: Any, image: np.ndarray) -> list[detection_results.Object]:
+    """(H, W, channels) uint8 -> the objects, best first; see `detection_results.of_batch`."""
+    size = self._transform.size(image.shape[:2])
+    # Few canvases, so that few programs are compiled; the result does not depend on them.
+    height, width = (-(-side // _SIDES) * _SIDES for side in size)
+    row = self._transform({'image': image}, shape=(height, width))
+    found = self._found(params, {key: value[None] for key, value in row.items()})
+    return detection_results.of_batch(jax.device_get(found))[0]
+
+
+class Measured:
+  """COCO's numbers of a set, as metrics, as text and JSON, and the detections in results files.
+
+  Metrics are NAME/box_ap, NAME/mask_ap50, ...; those that there is nothing to measure for, such as
+  of large objects where there are none, are left out.
+  """
+
+  def __init__(self, context: Context, task: Any, source: Any, name: str):
+    self._context, self._source, self._name = context, source, name
+    self._truth = detection_results.Truth(source, task.channels)
+    self._collected = Collected(
+      context, source, task.detections, self._finish, name=name, host=detection_results.of_batch
+    )
+    self._left: list[tuple[detection_results.Report, np.ndarray, np.ndarray]] = []
+
+  def __call__(self, step: int, state: Mapping[str, Any]) -> Metrics:
+    self._left.clear()
+    metrics = self._collected(step, state)
+    # Parameters come first, then their average.
+    for prefix, (report, detections, index) in zip(('', 'ema_'), self._left, strict=False):
+      name = f'{self._name}_{prefix}'
+      data = json.dumps({**report.metrics, 'classes': report.categories}, indent=1)
+      self._context.keep(step, f'{name}detections', report.text, data)
+      ids = [self._truth.of_example(int(i))[2] for i in index]
+      categories = getattr(self._source, 'category_ids', None)
+      for kind, plural in (('box', 'boxes'), ('mask', 'masks')):
+        rows = detection_results.rows(detections, ids, categories, kind)
+        self._context.store(f'{name}{plural}.json', json.dumps(rows))
+    return metrics
+
+  def _finish(self, detections: np.ndarray, index: np.ndarray) -> Metrics:
+    report = self._truth.measure(detections, index)
+    self._left.append((report, detections, index))
+    return {key: value for key, value in report.metrics.items() if value >= 0}
+
+
+def evaluators(context: Context, task: Any) -> list[Evaluator]:
+  """What a `DetectTask` measures and draws."""
+  every, found = context.every('evaluation'), []
+  if every is not None:
+    found = [
+      Evaluator(every, Measured(context, task, source, name))
+      for name, source in context.sets.items()
+    ]
+  every = context.every('pictures')
+  if every is not None and context.draws:
+    found.append(Evaluator(every, _pictures(context, task)))
+  return found
+
+
+def _pictures(context: Context, task: Any) -> Callable[[int, Any], Metrics]:
+  """Draws the same evaluation images each time: what there is, and what is found."""
+  source = context.some(next(iter(context.sets.values())), context.setting('pictures.count'))
+  detect = Detector(context.graphdef, task)
+  truth = detection_results.Truth(source, task.channels)
+  names = segmentation_pictures.class_names(source, task.num_classes)
+  palette = segmentation_pictures.palette(source, task.num_classes)
+
+  def run(step: int, state: Any) -> Metrics:
+    params = context.here(state['params'])
+    if params is None:
+      return {}
+    pairs = []
+    for i in range(len(source)):
+      try:
+        image = scenes.pixels(source[i], task.channels)
+        objects = truth.of_example(i)[1]
+      except (BrokenImage, OSError):  # an evaluation counts and names it
+        continue
+      found = [one for one in detect(params, image) if one['score'] >= SHOWN_SCORE]
+      shown = np.broadcast_to(image, (*image.shape[:2], 3))
+      draw = detection_pictures.draw
+      pairs.append((draw(shown, objects, names, palette), draw(shown, found, names, palette)))
+    if pairs:
+      title = f'{context.model_name}, step {step}'
+      heads = 'truth', f'found, scores from {SHOWN_SCORE}'
+      context.draw(step, _NAME, detection_pictures.sheet(pairs, title, heads))
+    return {}
+
+  return run

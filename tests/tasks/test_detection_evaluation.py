@@ -1,0 +1,141 @@
+"""What an evaluation of detectors leaves, and how the task asks for its batches."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+pytest.importorskip('pycocotools')
+
+from hivit_jax.data import coco
+from hivit_jax.errors import UserError
+from hivit_jax.tasks import detect, detection_evaluation
+from hivit_jax.train import inputs
+from tests.tasks.test_detection_results import BOXES, SIZE, OwnIds, found
+
+TASK = detect.DetectTask((0.5,) * 3, (0.5,) * 3, num_classes=2)
+
+
+class Known(nnx.Module):
+  """Finds the true objects, moved by its parameter."""
+
+  def __init__(self):
+    self.shift = nnx.Param(jnp.zeros(()))
+
+
+@dataclasses.dataclass(frozen=True)
+class FindsThem:
+  channels: int = 3
+
+  def detections(self, model, batch):
+    wanted = {key: jnp.asarray(value)[batch['index']] for key, value in found().items()}
+    return wanted | {'boxes': wanted['boxes'] + model.shift[...]}
+
+
+class Context:
+  """Of one process without a workdir; the second batch has padding before its example."""
+
+  def __init__(self, graphdef):
+    self.graphdef, self.kept, self.stored = graphdef, {}, {}
+
+  @contextlib.contextmanager
+  def batches(self, source):
+    yield iter(
+      [
+        {'mask': np.array([False, True]), 'index': np.array([-1, 1])},
+        {'mask': np.array([True, False]), 'index': np.array([0, -1])},
+      ]
+    )
+
+  def whole(self, params):
+    return params
+
+  def fetch(self, array):
+    return np.asarray(array)
+
+  def keep(self, step, name, text, data):
+    self.kept[name] = step, text, json.loads(data)
+
+  def store(self, name, data):
+    self.stored[name] = json.loads(data)
+
+
+def test_parameters_and_their_average_leave_tables_and_results_in_the_ids_of_the_set():
+  graphdef, params = nnx.split(Known())
+  params = nnx.to_pure_dict(params)
+  context = Context(graphdef)
+  evaluator = detection_evaluation.Measured(context, FindsThem(), OwnIds(), 'eval')
+  for _ in range(2):  # nothing is left from the first time
+    metrics = evaluator(7, {'params': params, 'ema': {'shift': jnp.asarray(6.0)}})
+  assert metrics['eval/box_ap'] == metrics['eval/mask_ap'] == pytest.approx(1)
+  assert 0 < metrics['eval/ema_box_ap'] < 1
+  assert 'eval/mask_ap_large' not in metrics
+  assert context.kept.keys() == {'eval_detections', 'eval_ema_detections'}
+  step, text, data = context.kept['eval_detections']
+  assert step == 7
+  assert text.splitlines()[1].split() == ['ap', '100.00', '100.00']
+  assert data['box_ap'] == pytest.approx(1)
+  assert [row['class'] for row in data['classes']] == ['round', 'square']
+  names = {f'eval_{prefix}{kind}.json' for prefix in ('', 'ema_') for kind in ('boxes', 'masks')}
+  assert context.stored.keys() == names
+  boxes = context.stored['eval_boxes.json']
+  assert [(row['image_id'], row['category_id']) for row in boxes] == [
+    (500, 7), (500, 90), (501, 7), (501, 90)
+  ]  # fmt: skip
+  left, top, right, bottom = BOXES[0].tolist()
+  assert boxes[0]['bbox'] == [left, top, right - left, bottom - top]
+  assert context.stored['eval_ema_boxes.json'][0]['bbox'][0] == left + 3  # of half the size
+  mask = coco.decode(context.stored['eval_masks.json'][0]['segmentation'], SIZE)
+  assert mask[int(top) : int(bottom), int(left) : int(right)].all()
+
+
+class Sizes:
+  name, split, class_names, num_classes = 'some', 'train', ('a',), 1
+
+  def __init__(self, objects):
+    self.scenes = np.array([[480, 640, n] for n in objects], np.int32)
+
+  def __len__(self):
+    return len(self.scenes)
+
+  def __getitem__(self, index):
+    return {'place': index}
+
+
+def test_batches_are_in_buckets_where_sizes_are_known():
+  canvases = ((800, 1344), (1344, 800))
+  task = dataclasses.replace(TASK, buckets=canvases, eval_buckets=canvases)
+  source = Sizes([1] * 9)
+  order = task.order(source, seed=0, batch_size=4)
+  assert order.given(0, order.example(0))['shape'] in canvases
+  assert task.eval_order(source, 4).steps == 3
+  unknown = object()
+  assert task.order(unknown, 0, 4) is task.eval_order(unknown, 4) is None
+  assert TASK.order(source, 0, 4) is TASK.eval_order(source, 4) is None
+  with pytest.raises(UserError, match=r'detect\.buckets=.*multiples of 32'):
+    dataclasses.replace(TASK, buckets=((800, 1333),))
+
+
+def test_each_canvas_is_told_when_it_compiles(caplog):
+  with caplog.at_level(logging.INFO):
+    detect._tell('the training step', (800, 1088), ((544, 832), (800, 1088)))
+    detect._tell('the training step', (64, 64), ())
+  assert [r.getMessage() for r in caplog.records] == [
+    'compiling the training step for 800x1088 (2 of 2)'
+  ]
+
+
+def test_training_leaves_out_what_has_no_object():
+  source = Sizes([2, 0, 1, 0])
+  kept = inputs.with_objects(source)
+  assert [kept[i]['place'] for i in range(len(kept))] == [0, 2]
+  assert kept.scenes[:, 2].tolist() == [2, 1]
+  full = Sizes([1, 1])
+  assert inputs.with_objects(full) is full
+  with pytest.raises(UserError, match=r'some \(train\) has no object to learn from'):
+    inputs.with_objects(Sizes([0, 0]))

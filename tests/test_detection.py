@@ -1,6 +1,5 @@
-"""Detection from the command line: it trains, survives, and is measured alike by all devices."""
+"""Detection from the command line: it survives kills, and any devices train alike."""
 
-import json
 import random
 import signal
 import sys
@@ -10,19 +9,17 @@ import numpy as np
 import pytest
 
 from hivit_jax.train.checkpoint import load_params
-from tests.runs import last_step, metrics, on_devices
+from tests.runs import last_step, metrics
 from tests.test_runs import stop_while
 
 CONFIG = 'configs/detect_hivit_t.py:debug'
 STEPS = 8
-# Of a model that has hardly learnt, the threshold of a published one lets no detection through.
 LONG = {
   'max_steps': STEPS,
   'epochs': STEPS / 2,
   'ema_decay': 0.5,
   'checkpoint__every_epochs': 1.0,
-  'evaluation__every_epochs': STEPS / 2,
-  'model__score_threshold': 0.0,
+  'evaluation__every_epochs': 0,
 }
 
 
@@ -60,23 +57,6 @@ def test_killed_in_a_save_and_in_a_step_it_ends_with_the_same_bits(runs, trained
   for key in ('params', 'ema', 'opt_state'):
     one, two = (load_params(w, key=key).state for w in (workdir, trained))
     jax.tree.map(np.testing.assert_array_equal, one, two)
-
-
-def test_any_devices_and_processes_measure_the_same(runs, trained):
-  last = metrics(trained)[-1]
-  own = {key: last[key] for key in last if key.startswith(('eval/box', 'eval/mask'))}
-  assert own['eval/box_ar_100'] > 0
-  command = _command(
-    trained, '--mode=evaluate', config='configs/evaluate.py', evaluation__batch_size=6
-  )
-  done = runs.finish(command, on_devices(3))
-  assert done.returncode == 0, done.stderr
-  assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(own, rel=1e-4)
-  with runs.job(command, devices=1) as job:
-    assert [process.wait() for process in job] == [0, 0], [process.output() for process in job]
-    lines = job[0].output().splitlines()
-  (line,) = [line for line in lines if line.startswith('{')]
-  assert json.loads(line) == pytest.approx(own, rel=1e-4)
 
 
 def test_two_processes_of_four_devices_train_as_one(runs, trained, tmp_path):

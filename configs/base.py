@@ -48,6 +48,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.global_blocks = config_dict.placeholder(tuple)  # of detectors; others have windows
   config.model.neck_channels = config_dict.placeholder(int)  # of detectors' pyramid and heads
   config.model.hidden = config_dict.placeholder(int)  # of their box head
+  config.model.cascade = config_dict.placeholder(bool)  # three box heads, one after the other
+  config.model.anchor_scale = config_dict.placeholder(float)  # side of anchors, in strides: 8
   config.model.nms_pre = config_dict.placeholder(tuple)  # proposals a level: training, evaluation
   config.model.proposals = config_dict.placeholder(int)  # of an image
   config.model.detections = config_dict.placeholder(int)  # of an image

@@ -8,13 +8,17 @@ configs/demo.py:segment_scratch   the same without pretraining
 configs/demo.py:digits    supervised training on handwritten digits
 configs/demo.py:detect    the pretrained model learns to find objects in scenes of these photographs
 configs/demo.py:detect_scratch  the same without pretraining
+configs/demo.py:detect_overfit  eight scenes until it knows them by heart: does a detector learn?
 configs/demo.py:debug     two steps
 """
 
 from configs import base, recipes
 from hivit_jax.errors import UserError
 
-_VARIANTS = 'finetune, scratch, segment, segment_scratch, detect, detect_scratch, digits, debug'
+_VARIANTS = (
+  'finetune, scratch, segment, segment_scratch, detect, detect_scratch, detect_overfit, digits, '
+  'debug'
+)
 
 
 def get_config(variant: str | None = None):
@@ -26,6 +30,8 @@ def get_config(variant: str | None = None):
     return _digits()
   if variant in ('detect', 'detect_scratch'):
     return _detect(pretrained=variant == 'detect')
+  if variant == 'detect_overfit':
+    return _few_scenes(_detect(pretrained=False))
   config = _small(base.get_config())
   config.model.name = 'mae_hivit_tiny'
   if variant == 'debug':
@@ -101,17 +107,27 @@ def _digits():
 
 def _detect(*, pretrained: bool):
   config = _small(recipes.detect('hivit_tiny'))
-  config.data.update(name='photo_scenes', eval_split='test')
+  config.data.update(name='photo_scenes', train_split='train[:10%]', eval_split='test')
   config.init = '/tmp/hivit_demo' if pretrained else None
   config.image_size = (128, 128)
-  config.batch_size = 16
-  config.epochs = 6.0
-  config.model.update(position_image_size=(64, 64), global_blocks=(0, 1, 2, 3))
-  config.model.update(neck_channels=32, hidden=128, nms_pre=(200, 100), proposals=100)
+  config.batch_size = 4
+  config.steps = 500
+  config.model.update(position_image_size=(128, 128), global_blocks=(0, 1, 2, 3))
+  config.model.update(neck_channels=32, hidden=128, nms_pre=(100, 100), proposals=50)
   config.model.update(detections=20, candidates=256)
   config.detect.update(short_sides=(96, 112, 128), long_side=128, crop_first=())
-  config.detect.update(eval_short_side=128, objects=4, anchors=64, rois=32)
-  config.optim.update(lr=5e-4, warmup_start_lr=0.0, warmup_steps=50, milestones=(4.0, 5.0))
+  config.detect.update(eval_short_side=128, objects=4, anchors=64, rois=16)
+  config.optim.update(schedule='cosine', lr=1e-3, warmup_start_lr=0.0, warmup_steps=50)
+  config.optim.milestones = ()
+  config.log_every_steps = 50
   config.checkpoint.every_epochs = 0.0
-  config.evaluation.update(every_epochs=2.0, batch_size=16)
+  config.evaluation.update(every_epochs=5.0, batch_size=16)
+  return config
+
+
+def _few_scenes(config):
+  config.data.update(train_split='train[:8]', eval_split='train[:8]')
+  config.augment.flip = False
+  config.detect.short_sides = (128,)
+  config.evaluation.every_epochs = 50.0
   return config

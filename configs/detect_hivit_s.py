@@ -1,4 +1,4 @@
-"""Mask R-CNN on HiViT-S, on COCO after MAE: B's recipe, less drop path; variant :debug."""
+"""Mask R-CNN on HiViT-S, on COCO after MAE, with less drop path; variants :cascade, :debug."""
 
 from configs import recipes
 

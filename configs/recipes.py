@@ -35,9 +35,14 @@ _SUPERVISED = {
   'swin_base_mlp_stem': {'drop_path': 0.5, 'clip': 5.0, 'group': 64},
 }
 
-
-# Model -> drop path of its detector.
-_DETECTION = {'hivit_tiny': 0.1, 'hivit_small': 0.1, 'hivit_base': 0.2}
+# Model -> drop path and layer decay of its detector; ViT's are ViTDet's (arXiv 2203.16527).
+_DETECTION = {
+  'hivit_tiny': (0.1, 0.9),
+  'hivit_small': (0.1, 0.9),
+  'hivit_base': (0.2, 0.9),
+  'vit_base': (0.1, 0.7),
+  'swin_base': (0.3, None),
+}
 
 
 def mae(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
@@ -224,17 +229,18 @@ def linear(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
 def detect(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
   """Mask R-CNN on COCO, 36 epochs ("3x") of DETR's augmentation, after MAE.
 
-  Published is HiViT-B. T and S have its recipe with less drop path. A batch is on one of eight
-  canvases; the official runs pad each pair of images to its own.
+  Published is HiViT-B; the others have its recipe but for the table above. A batch is on one of
+  eight canvases; the official runs pad each pair of images to its own.
 
   Args:
-    model: a HiViT, such as hivit_base.
-    variant: 'debug' or None.
+    model: one of the table above.
+    variant: 'cascade' (arXiv 1712.00726), 'debug' or None.
   """
   config = base.get_config()
+  drop_path, layer_decay = _DETECTION[model]
   config.task = 'detect'
   config.init = f'workdirs/mae_{_short(model)}'
-  config.model.update(name=f'detect_{model}', drop_path_rate=_DETECTION[model])
+  config.model.update(name=f'detect_{model}', drop_path_rate=drop_path)
   config.data.update(name='coco', eval_split='validation')
   config.image_size = (1344, 1344)  # for data whose sizes are not known before they are read
   config.detect.buckets = _both(((544, 832), (672, 1024), (800, 1088), (800, 1344)))
@@ -242,11 +248,16 @@ def detect(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
   config.epochs = 36.0
   config.batch_size = 16
   config.optim.update(lr=1e-4, warmup_start_lr=1e-7, warmup_epochs=0.0, warmup_steps=500, b2=0.999)
-  config.optim.update(schedule='step', milestones=(27.0, 33.0), layer_decay=0.9)
+  config.optim.update(schedule='step', milestones=(27.0, 33.0))
+  config.optim.layer_decay = layer_decay
   config.evaluation.batch_size = 16
   config.checkpoint.keep_every_epochs = 0.0
   config.knn.every_epochs = 0.0
-  return with_variant(config, variant)
+  if variant == 'cascade':
+    config.model.cascade = True
+  elif variant and variant != 'debug':
+    raise UserError(f'unknown variant ":{variant}"; known: cascade, debug')
+  return debug(config) if variant == 'debug' else config
 
 
 def _both(
@@ -290,9 +301,7 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   from hivit_jax import models  # here: it is slow to import
 
   own = models.settings_of(config.model.name)
-  if config.task == 'detect':
-    _debug_detector(config)
-  elif 'window_size' in own:
+  if 'mlp_stages' in own:  # Swin
     # 64 pixels have room for windows that shift.
     config.image_size = (64, 64)
     depths = (2, 1, 1, 1)[: len(own['depths'])]
@@ -301,6 +310,8 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.model.update(embed_dim=32, depths=(1, 1, 2), num_heads=2)
   else:
     config.model.update(embed_dim=32, depth=2, num_heads=2)
+  if config.task == 'detect':
+    _debug_detector(config, own)
   if config.task == 'segment':
     config.image_size = (64, 64)
     config.model.update(head_channels=8, auxiliary_channels=4)
@@ -332,10 +343,11 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return config
 
 
-def _debug_detector(config: ml_collections.ConfigDict) -> None:
+def _debug_detector(config: ml_collections.ConfigDict, own: dict) -> None:
   config.image_size = (64, 64)
-  config.model.update(embed_dim=32, depths=(1, 1, 2), num_heads=2, position_image_size=(64, 64))
-  config.model.update(window_size=2, global_blocks=(1,), neck_channels=16, hidden=32)
+  if 'position_image_size' in own:
+    config.model.update(position_image_size=(64, 64), window_size=2, global_blocks=(1,))
+  config.model.update(neck_channels=16, hidden=32)
   config.model.update(nms_pre=(32, 32), proposals=16, detections=4, candidates=64)
   config.detect.update(short_sides=(48, 64), long_side=64, crop_first=(), eval_short_side=64)
   config.detect.update(objects=4, anchors=16, rois=16)

@@ -70,8 +70,8 @@ def create_model(
     backbone_hivit_*: as hivit_* up to scan; bias_image_size, window_size, global_blocks,
       level_norms.
     detect_hivit_*: as hivit_* up to scan; position_image_size, window_size, global_blocks,
-      num_classes, neck_channels, hidden, nms_pre, proposals, detections, candidates,
-      score_threshold.
+      num_classes, neck_channels, hidden, cascade, anchor_scale, nms_pre, proposals,
+      detections, candidates, score_threshold.
     segment_hivit_*: as hivit_* up to scan; position_image_size, num_classes (of a pixel),
       head_channels, auxiliary_channels (0: no second head), dropout_rate.
     mae_hivit_*: as hivit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
@@ -83,10 +83,15 @@ def create_model(
       num_classes, head_std, head_batch_norm.
     backbone_fast_itpn_*: as fast_itpn_* up to scan; window_size, global_blocks, level_norms.
     vit_*: embed_dim, depth, num_heads, mlp_ratio, scan, num_classes, head_std, head_batch_norm.
+    detect_vit_*: as vit_* up to scan; position_image_size, window_size, global_blocks, num_classes,
+      neck_channels, hidden, cascade, anchor_scale, nms_pre, proposals, detections, candidates,
+      score_threshold.
     mae_vit_*: as vit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
       mask_ratio, norm_pix_loss, target.
     swin_*: embed_dim, depths, num_heads, window_size, mlp_ratio, mlp_stages, global_stages,
       num_classes, head_std, head_batch_norm.
+    detect_swin_*: as swin_* up to global_stages; num_classes, neck_channels, hidden, cascade,
+      anchor_scale, nms_pre, proposals, detections, candidates, score_threshold.
     simmim_swin_*: as swin_* up to global_stages; mask_ratio.
 
   Returns:

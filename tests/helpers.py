@@ -46,6 +46,8 @@ def random_model(name: str, *, seed: int = 0, **overrides: Any) -> tuple[nnx.Gra
     values = rng.standard_normal(leaf.shape, np.float32)
     if path[-1].key == 'kernel':
       return jnp.asarray(values / np.float32(math.sqrt(math.prod(leaf.shape[:-1]))))
+    if path[-1].key == 'var':
+      return jnp.asarray(np.abs(values) + np.float32(0.5))
     return jnp.asarray(np.float32(0.2) * values + (path[-1].key == 'scale'))
 
   return graphdef, jax.tree_util.tree_map_with_path(draw, abstract)

@@ -57,6 +57,8 @@ PARAMETERS = {
   'detect_hivit_t': 40_243_664,
   'detect_hivit_s': 58_544_720,
   'detect_hivit_b': 87_370_608,
+  'detect_vit_b': 110_214_832,
+  'detect_swin_b': 108_455_592,
   # And the statistics of their BatchNorms.
   'segment_hivit_t': 129_862_792,
   'segment_hivit_s': 148_538_308,

@@ -8,29 +8,30 @@ import numpy as np
 
 STRIDES = (4, 8, 16, 32, 64)
 RATIOS = (0.5, 1.0, 2.0)  # height to width
-SCALE = 8  # side of the square anchor, in strides
+SCALE = 8.0  # side of the square anchor, in strides
 
 
-def base_anchors(stride: int) -> np.ndarray:
+def base_anchors(stride: int, scale: float = SCALE) -> np.ndarray:
   """(3, 4) float32 anchors around the origin, in the order of `RATIOS`."""
   roots = np.sqrt(np.asarray(RATIOS))
-  half = np.stack([1 / roots, roots], axis=1) * (SCALE * stride / 2)
+  half = np.stack([1 / roots, roots], axis=1) * (scale * stride / 2)
   return np.concatenate([-half, half], axis=1).astype(np.float32)
 
 
-def level_anchors(shape: tuple[int, int], stride: int) -> jax.Array:
+def level_anchors(shape: tuple[int, int], stride: int, scale: float = SCALE) -> jax.Array:
   """Anchors of a map, centred on the upper left corners of its cells.
 
   Args:
     shape: (rows, columns) of the map.
     stride: pixels between its cells.
+    scale: side of the square anchor, in strides.
 
   Returns:
     (rows * columns * 3, 4) float32 in the order (row, column, ratio).
   """
   y, x = (stride * jnp.arange(n, dtype=jnp.float32) for n in shape)
   corner = jnp.stack(jnp.broadcast_arrays(x[None, :], y[:, None]), axis=-1)  # (rows, columns, 2)
-  return (jnp.tile(corner, 2)[:, :, None] + base_anchors(stride)).reshape(-1, 4)
+  return (jnp.tile(corner, 2)[:, :, None] + base_anchors(stride, scale)).reshape(-1, 4)
 
 
 def level_valid(shape: tuple[int, int], own: jax.Array | Sequence[int]) -> jax.Array:

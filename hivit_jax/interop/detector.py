@@ -14,7 +14,7 @@ GUESSED = ('window_size', 'global_blocks')
 def arguments(
   shape: Mapping[str, tuple[int, ...]], encoder: Mapping[str, Any], size: tuple[int, int] | None
 ) -> dict[str, Any]:
-  """Those of `detect_hivit_*`. Nothing tells which blocks attend globally: as published.
+  """Those of `detect_*`. Nothing tells which blocks attend globally: as published.
 
   Args:
     shape: of every parameter.
@@ -22,8 +22,12 @@ def arguments(
     size: (height, width) of the images; None: that of the position embedding.
   """
   classes, hidden = shape[CLASSIFIER]
-  depth = encoder['depths'][-1]
-  step = max(5, depth // 4)
+  if 'depth' in encoder:  # ViT
+    depth = encoder['depth']
+    step = max(1, depth // 4)
+  else:
+    depth = encoder['depths'][-1]
+    step = max(5, depth // 4)
   return {
     **encoder,
     'global_blocks': tuple(range(step - 1, depth, step)) or (depth - 1,),

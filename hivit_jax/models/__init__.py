@@ -7,6 +7,11 @@ from flax import nnx
 
 from hivit_jax.errors import UserError, suggest
 from hivit_jax.models.backbone import BackboneSettings, HiViTBackbone
+from hivit_jax.models.detector_settings import (
+  MaskRCNNSettings,
+  SwinMaskRCNNSettings,
+  ViTMaskRCNNSettings,
+)
 from hivit_jax.models.encoder import Settings
 from hivit_jax.models.fast_itpn import (
   FastITPN,
@@ -22,7 +27,7 @@ from hivit_jax.models.itpn import (
   ITPNMaskedAutoencoder,
 )
 from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
-from hivit_jax.models.mask_rcnn import MaskRCNN, MaskRCNNSettings
+from hivit_jax.models.mask_rcnn import MaskRCNN, SwinMaskRCNN, ViTMaskRCNN
 from hivit_jax.models.simmim import SimMIM, SimMIMSettings
 from hivit_jax.models.swin import Swin, SwinClassifierSettings
 from hivit_jax.models.upernet import Segmenter, SegmenterSettings
@@ -60,11 +65,17 @@ _FAST_ITPN: _Sizes = {
   'large': {'embed_dim': 768, 'depths': (2, 2, 40), 'num_heads': 12},
 }
 
-# Table 5 of arXiv 2111.06377's ViT; Table 7 of arXiv 2103.14030.
+# Table 5 of arXiv 2111.06377's ViT.
 _VIT: _Sizes = {
   'base': {'embed_dim': 768, 'depth': 12, 'num_heads': 12},
   'large': {'embed_dim': 1024, 'depth': 24, 'num_heads': 16},
 }
+# ViTDet (arXiv 2203.16527): the last block of each quarter attends globally.
+_DETECT_VIT: _Sizes = {
+  size: {**own, 'global_blocks': tuple(own['depth'] // 4 * i - 1 for i in range(1, 5))}
+  for size, own in _VIT.items()
+}
+# Table 7 of arXiv 2103.14030.
 _SWIN: _Sizes = {
   'tiny': {'embed_dim': 96, 'depths': (2, 2, 6, 2), 'num_heads': (3, 6, 12, 24)},
   'small': {'embed_dim': 96, 'depths': (2, 2, 18, 2), 'num_heads': (3, 6, 12, 24)},
@@ -88,6 +99,7 @@ _FAMILIES: tuple[tuple[str, type[nnx.Module], type[Settings], _Sizes], ...] = (
   ('hivit', HiViT, HiViTClassifierSettings, _HIVIT),
   ('backbone_hivit', HiViTBackbone, BackboneSettings, _HIVIT),
   ('detect_hivit', MaskRCNN, MaskRCNNSettings, _DETECT),
+  ('detect_vit', ViTMaskRCNN, ViTMaskRCNNSettings, _DETECT_VIT),
   ('segment_hivit', Segmenter, SegmenterSettings, _HIVIT),
   ('mae_hivit', HiViTMaskedAutoencoder, HiViTMAESettings, _HIVIT),
   ('backbone_itpn', ITPNBackbone, ITPNBackboneSettings, _ITPN),
@@ -98,6 +110,7 @@ _FAMILIES: tuple[tuple[str, type[nnx.Module], type[Settings], _Sizes], ...] = (
   ('mae_vit', ViTMaskedAutoencoder, ViTMAESettings, _VIT),
   ('swin', Swin, SwinClassifierSettings, _SWIN),
   ('swin_base', Swin, SwinClassifierSettings, _LADDER),
+  ('detect_swin', SwinMaskRCNN, SwinMaskRCNNSettings, _SWIN),
   ('simmim_swin', SimMIM, SimMIMSettings, _SWIN),
 )
 

@@ -1,4 +1,4 @@
-"""Convolutions with BatchNorm, as the heads of mmsegmentation and mmdetection have them."""
+"""Convolutions and BatchNorm, as the heads of mmsegmentation and mmdetection have them."""
 
 import math
 from typing import Any
@@ -97,6 +97,32 @@ class ConvModule(nnx.Module):
   def activate(self, x: jax.Array, *, train: bool) -> jax.Array:
     """What follows the convolution."""
     return nnx.relu(self.bn(x, train=train))
+
+
+class Upsample(nnx.Module):
+  """Transposed convolution whose stride is its size, 2: a product.
+
+  The kernel is (2, 2, outputs, inputs): reordered like that of a convolution it has PyTorch's
+  layout of a transposed one, (inputs, outputs, 2, 2).
+
+  Args:
+    channels: of the input.
+    outputs: channels of the output; None: as many.
+  """
+
+  def __init__(self, channels: int, outputs: int | None = None, *, rngs: nnx.Rngs, dtype: Any):
+    self.dtype = dtype
+    outputs = outputs or channels
+    init = initializers.normal(math.sqrt(2 / (4 * outputs)))  # Kaiming, of the outputs
+    self.kernel = nnx.Param(init(rngs.params(), (2, 2, outputs, channels)))
+    self.bias = nnx.Param(jnp.zeros(outputs))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """(B, h, w, channels) -> (B, 2 * h, 2 * w, outputs)."""
+    b, h, w, _ = x.shape
+    kernel = self.kernel[...].astype(self.dtype)
+    out = jnp.einsum('nhwi,aboi->nhawbo', x.astype(self.dtype), kernel)
+    return out.reshape(b, 2 * h, 2 * w, -1) + self.bias[...].astype(self.dtype)
 
 
 class PixelClassifier(nnx.Module):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.detection.anchors import RATIOS
-from hivit_jax.models.convolutions import BatchNorm
+from hivit_jax.models.convolutions import BatchNorm, Upsample
 from hivit_jax.ops import initializers
-from hivit_jax.ops.modules import Linear
+from hivit_jax.ops.modules import Linear, layer_norm
 from hivit_jax.ops.precision import at_least_float32
 
 
@@ -118,6 +118,43 @@ class FPN(nnx.Module):
     return (*outputs, outputs[-1][:, ::2, ::2])
 
 
+class SimplePyramid(nnx.Module):
+  """Simple feature pyramid (arXiv 2203.16527): each map goes its own way, with LayerNorms."""
+
+  def __init__(self, inputs: Sequence[int], channels: int, *, rngs: nnx.Rngs, dtype: Any):
+    options: dict[str, Any] = {'rngs': rngs, 'dtype': dtype}
+
+    def convs(size: int, widths: Sequence[int]) -> nnx.List:
+      return nnx.List(
+        _Normed(
+          Conv(size, c, channels, init=_xavier(size, c, channels), use_bias=False, **options),
+          layer_norm(channels, **options),
+        )
+        for c in widths
+      )
+
+    self.lateral_convs = convs(1, inputs)
+    self.fpn_convs = convs(3, [channels] * len(inputs))
+
+  def __call__(
+    self, maps: Sequence[jax.Array], own: Sequence[jax.Array] | None = None
+  ) -> tuple[jax.Array, ...]:
+    """As `FPN`."""
+    sizes = [None] * len(maps) if own is None else own[:-1]
+    lateral = [block(x) for block, x in zip(self.lateral_convs, maps, strict=True)]
+    lateral = [mask_outside(x, size) for x, size in zip(lateral, sizes, strict=True)]
+    outputs = [block(x) for block, x in zip(self.fpn_convs, lateral, strict=True)]
+    return (*outputs, outputs[-1][:, ::2, ::2])
+
+
+class _Normed(nnx.Module):
+  def __init__(self, conv: Conv, norm: nnx.Module):
+    self.conv, self.norm = conv, norm
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.norm(self.conv(x))
+
+
 def nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   """(B, h, w, C) -> (B, *size, C), each cell from the one at floor(i * h / H) of the source."""
   b, h, w, c = x.shape
@@ -159,10 +196,19 @@ class BoxHead(nnx.Module):
     hidden: width of the layer between.
     classes: without the background, which comes last.
     size: rows and columns of the features.
+    boxes: of a RoI: one for each class, or 1.
   """
 
   def __init__(
-    self, channels: int, hidden: int, classes: int, *, size: int, rngs: nnx.Rngs, dtype: Any
+    self,
+    channels: int,
+    hidden: int,
+    classes: int,
+    *,
+    size: int,
+    boxes: int,
+    rngs: nnx.Rngs,
+    dtype: Any,
   ):
     options = {'init': _kaiming(3, channels), 'use_bias': False, 'rngs': rngs, 'dtype': dtype}
     self.shared_convs = nnx.List(
@@ -175,7 +221,7 @@ class BoxHead(nnx.Module):
 
     self.shared_fcs = nnx.List([layer(inputs, hidden, _xavier(1, inputs, hidden), dtype)])
     self.fc_cls = layer(hidden, classes + 1, initializers.normal(0.01), wide)
-    self.fc_reg = layer(hidden, 4 * classes, initializers.normal(0.001), wide)
+    self.fc_reg = layer(hidden, 4 * boxes, initializers.normal(0.001), wide)
 
   def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Logits and deltas.
@@ -185,34 +231,13 @@ class BoxHead(nnx.Module):
       valid: (R,) bool in training, see `BatchNorm`; None: not training.
 
     Returns:
-      (R, classes + 1) logits and (R, classes, 4) deltas of each class.
+      (R, classes + 1) logits and (R, boxes, 4) deltas.
     """
     for block in self.shared_convs:
       x = nnx.relu(block.bn(block.conv(x), train=valid is not None, valid=valid))
     x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # channels first, as the weights' layout
     x = nnx.relu(self.shared_fcs[0](x))
     return self.fc_cls(x), self.fc_reg(x).reshape(len(x), -1, 4)
-
-
-class _Upsample(nnx.Module):
-  """Transposed convolution whose stride is its size, 2: a product.
-
-  The kernel is (2, 2, outputs, inputs): reordered like that of a convolution it has PyTorch's
-  layout of a transposed one, (inputs, outputs, 2, 2).
-  """
-
-  def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: Any):
-    self.dtype = dtype
-    init = _kaiming(2, channels)
-    self.kernel = nnx.Param(init(rngs.params(), (2, 2, channels, channels)))
-    self.bias = nnx.Param(jnp.zeros(channels))
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """(R, h, w, C) -> (R, 2 * h, 2 * w, C)."""
-    r, h, w, _ = x.shape
-    kernel = self.kernel[...].astype(self.dtype)
-    out = jnp.einsum('rhwi,aboi->rhawbo', x.astype(self.dtype), kernel)
-    return out.reshape(r, 2 * h, 2 * w, -1) + self.bias[...].astype(self.dtype)
 
 
 class MaskHead(nnx.Module):
@@ -223,7 +248,7 @@ class MaskHead(nnx.Module):
     self.convs = nnx.List(
       _Named(Conv(3, channels, channels, init=_kaiming(3, channels), **options)) for _ in range(4)
     )
-    self.upsample = _Upsample(channels, **options)
+    self.upsample = Upsample(channels, **options)
     self.conv_logits = Conv(
       1, channels, classes, init=_kaiming(1, classes), rngs=rngs, dtype=at_least_float32(dtype)
     )

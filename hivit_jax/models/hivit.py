@@ -11,12 +11,10 @@ see `units.unit_patches`.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import UserError
@@ -278,14 +276,13 @@ class HiViTEncoder(Encoder):
     """The first two stages and the map (B, rows, columns, C) of the last; see `features`."""
     grid = unit_grid((images.shape[1], images.shape[2]))
     stem = self._stem(split_units(images), drop_path_noise)
-    embedding, over = getattr(self, self.position_name)[...], self.overhang
-    if own is None:
-      position, inside = resize.position_embedding(embedding, self.grid, grid, overhang=over), None
-    else:
-      position = resize.own_position_embeddings(embedding, self.grid, grid, own, overhang=over)
-      inside = units_inside(own, grid)
+    embedding = getattr(self, self.position_name)[...]
+    position = resize.own_position_embeddings(
+      embedding, self.grid, grid, own, overhang=self.overhang
+    )
     x = layers.add_parameter(stem.tokens, position)
     x = x.reshape(x.shape[0], *grid, -1)  # (B, rows, columns, C)
+    inside = None if own is None else units_inside(own, grid)
     return stem, self._dense_blocks(x, window_size, global_blocks, inside, drop_path_noise)
 
   def _taps(self, stem: Stem) -> tuple[jax.Array, jax.Array]:
@@ -294,30 +291,14 @@ class HiViTEncoder(Encoder):
 
   def _dense_blocks(self, x, window_size, global_blocks, inside, drop_path_noise) -> jax.Array:
     """The transformer blocks on a map (B, rows, columns, C), of which `inside` is the image's."""
-    grid = x.shape[1], x.shape[2]
-    first, depth, scan = sum(self.stem_blocks), self.settings.depths[2], self.settings.scan
-    keys = None if inside is None else inside.reshape(x.shape[0], -1)  # (B, N)
-    # What a block makes of the outside must not come into the windows of the next.
-    alone = inside is not None and window_size is not None
+    before, depth, scan = sum(self.stem_blocks), self.settings.depths[2], self.settings.scan
 
-    def kind(i: int) -> tuple[bool, int]:
-      everywhere = window_size is None or i in global_blocks
-      return everywhere, i if alone and not everywhere else -1
+    def run(first: int, count: int, tokens: jax.Array, *where: Any) -> jax.Array:
+      start = before + first
+      blocks = self.blocks[start + 2 : start + 2 + count]  # two merges are before them
+      return self._run(blocks, start, tokens, drop_path_noise, *where, scan=scan)
 
-    for (everywhere, _), run in itertools.groupby(range(depth), key=kind):
-      start, *rest = (first + i for i in run)
-      blocks = self.blocks[start + 2 : start + 3 + len(rest)]  # two merges are before them
-      if everywhere or window_size is None:
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, N, C)
-        where = (None, grid) if keys is None else (None, grid, keys)
-        tokens = self._run(blocks, start, tokens, drop_path_noise, *where, scan=scan)
-        x = tokens.reshape(x.shape)
-      else:
-        x = x if inside is None else jnp.where(inside[..., None], x, 0)
-        cut = windows.split_windows(x, window_size)  # (B, windows, side * side, C)
-        cut = self._run(blocks, start, cut, drop_path_noise, None, grid, scan=scan)
-        x = windows.join_windows(cut, grid, window_size)
-    return x
+    return windows.run_blocks(run, x, depth, window_size, global_blocks, inside)
 
   def _check_features(self, levels, grid, window_size, global_blocks) -> None:
     if not set(levels) <= {1, 2, 3, 4}:

@@ -1,11 +1,10 @@
-"""Mask R-CNN (arXiv 1703.06870) on HiViT: boxes, classes and masks of objects.
+"""Mask R-CNN (arXiv 1703.06870) on HiViT, ViT or Swin: boxes, classes and masks of objects.
 
 Everything has a fixed shape: proposals and detections stand in slots, of which some are empty.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,76 +14,41 @@ from hivit_jax.detection import anchors as anchor_ops
 from hivit_jax.detection import boxes as box_ops
 from hivit_jax.detection.nms import nms
 from hivit_jax.detection.roi_align import roi_align
-from hivit_jax.errors import UserError
-from hivit_jax.models.backbone import BackboneSettings, HiViTBackbone
-from hivit_jax.models.detection_heads import FPN, BoxHead, MaskHead, RPNHead
-from hivit_jax.models.hivit import HiViTSettings
+from hivit_jax.models.backbone import HiViTBackbone
+from hivit_jax.models.detection_heads import FPN, BoxHead, MaskHead, RPNHead, SimplePyramid
+from hivit_jax.models.detector_settings import DetectorSettings
+from hivit_jax.models.swin_backbone import SwinBackbone
 from hivit_jax.models.units import UNIT
+from hivit_jax.models.vit_backbone import ViTDetBackbone
 
 RPN_STDS = (1.0, 1.0, 1.0, 1.0)
 BOX_STDS = (0.1, 0.1, 0.2, 0.2)
 BOX_SIZE, MASK_SIZE = 7, 14  # cells along a side of a RoI's features
 MASK_CELLS = 2 * MASK_SIZE
 
-_NEVER = -jnp.inf
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskRCNNSettings(HiViTSettings):
-  """Settings of HiViT with FPN and Mask R-CNN; the defaults are the published detector's.
-
-  `image_size` is only what is usual: images may have any size whose sides are multiples of 32.
+class Stage(NamedTuple):
+  """What distinguishes the box heads of a cascade.
 
   Attributes:
-    position_image_size: (height, width) that the position embedding is for; it is resized to the
-      images in every forward pass.
-    window_size, global_blocks: see `HiViTEncoder.features`.
-    num_classes: of objects, without the background.
-    neck_channels: of the pyramid and the heads' convolutions.
-    hidden: width of the box head's layer between.
-    nms_pre: proposals of a level before suppression: (in training, in testing).
-    proposals: of an image at most.
-    detections: of an image at most.
-    candidates: pairs of RoI and class that the last suppression sees at most.
-    score_threshold: which a detection must exceed.
+    overlap: IoU with an object from which a RoI is positive.
+    stds: of the deltas.
+    weight: of the losses.
   """
 
-  rpe: bool = False
-  position_image_size: tuple[int, int] = (224, 224)
-  window_size: int | None = 14
-  global_blocks: tuple[int, ...] = ()
-  num_classes: int = 80
-  neck_channels: int = 256
-  hidden: int = 1024
-  nms_pre: tuple[int, int] = (2000, 1000)
-  proposals: int = 1000
-  detections: int = 100
-  candidates: int = 4096
-  score_threshold: float = 0.05
+  overlap: float = 0.5
+  stds: tuple[float, ...] = BOX_STDS
+  weight: float = 1.0
 
-  def __post_init__(self):
-    super().__post_init__()
-    if self.num_classes < 1:
-      raise UserError(f'num_classes must be at least 1, got {self.num_classes}')
-    least = min(*self.nms_pre, self.proposals, self.detections, self.candidates)
-    if least < 1:
-      raise UserError(
-        'nms_pre, proposals, detections and candidates must be at least 1, got '
-        f'{self.nms_pre}, {self.proposals}, {self.detections} and {self.candidates}'
-      )
 
-  @property
-  def backbone(self) -> BackboneSettings:
-    """Settings of the encoder."""
-    fields = dataclasses.fields(HiViTSettings)
-    shared: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields}
-    shared['image_size'] = self.position_image_size
-    return BackboneSettings(
-      **shared,
-      window_size=self.window_size,
-      global_blocks=self.global_blocks,
-      level_norms=True,
-    )
+# Of Cascade R-CNN (arXiv 1712.00726); without a cascade there is the first.
+STAGES = (
+  Stage(),
+  Stage(0.6, tuple(std / 2 for std in BOX_STDS), 0.5),
+  Stage(0.7, tuple(std / 3 for std in BOX_STDS), 0.25),
+)
+
+_NEVER = -jnp.inf
 
 
 class Proposals(NamedTuple):
@@ -114,9 +78,9 @@ class Detections(NamedTuple):
 
 
 class _RoIHead(nnx.Module):
-  """Both heads under the name that mmdetection has for them."""
+  """Both heads under the names that mmdetection has for them."""
 
-  def __init__(self, bbox_head: BoxHead, mask_head: MaskHead):
+  def __init__(self, bbox_head: BoxHead | nnx.List, mask_head: MaskHead):
     self.bbox_head, self.mask_head = bbox_head, mask_head
 
 
@@ -129,19 +93,31 @@ class MaskRCNN(nnx.Module):
   nothing depends on the batch's canvas; without (None) all of it takes part, as in mmdetection.
   """
 
-  def __init__(self, settings: MaskRCNNSettings, *, rngs: nnx.Rngs):
+  backbone_class: ClassVar[type[HiViTBackbone | ViTDetBackbone | SwinBackbone]] = HiViTBackbone
+  neck_class: ClassVar[type[FPN | SimplePyramid]] = FPN
+
+  def __init__(self, settings: DetectorSettings, *, rngs: nnx.Rngs):
     self.settings = settings
     self.image_size, self.channels = settings.image_size, settings.channels
     self.num_classes = settings.num_classes
     width, options = settings.neck_channels, {'rngs': rngs, 'dtype': settings.dtype}
-    self.backbone = HiViTBackbone(settings.backbone, rngs=rngs)
+    self.backbone: Any = self.backbone_class(settings.backbone, rngs=rngs)
     inputs = [info.channels for info in self.backbone.feature_info]
-    self.neck = FPN(inputs, width, **options)
+    self.neck = self.neck_class(inputs, width, **options)
     self.rpn_head = RPNHead(width, **options)
-    self.roi_head = _RoIHead(
-      BoxHead(width, settings.hidden, settings.num_classes, size=BOX_SIZE, **options),
-      MaskHead(width, settings.num_classes, **options),
-    )
+    classes = settings.num_classes
+
+    def box_head(boxes: int) -> BoxHead:
+      return BoxHead(width, settings.hidden, classes, size=BOX_SIZE, boxes=boxes, **options)
+
+    heads = nnx.List(box_head(1) for _ in STAGES) if settings.cascade else box_head(classes)
+    self.roi_head = _RoIHead(heads, MaskHead(width, classes, **options))
+
+  @property
+  def box_heads(self) -> list[tuple[BoxHead, Stage]]:
+    """The box heads, one after the other."""
+    heads = self.roi_head.bbox_head
+    return list(zip([heads] if isinstance(heads, BoxHead) else heads, STAGES, strict=False))
 
   @property
   def drop_path_rates(self) -> tuple[float, ...]:
@@ -160,9 +136,15 @@ class MaskRCNN(nnx.Module):
     drop_path_noise: jax.Array | None = None,
   ) -> tuple[jax.Array, ...]:
     """(B, H, W, channels) -> five maps (B, h, w, C) of strides 4 to 64; see the class."""
-    units = None if canvases is None else canvases // UNIT
-    maps = self.backbone(images, own=units, drop_path_noise=drop_path_noise)
+    maps = self.maps(images, canvases, drop_path_noise)
     return self.neck(maps, own_maps(canvases))
+
+  def maps(
+    self, images: jax.Array, canvases: jax.Array | None, drop_path_noise: jax.Array | None
+  ) -> tuple[jax.Array, ...]:
+    """The backbone's four maps; arguments as for `pyramid`."""
+    units = None if canvases is None else canvases // UNIT
+    return self.backbone(images, own=units, drop_path_noise=drop_path_noise)
 
   def rpn(
     self, maps: Sequence[jax.Array], canvases: jax.Array | None = None
@@ -198,7 +180,10 @@ class MaskRCNN(nnx.Module):
     settings, strides = self.settings, anchor_ops.STRIDES
     per_level = settings.nms_pre[0 if train else 1]
     logits, deltas = jax.lax.stop_gradient((list(logits), list(deltas)))
-    anchors = [anchor_ops.level_anchors(shape, s) for shape, s in zip(shapes, strides, strict=True)]
+    anchors = [
+      anchor_ops.level_anchors(shape, stride, settings.anchor_scale)
+      for shape, stride in zip(shapes, strides, strict=True)
+    ]
 
     own = own_maps(canvases)
     if own is not None:
@@ -246,50 +231,62 @@ class MaskRCNN(nnx.Module):
     logits, deltas = self.rpn(maps, canvases)
     shapes = [(x.shape[1], x.shape[2]) for x in maps]
     proposals = self.proposals(logits, deltas, shapes, sizes, canvases, train=False)
-    b, r = proposals.valid.shape
-    features = self.roi_features(maps, proposals.boxes, BOX_SIZE, canvases)
-    class_logits, deltas = self.roi_head.bbox_head(features)
-    boxes, scores, labels, valid = jax.vmap(self.final_boxes)(
-      proposals.boxes,
-      proposals.valid,
-      class_logits.reshape(b, r, -1),
-      deltas.reshape(b, r, -1, 4),
-      sizes,
-    )
+    (b, r), rois, of_stages = proposals.valid.shape, proposals.boxes[:, :, None], []
+    for head, stage in self.box_heads:
+      rois = rois[:, :, 0]
+      class_logits, deltas = head(self.roi_features(maps, rois, BOX_SIZE, canvases))
+      of_stages.append(jax.nn.softmax(class_logits.reshape(b, r, -1), axis=-1)[..., :-1])
+      rois = refined(rois, deltas.reshape(b, r, -1, 4), stage, sizes)
+    scores = jnp.where(proposals.valid[..., None], sum(of_stages) / len(of_stages), 0)
+    boxes = jnp.broadcast_to(rois, (*scores.shape, 4))
+    boxes, scores, labels, valid = jax.vmap(self.final_boxes)(boxes, scores)
     features = self.roi_features(maps, boxes, MASK_SIZE, canvases)
     mask_logits = self.roi_head.mask_head(features, labels.reshape(-1))
     masks = nnx.sigmoid(mask_logits).reshape(*labels.shape, MASK_CELLS, MASK_CELLS)
     return Detections(boxes, scores, labels, valid, masks)
 
   def final_boxes(
-    self,
-    rois: jax.Array,
-    valid: jax.Array,
-    logits: jax.Array,
-    deltas: jax.Array,
-    size: jax.Array,
+    self, boxes: jax.Array, scores: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Detections of one image from what the box head says of its RoIs.
-
-    Args:
-      rois: (R, 4).
-      valid: (R,) bool.
-      logits: (R, classes + 1), the background last.
-      deltas: (R, classes, 4).
-      size: (2,) height and width of the image.
-
-    Returns:
-      Boxes, scores, labels and which slots are used, see `Detections`.
-    """
-    boxes = box_ops.clip(box_ops.decode(rois[:, None], deltas, BOX_STDS), size)
-    scores = jax.nn.softmax(logits, axis=-1)[:, :-1]
+    """(R, classes, 4) boxes and (R, classes) scores of an image -> see `suppress_classes`."""
+    settings = self.settings
     return suppress_classes(
       boxes,
-      jnp.where(valid[:, None], scores, 0),
-      threshold=self.settings.score_threshold,
-      candidates=self.settings.candidates,
-      most=self.settings.detections,
+      scores,
+      threshold=settings.score_threshold,
+      candidates=settings.candidates,
+      most=settings.detections,
     )
+
+
+class ViTMaskRCNN(MaskRCNN):
+  """Mask R-CNN on ViT, as a baseline: ViTDet (arXiv 2203.16527) with the heads of `MaskRCNN`."""
+
+  backbone_class = ViTDetBackbone
+  neck_class = SimplePyramid
+
+
+class SwinMaskRCNN(MaskRCNN):
+  """Mask R-CNN on Swin, as a baseline.
+
+  Shifted windows wrap around the canvas, and the zeros around an image take part, as published: its
+  features depend on the canvas, which has the model's `image_size`.
+  """
+
+  backbone_class = SwinBackbone
+
+  def maps(
+    self, images: jax.Array, canvases: jax.Array | None, drop_path_noise: jax.Array | None
+  ) -> tuple[jax.Array, ...]:
+    """See `MaskRCNN`."""
+    del canvases
+    return self.backbone(images, drop_path_noise=drop_path_noise)
+
+
+def refined(rois: jax.Array, deltas: jax.Array, stage: Stage, sizes: jax.Array) -> jax.Array:
+  """(B, R, 4) RoIs, (B, R, n, 4) deltas -> (B, R, n, 4) boxes, clipped to images of (B, 2)."""
+  boxes = box_ops.decode(rois[:, :, None], deltas, stage.stds)
+  return jax.vmap(box_ops.clip)(boxes, sizes)
 
 
 def own_maps(canvases: jax.Array | None) -> list[jax.Array] | None:

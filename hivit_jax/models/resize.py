@@ -47,7 +47,7 @@ def own_position_embeddings(
   embedding: jax.Array,
   source: tuple[int, int],
   canvas: tuple[int, int],
-  own: jax.Array,
+  own: jax.Array | None,
   *,
   overhang: float = 0.0,
 ) -> jax.Array:
@@ -57,12 +57,14 @@ def own_position_embeddings(
     embedding: (1, rows * columns, C) for the grid `source`.
     source: (rows, columns) of units.
     canvas: (rows, columns) of units, no less than the images'.
-    own: (B, 2) rows and columns of the images' grids, known only when it runs.
+    own: (B, 2) rows and columns of the images' grids, known only when it runs; None: the canvas.
     overhang: see `position_embedding`.
 
   Returns:
-    (B, rows * columns, C) for the canvas, zeros outside the images.
+    (B, rows * columns, C) for the canvas, zeros outside the images; B is 1 without `own`.
   """
+  if own is None:
+    return position_embedding(embedding, source, canvas, overhang=overhang)
   # A grid like the source's keeps its embedding, which the overhang would change.
   same = (own == jnp.asarray(source)).all(axis=1)
   matrices = []

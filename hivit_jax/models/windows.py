@@ -1,6 +1,7 @@
 """Square windows of a map, for attention whose cost grows with the map and not with its square."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +38,52 @@ def join_windows(windows: jax.Array, grid: tuple[int, int], side: int) -> jax.Ar
   down, across = -(-rows // side), -(-columns // side)
   x = windows.reshape(-1, down, across, side, side, c).swapaxes(2, 3)
   return x.reshape(-1, down * side, across * side, c)[:, :rows, :columns]
+
+
+def run_blocks(
+  run: Callable[..., jax.Array],
+  x: jax.Array,
+  depth: int,
+  side: int | None,
+  global_blocks: Sequence[int],
+  inside: jax.Array | None = None,
+) -> jax.Array:
+  """Transformer blocks on a map, within windows or over all of it.
+
+  Args:
+    run: `(first, count, tokens, *where) -> tokens`, which runs `count` of the blocks from `first`
+      on; `where` is what `layers.Block` takes besides.
+    x: (B, rows, columns, C).
+    depth: number of blocks.
+    side: cells along a window's side; None: all blocks attend globally.
+    global_blocks: blocks, counted from 0, that attend globally nevertheless.
+    inside: (B, rows, columns) bool, the cells of an image that is smaller than the map. The others
+      do not change what becomes of them; None: all.
+
+  Returns:
+    (B, rows, columns, C).
+  """
+  grid = x.shape[1], x.shape[2]
+  keys = None if inside is None else inside.reshape(x.shape[0], -1)  # (B, N)
+  # What a block makes of the outside must not come into the windows of the next.
+  alone = inside is not None and side is not None
+
+  def kind(i: int) -> tuple[bool, int]:
+    everywhere = side is None or i in global_blocks
+    return everywhere, i if alone and not everywhere else -1
+
+  for (everywhere, _), numbers in itertools.groupby(range(depth), key=kind):
+    first, *rest = numbers
+    count = 1 + len(rest)
+    if everywhere or side is None:
+      tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, N, C)
+      where = (None, grid) if keys is None else (None, grid, keys)
+      x = run(first, count, tokens, *where).reshape(x.shape)
+    else:
+      x = x if inside is None else jnp.where(inside[..., None], x, 0)
+      cut = split_windows(x, side)  # (B, windows, side * side, C)
+      x = join_windows(run(first, count, cut, None, grid), grid, side)
+  return x
 
 
 def check(side: int, global_blocks: Sequence[int], depth: int, *, biased: bool) -> None:

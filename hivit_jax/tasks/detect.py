@@ -9,6 +9,7 @@ A batch has, for each example, objects in M slots:
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from hivit_jax.detection import boxes as box_ops
 from hivit_jax.detection.assign import Sample
 from hivit_jax.detection.mask_targets import CROP, mask_targets
 from hivit_jax.errors import UserError
-from hivit_jax.models.mask_rcnn import BOX_SIZE, MASK_CELLS, MASK_SIZE, MaskRCNN
+from hivit_jax.models.mask_rcnn import BOX_SIZE, MASK_CELLS, MASK_SIZE, MaskRCNN, refined
 from hivit_jax.tasks import detection_losses as losses
 from hivit_jax.tasks import detection_targets as targets
 from hivit_jax.tasks.evaluators import Context, Evaluator
@@ -166,9 +167,11 @@ class DetectTask(ImageTask):
     b, height, width, _ = batch['image'].shape
     _tell('the training step', (height, width), self.buckets)
     shapes = map_shapes(height, width)
-    anchors = all_anchors(shapes)
+    anchors = all_anchors(shapes, model.settings.anchor_scale)
     own = own_shapes(own_canvas(batch['size']))
-    priorities = jax.random.uniform(for_anchors, (b, len(anchors)))
+    priorities = jax.vmap(lambda key: targets.anchor_priorities(key, shapes))(
+      jax.random.split(for_anchors, b)
+    )
     sample: Sample = jax.vmap(
       lambda own, *objects: targets.rpn_sample(
         anchors, valid_anchors(shapes, own), *objects, total=self.anchors
@@ -207,7 +210,7 @@ class DetectTask(ImageTask):
     of_class, of_box = jax.vmap(losses.rpn_sums, in_axes=(0, 0, None, 0, 0))(
       jnp.concatenate(logits, axis=1),
       jnp.concatenate(deltas, axis=1),
-      all_anchors(shapes),
+      all_anchors(shapes, model.settings.anchor_scale),
       boxes,
       sample,
     )
@@ -217,31 +220,38 @@ class DetectTask(ImageTask):
       proposals.boxes, proposals.valid, boxes, exists, batch['roi_priorities'][:, :slots]
     )
     share = len(boxes) / batch['images']
-    sums, count = self._box_sums(model, maps, rois, batch, canvases)
-    scale = share / jnp.maximum(count, 1)
+    means = self._box_means(model, maps, rois, batch, canvases)
     terms = {
       'rpn_class': of_class.sum() / batch['anchor_count'],
       'rpn_box': of_box.sum() / batch['anchor_count'],
-      'class': scale * sums['class'],
-      'box': scale * sums['box'],
+      'class': share * means['class'],
+      'box': share * means['box'],
       'mask': share * self._mask_loss(model, maps, rois, batch, canvases),
     }
     metrics = {f'loss_{key}': value for key, value in terms.items()}
-    return jnp.asarray(sum(terms.values())), metrics | {'roi_accuracy': scale * sums['right']}
+    return jnp.asarray(sum(terms.values())), metrics | {'roi_accuracy': share * means['right']}
 
-  def _box_sums(self, model, maps, rois, batch, canvases):
-    """Sums of `losses.box_sums` over all RoIs that learn, and their number."""
-    sample = rois.sample
-    valid = sample.valid.reshape(-1)
-    features = model.roi_features(maps, rois.boxes, BOX_SIZE, canvases)
-    logits, deltas = model.roi_head.bbox_head(features, valid)
-    labels = jnp.take_along_axis(batch['labels'], sample.object, axis=1)
-    labels = jnp.where(sample.positive, labels, self.num_classes).reshape(-1)
-    of_objects = jnp.take_along_axis(batch['boxes'], sample.object[..., None], axis=1)
-    sums = losses.box_sums(
-      logits, deltas, rois.boxes.reshape(-1, 4), labels, of_objects.reshape(-1, 4), valid
-    )
-    return sums, valid.sum()
+  def _box_means(self, model, maps, rois, batch, canvases):
+    """Means of `losses.box_sums` over the RoIs that learn; a cascade's losses are added."""
+    heads, means = model.box_heads, {'class': 0, 'box': 0, 'right': 0}
+    for i, (head, stage) in enumerate(heads):
+      sample, valid = rois.sample, rois.sample.valid.reshape(-1)
+      features = model.roi_features(maps, rois.boxes, BOX_SIZE, canvases)
+      logits, deltas = head(features, valid)
+      labels = jnp.take_along_axis(batch['labels'], sample.object, axis=1)
+      labels = jnp.where(sample.positive, labels, self.num_classes).reshape(-1)
+      of_objects = jnp.take_along_axis(batch['boxes'], sample.object[..., None], axis=1)
+      boxes, of_objects = rois.boxes.reshape(-1, 4), of_objects.reshape(-1, 4)
+      sums = losses.box_sums(logits, deltas, boxes, labels, of_objects, valid, stage.stds)
+      weights = {'class': stage.weight, 'box': stage.weight, 'right': 1 / len(heads)}
+      count = jnp.maximum(valid.sum(), 1)
+      means = {key: means[key] + weights[key] * sums[key] / count for key in means}
+      if i + 1 < len(heads):
+        deltas = jax.lax.stop_gradient(deltas).reshape(*rois.boxes.shape[:2], -1, 4)
+        boxes = refined(rois.boxes, deltas, stage, batch['size'])[:, :, 0]
+        match = functools.partial(targets.matched, overlap=heads[i + 1][1].overlap)
+        rois = jax.vmap(match)(boxes, sample.valid, batch['boxes'], batch['exists'])
+    return means
 
   def _mask_loss(self, model, maps, rois, batch, canvases):
     """Mean over the positive RoIs, which are in the first slots."""
@@ -251,7 +261,9 @@ class DetectTask(ImageTask):
     features = model.roi_features(maps, boxes, MASK_SIZE, canvases)
     labels = jnp.take_along_axis(batch['labels'], owner, axis=1)
     logits = model.roi_head.mask_head(features, labels.reshape(-1))
-    wanted = jax.vmap(_targets_of_image)(
+    # A RoI is no longer than the canvas: no bin has more samples.
+    samples = -(-max(batch['image'].shape[1:3]) // MASK_CELLS)
+    wanted = jax.vmap(functools.partial(_targets_of_image, samples=samples))(
       batch['masks'], batch['boxes'], owner, boxes, batch['size']
     )
     total = losses.mask_sum(logits, wanted.reshape(logits.shape), positive.reshape(-1))
@@ -288,8 +300,9 @@ def _tell(what: str, size: tuple[int, ...], canvases: tuple[tuple[int, int], ...
     _log.info('compiling %s for %dx%d (%d of %d)', what, *size, place, len(known))
 
 
-def _targets_of_image(masks, boxes, owner, rois, size):
-  return mask_targets(masks[owner], boxes[owner], box_ops.clip(rois, size), MASK_CELLS)
+def _targets_of_image(masks, boxes, owner, rois, size, *, samples):
+  rois = box_ops.clip(rois, size)
+  return mask_targets(masks[owner], boxes[owner], rois, MASK_CELLS, samples)
 
 
 def map_shapes(height: int, width: int) -> list[tuple[int, int]]:
@@ -302,10 +315,10 @@ def own_shapes(canvas: jax.Array) -> jax.Array:
   return jax.vmap(anchor_ops.own_shapes)(canvas)
 
 
-def all_anchors(shapes: list[tuple[int, int]]) -> jax.Array:
-  """(A, 4) anchors of all levels."""
+def all_anchors(shapes: list[tuple[int, int]], scale: float = anchor_ops.SCALE) -> jax.Array:
+  """(A, 4) anchors of all levels; see `anchors.level_anchors`."""
   levels = zip(shapes, anchor_ops.STRIDES, strict=True)
-  return jnp.concatenate([anchor_ops.level_anchors(shape, stride) for shape, stride in levels])
+  return jnp.concatenate([anchor_ops.level_anchors(shape, s, scale) for shape, s in levels])
 
 
 def valid_anchors(shapes: list[tuple[int, int]], own: jax.Array) -> jax.Array:

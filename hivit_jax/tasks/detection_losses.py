@@ -1,5 +1,7 @@
 """Losses of Mask R-CNN as sums, for the caller to divide; boxes, logits and sums are float32."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -43,26 +45,28 @@ def box_sums(
   labels: jax.Array,
   targets: jax.Array,
   valid: jax.Array,
+  stds: Sequence[float] = BOX_STDS,
 ) -> dict[str, jax.Array]:
   """Of any RoIs: cross entropy, ten times the GIoU loss of the positive ones, right answers.
 
   Args:
     logits: (R, classes + 1), the background last.
-    deltas: (R, classes, 4).
+    deltas: (R, classes, 4), or (R, 1, 4) for all classes.
     rois: (R, 4).
     labels: (R,), `classes` for the background.
     targets: (R, 4) boxes of the positive ones' objects.
     valid: (R,) bool, which count.
+    stds: of the deltas.
 
   Returns:
     () each: `class`, `box` and `right`.
   """
-  background = deltas.shape[1]
-  positive = valid & (labels < background)
-  own = jnp.take_along_axis(deltas, jnp.minimum(labels, background - 1)[:, None, None], axis=1)
+  positive = valid & (labels < logits.shape[1] - 1)
+  own = jnp.minimum(labels, deltas.shape[1] - 1)
+  own = jnp.take_along_axis(deltas, own[:, None, None], axis=1)
   # An empty slot has no sides, whose logarithm's gradient would be NaN even where it is dropped.
   whole = jnp.array([0, 0, 1, 1], rois.dtype)
-  decoded = box_ops.decode(jnp.where(positive[:, None], rois, whole), own[:, 0], BOX_STDS)
+  decoded = box_ops.decode(jnp.where(positive[:, None], rois, whole), own[:, 0], stds)
   distance = 1 - box_ops.giou(decoded, jnp.where(positive[:, None], targets, whole))
   log = jax.nn.log_softmax(logits, axis=-1)
   of_class = -jnp.take_along_axis(log, labels[:, None], axis=1)[:, 0]

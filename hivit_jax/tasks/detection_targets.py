@@ -3,12 +3,15 @@
 Objects stand in M slots: boxes (M, 4), labels (M,), whether they exist (M,).
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hivit_jax.detection import boxes as box_ops
+from hivit_jax.detection.anchors import RATIOS
 from hivit_jax.detection.assign import NEITHER, Rule, Sample, assign, sample
 
 RPN_RULE = Rule(positive=0.7, negative=0.3, minimum=0.3)
@@ -25,6 +28,25 @@ class RoIs(NamedTuple):
 
   boxes: jax.Array
   sample: Sample
+
+
+def anchor_priorities(key: jax.Array, shapes: Sequence[tuple[int, int]]) -> jax.Array:
+  """Random numbers for `rpn_sample`; an anchor has the same one on every canvas.
+
+  Args:
+    key: PRNG key of the image.
+    shapes: (rows, columns) of each level.
+
+  Returns:
+    (A,) in [0, 1), in the order of `anchors.level_anchors`.
+  """
+  levels = []
+  for level, (rows, columns) in enumerate(shapes):
+    # The first numbers of a row, and the first rows, do not depend on how many there are.
+    of_rows = jax.random.split(jax.random.fold_in(key, level), rows)
+    draw = functools.partial(jax.random.uniform, shape=(columns * len(RATIOS),))
+    levels.append(jax.vmap(draw)(of_rows).reshape(-1))
+  return jnp.concatenate(levels)
 
 
 def rpn_sample(
@@ -71,3 +93,22 @@ def roi_sample(
   candidates = jnp.concatenate([boxes.astype(proposals.dtype), proposals])
   rois = jnp.where(chosen.valid[:, None], candidates[chosen.index], 0)
   return RoIs(rois, chosen)
+
+
+def matched(
+  rois: jax.Array, valid: jax.Array, boxes: jax.Array, exists: jax.Array, *, overlap: float
+) -> RoIs:
+  """RoIs of a cascade's next head, in their slots: all of them learn, and none is drawn.
+
+  Args:
+    rois: (R, 4), what the head before made of its RoIs.
+    valid: (R,) bool.
+    boxes, exists: of the objects.
+    overlap: IoU with an object from which a RoI is positive.
+  """
+  valid = valid & ~box_ops.is_empty(rois)
+  rule = Rule(positive=overlap, negative=overlap, minimum=overlap)
+  assigned = assign(box_ops.iou(rois, boxes), valid, exists, rule)
+  owner = jnp.maximum(assigned - 1, 0)
+  sample = Sample(jnp.arange(len(rois)), valid, assigned > 0, owner)
+  return RoIs(jnp.where(valid[:, None], rois, 0), sample)

@@ -40,7 +40,11 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'evaluation.every_epochs knn.every_epochs knn.bank_size pictures.every_epochs augment.mixup '
     'augment.cutmix augment.color_jitter model.head_std model.mlp_stages',
   ),
-  ('more than 0', lambda x: x > 0, 'epochs optim.eps optim.clip_norm optim.power knn.temperature'),
+  (
+    'more than 0',
+    lambda x: x > 0,
+    'epochs optim.eps optim.clip_norm optim.power knn.temperature model.anchor_scale',
+  ),
   (
     '0 or more, and less than 1',
     lambda x: 0 <= x < 1,
@@ -149,8 +153,8 @@ _OPTIONAL = (
   'model.head_batch_norm model.decoder_embed_dim model.decoder_depth model.decoder_num_heads '
   'model.mask_ratio model.norm_pix_loss model.target model.hifeat model.scan '
   'model.position_image_size model.head_channels model.auxiliary_channels model.dropout_rate '
-  'model.global_blocks model.neck_channels model.hidden model.nms_pre model.proposals '
-  'model.detections model.candidates model.score_threshold '
+  'model.global_blocks model.neck_channels model.hidden model.cascade model.anchor_scale '
+  'model.nms_pre model.proposals model.detections model.candidates model.score_threshold '
   'init data.data_dir data.eval_crop augment.rand_augment augment.mix_group optim.lr optim.end_lr '
   'optim.warmup_start_lr optim.warmup_steps optim.layer_decay optim.clip_norm ema_decay '
   'checkpoint.keep_best'

@@ -22,6 +22,8 @@ def test_models_are_listed():
     'backbone_hivit_base', 'backbone_hivit_large', 'backbone_hivit_small', 'backbone_hivit_tiny',
     'backbone_itpn_base', 'backbone_itpn_large',
     'detect_hivit_base', 'detect_hivit_large', 'detect_hivit_small', 'detect_hivit_tiny',
+    'detect_swin_base', 'detect_swin_small', 'detect_swin_tiny',
+    'detect_vit_base', 'detect_vit_large',
     'fast_itpn_base', 'fast_itpn_large', 'fast_itpn_small', 'fast_itpn_tiny',
     'hivit_base', 'hivit_large', 'hivit_small', 'hivit_tiny',
     'mae_hivit_base', 'mae_hivit_large', 'mae_hivit_small', 'mae_hivit_tiny',

@@ -65,6 +65,11 @@ PARAMETERS = {
   'detect_hivit_small': 58_544_720,
   'detect_hivit_base': 87_370_608,
   'detect_hivit_large': 311_355_824,
+  'detect_vit_base': 110_214_832,
+  'detect_vit_large': 329_962_480,
+  'detect_swin_tiny': 49_108_394,
+  'detect_swin_small': 70_426_298,
+  'detect_swin_base': 108_455_592,
   # For crops of 224 pixels, with the running statistics.
   'segment_hivit_tiny': 129_532_072,
   'segment_hivit_small': 147_876_868,

@@ -25,6 +25,8 @@ from tests.helpers import (
   golden_params,
   load_golden,
   quick_jit,
+  random_images,
+  random_model,
   torch_gradients,
 )
 
@@ -153,7 +155,9 @@ def test_the_proposal_head_its_losses_and_gradients_equal_the_official_ones(head
 
 def test_the_box_head_its_losses_gradients_and_statistics_equal_the_official_ones(heads):
   _, arrays = heads
-  part = Part(lambda: BoxHead(8, 16, 5, size=7, rngs=nnx.Rngs(0), **OPTIONS), arrays, 'bbox_head.')
+  part = Part(
+    lambda: BoxHead(8, 16, 5, size=7, boxes=5, rngs=nnx.Rngs(0), **OPTIONS), arrays, 'bbox_head.'
+  )
   features = last(arrays['box/feats'])
   rois = arrays['box/rois'][:, 1:].astype(np.float64)
   labels, targets = arrays['box/labels'], arrays['box/targets'].astype(np.float64)
@@ -226,6 +230,17 @@ def test_parameters_have_the_names_and_shapes_of_mmdetection():
   assert sum(map(math.prod, found.values())) - statistics == 87_368_560
 
 
+def test_a_cascade_has_three_box_heads_with_one_box_for_all_classes():
+  sizes = []
+  for cascade in (False, True):
+    _, abstract = abstract_model('detect_hivit_base', cascade=cascade)
+    head = abstract['roi_head']['bbox_head']
+    sizes.append(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(head)))
+  # 80 boxes, or 1, from 1024 features and a bias; 2048 running statistics are counted, too.
+  assert sizes[0] == 15_618_449 + 2048
+  assert sizes[1] == 3 * (sizes[0] - 4 * 79 * 1025)
+
+
 def test_suppression_of_all_classes_equals_the_official_one():
   _, arrays = load_golden('detection_boxes.npz')
   r = len(arrays['multiclass/scores'])
@@ -288,8 +303,38 @@ def test_detections_of_an_image_equal_the_official_ones_stage_by_stage():
     assert unclear.sum() < 5
 
 
+def test_swin_makes_maps_of_all_strides():
+  graphdef, params = abstract_model('detect_swin_tiny', image_size=(64, 128), window_size=2)
+  images = jax.ShapeDtypeStruct((2, 64, 128, 3), 'float32')
+  maps = jax.eval_shape(lambda params, x: nnx.merge(graphdef, params).pyramid(x), params, images)
+  assert [x.shape[1:] for x in maps] == [(-(-64 // s), 128 // s, 256) for s in anchors.STRIDES]
+
+
+def test_vit_makes_maps_of_all_strides_from_its_own_part_of_a_canvas():
+  options = {key: DETECTOR[key] for key in DETECTOR if key != 'depths'} | {'depth': 2}
+  graphdef, params = random_model('detect_vit_base', **options, dtype='float64')
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  images = random_images(2, 96, 128, 3).astype(np.float64)
+  images[1, 64:] = images[1, :, 96:] = 0
+  canvases = np.array([[96, 128], [64, 96]], np.int32)
+
+  @quick_jit
+  def run(params, images, canvases):
+    return nnx.merge(graphdef, params).pyramid(images, canvases)
+
+  with jax.enable_x64(True):
+    maps = run(params, images, canvases)
+    alone = run(params, images[1:, :64, :96], None)
+  for stride, x, expected in zip(anchors.STRIDES, maps, alone, strict=True):
+    assert x.shape == (2, -(-96 // stride), 128 // stride, 8)
+    rows, columns = expected.shape[1:3]
+    assert_close(x[1, :rows, :columns], expected[0], name=f'stride {stride}')
+
+
 def test_mistakes_in_settings_are_named():
   with pytest.raises(UserError, match='num_classes must be at least 1, got 0'):
     hivit_jax.create_model('detect_hivit_tiny', **DETECTOR | {'num_classes': 0})
+  with pytest.raises(UserError, match='anchor_scale must be more than 0, got -1'):
+    hivit_jax.create_model('detect_hivit_tiny', **DETECTOR | {'anchor_scale': -1})
   with pytest.raises(UserError, match='detections and candidates must be at least 1'):
     hivit_jax.create_model('detect_hivit_tiny', **DETECTOR | {'detections': 0})

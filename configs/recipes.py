@@ -173,7 +173,7 @@ def segment(model: str, variant: str | None = None) -> ml_collections.ConfigDict
 
   Args:
     model: a HiViT, such as hivit_base.
-    variant: '512', 'debug' or None.
+    variant: '512', 'linear', 'debug' or None.
   """
   config = base.get_config()
   config.task = 'segment'
@@ -192,13 +192,31 @@ def segment(model: str, variant: str | None = None) -> ml_collections.ConfigDict
     config.steps = 160_000
     config.segment.update(scale=(2048, 512), stride=(341, 341))
     config.optim.update(lr=5e-4, warmup_start_lr=5e-10, warmup_steps=1500)
+  elif variant == 'linear':
+    _linear_segmenter(config, model)
   elif variant and variant != 'debug':
-    raise UserError(f'unknown variant ":{variant}"; known: 512 (pixels of a crop), debug')
+    raise UserError(f'unknown variant ":{variant}"; known: 512 (pixels of a crop), linear, debug')
   config.checkpoint.keep_every_epochs = 0.0
   config.evaluation.update(every_epochs=12.5, batch_size=16)  # about 8000 steps of 32
   config.knn.every_epochs = 0.0
   config.pictures.every_epochs = 12.5
   return debug(config) if variant == 'debug' else config
+
+
+def _linear_segmenter(config: ml_collections.ConfigDict, model: str) -> None:
+  """A linear classifier of the pixels on what `mae_*.py` left, with the numbers of DINOv2's.
+
+  They are in the configs that arXiv 2304.07193 published; there, the last map alone is used.
+  """
+  config.task = 'segment_linear'
+  config.init = f'workdirs/mae_{_short(model)}'
+  config.model.update(drop_path_rate=0.0, linear_levels=(1, 2, 3))
+  config.image_size = (512, 512)
+  config.batch_size = 16
+  config.steps = 40_000
+  config.segment.update(scale=(2048, 512), stride=(341, 341))
+  config.optim.update(lr=1e-3, warmup_start_lr=1e-9, warmup_steps=1500, weight_decay=1e-4)
+  config.optim.layer_decay = None
 
 
 def linear(model: str, variant: str | None = None) -> ml_collections.ConfigDict:

@@ -65,6 +65,42 @@ def test_running_statistics_move_and_have_no_optimizer(trained):
   assert "'bn']['var']" not in text
 
 
+def test_a_linear_classifier_leaves_the_encoder_alone(runs, trained, tmp_path):
+  """It starts from the encoder of another segmenter, and its checkpoint brings its levels along."""
+  settings = {'task': 'segment_linear', 'model__linear_levels': '(1,3)', 'init': trained}
+  done = runs.finish(_command(tmp_path / 'run', **settings))
+  assert done.returncode == 0, done.stderr
+  before, after = (load_params(workdir).state for workdir in (trained, tmp_path / 'run'))
+  jax.tree.map(np.testing.assert_array_equal, after['backbone'], before['backbone'])
+  head = after['decode_head']
+  assert set(head) == {'norm1', 'norm3', 'conv_seg'}
+  assert head['conv_seg']['kernel'].shape == (1, 1, 8 + 32, 16)
+  assert np.abs(head['norm3']['mean']).max() > 0
+  moments = load_params(tmp_path / 'run', key='opt_state').state
+  assert len(jax.tree.leaves(moments)) == 2 * 2 + 1  # of a kernel and a bias, and their count
+  last = metrics(tmp_path / 'run')[-1]
+  command = _command(tmp_path / 'run', '--mode=evaluate', config='configs/evaluate.py')
+  done = runs.finish(command)
+  assert done.returncode == 0, done.stderr
+  own = {f'eval/{name}': last[f'eval/{name}'] for name in MEASURED}
+  assert json.loads(done.stdout.splitlines()[-1]) == own
+
+
+def test_neighbours_segment_by_the_features_of_pretraining(runs, tmp_path):
+  scenes = {'data__name': 'photo_scenes', 'data__train_split': 'train[:32]'}
+  scenes |= {'data__eval_split': 'test[:8]', 'knn__every_epochs': 1, 'pictures__every_epochs': 0}
+  command = _command(tmp_path / 'run', config='configs/demo.py:debug', **scenes)
+  done = runs.finish(command)
+  assert done.returncode == 0, done.stderr
+  last = metrics(tmp_path / 'run')[-1]['eval/knn_miou']
+  assert last > 2 / 16**2  # a constant answer has about a sixteenth of a sixteenth
+  done = runs.finish(
+    _command(tmp_path / 'run', '--mode=evaluate', config='configs/evaluate.py:knn')
+  )
+  assert done.returncode == 0, done.stderr
+  assert json.loads(done.stdout.splitlines()[-1]) == {'eval/knn_miou': last}
+
+
 def test_any_devices_and_processes_measure_the_same(runs, trained):
   last = metrics(trained)[-1]
   own = {f'eval/{name}': last[f'eval/{name}'] for name in MEASURED}
@@ -89,6 +125,7 @@ def test_any_devices_and_processes_measure_the_same(runs, trained):
     ({'segment__stride': '99,99'}, 'stride=(99, 99): expected (rows, columns) from 1 to the crop'),
     ({'model__num_classes': 5}, 'config.model.num_classes=5, but photo_scenes (train[:32]) has 16'),
     ({'evaluation__more': 'd=test[:4]@digits'}, 'digits (test[:4]) has other classes (10) than'),
+    ({'model__linear_levels': '(3,5)'}, 'config.model.linear_levels=(3, 5): expected some of 1, 2'),
     ({'model__name': 'hivit_tiny'}, 'is not a segmenter, which config.task="segment" needs'),
   ],
 )

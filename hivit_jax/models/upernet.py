@@ -19,6 +19,7 @@ from hivit_jax.models.backbone import BackboneSettings, HiViTBackbone
 from hivit_jax.models.convolutions import ConvModule, PixelClassifier
 from hivit_jax.models.hivit import HiViTSettings
 from hivit_jax.ops.choice import FAST, Ops
+from hivit_jax.ops.modules import batch_norm
 
 POOL_SCALES = (1, 2, 3, 6)  # cells a side of the pooling pyramid
 _AUXILIARY_LEVEL = 3
@@ -36,6 +37,8 @@ class SegmenterSettings(HiViTSettings):
     num_classes: of a pixel.
     head_channels: of UPerNet; it takes most of the computation at the published 1024.
     auxiliary_channels: of the second head; 0: there is none.
+    linear_levels: levels of the encoder, from 1, finest, to 4, that a linear classifier of pixels
+      takes instead of UPerNet, which there is not then, nor a second head.
     dropout_rate: share of the channels that training drops before the classifiers.
   """
 
@@ -43,10 +46,13 @@ class SegmenterSettings(HiViTSettings):
   num_classes: int = 150
   head_channels: int = 1024
   auxiliary_channels: int = 256
+  linear_levels: tuple[int, ...] = ()
   dropout_rate: float = 0.1
 
   def __post_init__(self):
     super().__post_init__()
+    if len({*self.linear_levels} & {1, 2, 3, 4}) != len(self.linear_levels):
+      raise UserError(f'linear_levels={self.linear_levels}: expected some of 1, 2, 3, 4, each once')
     if self.num_classes < 2:
       raise UserError(f'num_classes must be 2 or more, got {self.num_classes}')
     if self.head_channels < 1 or self.auxiliary_channels < 0:
@@ -171,8 +177,50 @@ class FCNHead(nnx.Module):
     return self.conv_seg(self.convs[0](x, train=train), dropout_noise)
 
 
+class LinearHead(nnx.Module):
+  """BatchNorm without scale and bias, then a linear classifier, on some of the maps.
+
+  For pixels what MAE's linear probe (arXiv 2111.06377, appendix A) is for images. The classifier is
+  one of the channels of all maps; its share of a map is computed before the map is enlarged.
+
+  Args:
+    inputs: channels of all maps, finest first.
+    levels: maps that are used, counted from 1.
+    classes: of a pixel.
+  """
+
+  ops: Ops = FAST
+
+  def __init__(
+    self, inputs: Sequence[int], levels: Sequence[int], classes: int, *, rngs: nnx.Rngs, dtype: Any
+  ):
+    self.levels = tuple(sorted(levels))
+    widths = [inputs[level - 1] for level in self.levels]
+    for level, width in zip(self.levels, widths, strict=True):
+      setattr(self, f'norm{level}', batch_norm(width, rngs=rngs))
+    self.conv_seg = PixelClassifier(sum(widths), classes, rate=0.0, rngs=rngs, dtype=dtype)
+
+  def __call__(
+    self, maps: Sequence[jax.Array], dropout_noise: jax.Array | None = None, *, train: bool
+  ) -> jax.Array:
+    """Logits at the resolution of the finest map; arguments as for `UPerHead`, but no dropout."""
+    del dropout_noise
+    kernel, logits, start = self.conv_seg.kernel[...][0, 0], self.conv_seg.bias[...], 0
+    for level in self.levels:
+      x = getattr(self, f'norm{level}')(maps[level - 1], use_running_average=not train)
+      x = x.astype(self.conv_seg.dtype)
+      own = kernel[start : start + x.shape[-1]]
+      start += x.shape[-1]
+      part = self.ops.linear(x.reshape(-1, x.shape[-1]), own, None).reshape(*x.shape[:-1], -1)
+      logits = logits + resize.bilinear(part, maps[0].shape[1:3])
+    return logits
+
+
 class Segmenter(nnx.Module):
-  """HiViT with UPerNet: (B, H, W, channels) images -> (B, H/4, W/4, classes) logits."""
+  """HiViT with UPerNet or a linear classifier.
+
+  (B, H, W, channels) images -> (B, H/4, W/4, classes) logits.
+  """
 
   def __init__(self, settings: SegmenterSettings, *, rngs: nnx.Rngs):
     self.settings = settings
@@ -182,6 +230,11 @@ class Segmenter(nnx.Module):
     inputs = [info.channels for info in self.backbone.feature_info]
     options = {'rate': settings.dropout_rate, 'rngs': rngs, 'dtype': settings.dtype}
     classes = settings.num_classes
+    self.auxiliary_head = None
+    if settings.linear_levels:
+      options = {'rngs': rngs, 'dtype': settings.dtype}
+      self.decode_head = LinearHead(inputs, settings.linear_levels, classes, **options)
+      return
     self.decode_head = UPerHead(inputs, settings.head_channels, classes, **options)
     width, channels = inputs[_AUXILIARY_LEVEL - 1], settings.auxiliary_channels
     self.auxiliary_head = FCNHead(width, channels, classes, **options) if channels else None

@@ -65,14 +65,26 @@ class MAETask(ImageTask):
     return out.loss * (len(batch['image']) / batch['count']), {}
 
   def evaluators(self, context: Context) -> list[Evaluator]:
-    """k-NN accuracy of the features, and pictures of reconstructions."""
+    """k-NN accuracy or segmentation by the features, and pictures of reconstructions."""
     return [
-      *knn.evaluators(context, self.features),
+      *knn.evaluators(context, self.features, self.unit_features),
       *reconstruction.evaluators(context, mean=self.mean, std=self.std),
     ]
 
   def features(self, model: Model, images: jax.Array) -> jax.Array:
-    """Pooled features of whole images, for k-NN classification.
+    """Features of whole images, for k-NN classification: the mean of those of the units.
+
+    Args:
+      model: the autoencoder.
+      images: (B, H, W, C) uint8.
+
+    Returns:
+      (B, C/4 + C/2 + C) float32.
+    """
+    return self.unit_features(model, images).mean(axis=(1, 2))
+
+  def unit_features(self, model: Model, images: jax.Array) -> jax.Array:
+    """Features of units, for k-NN segmentation.
 
     All three stages, as the decoder gets them ("hierarchical features"): every token is
     normalised, tokens are averaged, stages are concatenated. The last stage alone serves the
@@ -84,12 +96,11 @@ class MAETask(ImageTask):
       images: (B, H, W, C) uint8.
 
     Returns:
-      (B, C/4 + C/2 + C) float32.
+      (B, rows, columns, C/4 + C/2 + C) float32.
     """
-    stages = model.stages(normalize(images, self.mean, self.std))
-    pooled = []
-    for tokens in stages:  # (B, ..., c); of HiViT (B, N, cells, c) twice, then (B, N, C)
+    found = []
+    for tokens in model.unit_tokens(normalize(images, self.mean, self.std)):
       tokens = tokens.astype(jnp.float32)
       tokens = (tokens - tokens.mean(-1, keepdims=True)) / (tokens.std(-1, keepdims=True) + 1e-6)
-      pooled.append(tokens.mean(axis=tuple(range(1, tokens.ndim - 1))))
-    return jnp.concatenate(pooled, axis=-1)
+      found.append(tokens.mean(axis=3))
+    return jnp.concatenate(found, axis=-1)

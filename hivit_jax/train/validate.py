@@ -137,7 +137,7 @@ _OPTIONAL = (
   'model.fpn_depth model.num_classes model.head_std '
   'model.head_batch_norm model.decoder_embed_dim model.decoder_depth model.decoder_num_heads '
   'model.mask_ratio model.norm_pix_loss model.target model.hifeat model.scan '
-  'model.position_image_size model.head_channels model.auxiliary_channels model.dropout_rate '
+  'model.position_image_size model.head_channels model.auxiliary_channels model.linear_levels model.dropout_rate '
   'model.global_blocks model.neck_channels model.hidden model.nms_pre model.proposals '
   'model.detections model.candidates model.score_threshold '
   'init data.data_dir data.eval_crop augment.rand_augment augment.mix_group optim.lr optim.end_lr '

@@ -257,10 +257,10 @@ def test_pixels_that_do_not_count_and_units_without_any():
 
 def test_label_maps_of_other_classes():
   scenes = [_scene([0, 1, 2, 2]), _scene([1, 1, 2, 2])]
+  context = types.SimpleNamespace(
+    every=lambda section: 1,
+    train_source=_Scenes(scenes),
+    sets={'eval': _Scenes([scenes[0] | {'label': 0}])},
+  )
   with pytest.raises(UserError, match='has no label maps of the classes of scenes'):
-    context = types.SimpleNamespace(
-      every=lambda section: 1,
-      train_source=_Scenes(scenes),
-      sets={'eval': _Scenes([scenes[0] | {'label': 0}])},
-    )
     knn.evaluators(context, None, None)

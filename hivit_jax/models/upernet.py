@@ -228,16 +228,15 @@ class Segmenter(nnx.Module):
     self.num_classes = settings.num_classes
     self.backbone = HiViTBackbone(settings.backbone, rngs=rngs)
     inputs = [info.channels for info in self.backbone.feature_info]
-    options = {'rate': settings.dropout_rate, 'rngs': rngs, 'dtype': settings.dtype}
-    classes = settings.num_classes
-    self.auxiliary_head = None
-    if settings.linear_levels:
-      options = {'rngs': rngs, 'dtype': settings.dtype}
-      self.decode_head = LinearHead(inputs, settings.linear_levels, classes, **options)
-      return
-    self.decode_head = UPerHead(inputs, settings.head_channels, classes, **options)
-    width, channels = inputs[_AUXILIARY_LEVEL - 1], settings.auxiliary_channels
-    self.auxiliary_head = FCNHead(width, channels, classes, **options) if channels else None
+    options = {'rngs': rngs, 'dtype': settings.dtype}
+    classes, levels, rate = settings.num_classes, settings.linear_levels, settings.dropout_rate
+    if levels:
+      self.decode_head = LinearHead(inputs, levels, classes, **options)
+    else:
+      self.decode_head = UPerHead(inputs, settings.head_channels, classes, rate=rate, **options)
+    width, channels = inputs[_AUXILIARY_LEVEL - 1], 0 if levels else settings.auxiliary_channels
+    auxiliary = FCNHead(width, channels, classes, rate=rate, **options) if channels else None
+    self.auxiliary_head = auxiliary
 
   @property
   def drop_path_rates(self) -> tuple[float, ...]:

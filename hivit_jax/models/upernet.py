@@ -234,9 +234,8 @@ class Segmenter(nnx.Module):
       self.decode_head = LinearHead(inputs, levels, classes, **options)
     else:
       self.decode_head = UPerHead(inputs, settings.head_channels, classes, rate=rate, **options)
-    width, channels = inputs[_AUXILIARY_LEVEL - 1], 0 if levels else settings.auxiliary_channels
-    auxiliary = FCNHead(width, channels, classes, rate=rate, **options) if channels else None
-    self.auxiliary_head = auxiliary
+    width, second = inputs[_AUXILIARY_LEVEL - 1], 0 if levels else settings.auxiliary_channels
+    self.auxiliary_head = FCNHead(width, second, classes, rate=rate, **options) if second else None
 
   @property
   def drop_path_rates(self) -> tuple[float, ...]:

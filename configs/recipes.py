@@ -169,7 +169,8 @@ def segment(model: str, variant: str | None = None) -> ml_collections.ConfigDict
 
   The numbers are those of the published HiViT-B: crops of 640, 80 000 steps of 32 images. With 512,
   twice as many steps of half as many images, as in the other recipes of mmsegmentation; HiViT was
-  not published so, and its rate is halved with the batch.
+  not published so, and its rate is halved with the batch. `linear` has the optimizer of DINOv2's
+  linear segmentation (arXiv 2304.07193), and MAE's weights.
 
   Args:
     model: a HiViT, such as hivit_base.
@@ -187,13 +188,13 @@ def segment(model: str, variant: str | None = None) -> ml_collections.ConfigDict
   config.optim.update(lr=1e-3, warmup_start_lr=1e-9, warmup_steps=750, schedule='poly', b2=0.999)
   config.optim.layer_decay = 0.75
   if variant == '512':
-    config.image_size = (512, 512)
-    config.batch_size = 16
-    config.steps = 160_000
-    config.segment.update(scale=(2048, 512), stride=(341, 341))
-    config.optim.update(lr=5e-4, warmup_start_lr=5e-10, warmup_steps=1500)
+    _crops_of_512(config, steps=160_000, lr=5e-4)
   elif variant == 'linear':
-    _linear_segmenter(config, model)
+    config.task = 'segment_linear'
+    config.init = f'workdirs/mae_{_short(model)}'
+    config.model.update(drop_path_rate=0.0, linear_levels=(1, 2, 3))
+    _crops_of_512(config, steps=40_000, lr=1e-3)
+    config.optim.update(weight_decay=1e-4, layer_decay=None)
   elif variant and variant != 'debug':
     raise UserError(f'unknown variant ":{variant}"; known: 512 (pixels of a crop), linear, debug')
   config.checkpoint.keep_every_epochs = 0.0
@@ -203,20 +204,12 @@ def segment(model: str, variant: str | None = None) -> ml_collections.ConfigDict
   return debug(config) if variant == 'debug' else config
 
 
-def _linear_segmenter(config: ml_collections.ConfigDict, model: str) -> None:
-  """A linear classifier of the pixels on what `mae_*.py` left, with the numbers of DINOv2's.
-
-  They are in the configs that arXiv 2304.07193 published; there, the last map alone is used.
-  """
-  config.task = 'segment_linear'
-  config.init = f'workdirs/mae_{_short(model)}'
-  config.model.update(drop_path_rate=0.0, linear_levels=(1, 2, 3))
+def _crops_of_512(config: ml_collections.ConfigDict, *, steps: int, lr: float) -> None:
   config.image_size = (512, 512)
   config.batch_size = 16
-  config.steps = 40_000
+  config.steps = steps
   config.segment.update(scale=(2048, 512), stride=(341, 341))
-  config.optim.update(lr=1e-3, warmup_start_lr=1e-9, warmup_steps=1500, weight_decay=1e-4)
-  config.optim.layer_decay = None
+  config.optim.update(lr=lr, warmup_start_lr=1e-6 * lr, warmup_steps=1500)
 
 
 def linear(model: str, variant: str | None = None) -> ml_collections.ConfigDict:

@@ -1,6 +1,8 @@
 """Segmentation from the command line: it trains, resumes, and is measured alike by all devices."""
 
 import json
+import random
+import signal
 import sys
 
 import jax
@@ -8,9 +10,12 @@ import numpy as np
 import pytest
 
 from hivit_jax.train.checkpoint import load_params
-from tests.runs import metrics, on_devices
+from tests.runs import last_step, metrics, on_devices
+from tests.test_runs import stop_while
 
 CONFIG = 'configs/segment_hivit_t.py:debug'
+STEPS = 16
+LONG = {'max_steps': STEPS, 'epochs': STEPS / 2, 'ema_decay': 0.5, 'checkpoint__every_epochs': 1.0}
 MEASURED = ('miou', 'macc', 'aacc')
 
 
@@ -25,7 +30,7 @@ def _command(workdir, *arguments: str, config: str = CONFIG, **settings) -> list
 def trained(runs, tmp_path_factory):
   """The workdir of a finished run."""
   workdir = tmp_path_factory.mktemp('segment') / 'run'
-  done = runs.finish(_command(workdir, ema_decay=0.5))
+  done = runs.finish(_command(workdir, **LONG))
   assert done.returncode == 0, done.stderr
   return workdir
 
@@ -35,23 +40,33 @@ def test_it_leaves_metrics_tables_and_pictures(trained):
   for name in MEASURED:
     assert 0 <= last[f'eval/{name}'] <= 1
     assert last[f'eval/ema_{name}'] >= 0
-  found = json.loads((trained / 'eval_classes' / 'step_00000002.json').read_text())
+  found = json.loads((trained / 'eval_classes' / f'step_{STEPS:08}.json').read_text())
   assert found['miou'] == last['eval/miou']
   assert len(found['classes']) == 16
   assert sum(row['share'] for row in found['classes']) == pytest.approx(1, abs=1e-3)
-  table = (trained / 'eval_classes' / 'step_00000002.txt').read_text()
+  table = (trained / 'eval_classes' / f'step_{STEPS:08}.txt').read_text()
   assert table.splitlines()[-1].startswith(f'mIoU {100 * last["eval/miou"]:.2f}')
   for name in ('segmentations', 'eval_confusion'):
-    assert (trained / name / 'step_00000002.png').exists()
+    assert (trained / name / f'step_{STEPS:08}.png').exists()
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(runs, trained, tmp_path):
-  for steps in (1, 2):
-    done = runs.finish(_command(tmp_path / 'run', max_steps=steps, ema_decay=0.5))
-    assert done.returncode == 0, done.stderr
-  assert metrics(tmp_path / 'run')[-1] == metrics(trained)[-1]
+def test_killed_in_a_save_and_in_a_step_it_ends_with_the_same_bits(runs, trained, tmp_path):
+  workdir = tmp_path / 'run'
+  command = _command(workdir, **LONG)
+  saving = lambda: any((workdir / 'checkpoints').glob('*.writing*'))  # noqa: E731
+  for step in (0, 5):
+    with runs.start(command) as process:
+      process.wait_until(lambda: last_step(workdir) >= step, f'step {step}')  # noqa: B023
+      if not step:
+        stop_while(process, saving, random.Random())
+      process.send(signal.SIGKILL)
+      assert process.wait() == -signal.SIGKILL
+  done = runs.finish(command)
+  assert done.returncode == 0, done.stderr
+  assert 'resuming at step' in done.stderr
+  assert metrics(workdir) == metrics(trained)
   for key in ('params', 'ema', 'opt_state'):
-    one, two = (load_params(w, key=key).state for w in (tmp_path / 'run', trained))
+    one, two = (load_params(w, key=key).state for w in (workdir, trained))
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 

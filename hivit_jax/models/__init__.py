@@ -25,7 +25,12 @@ from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
 from hivit_jax.models.mask_rcnn import MaskRCNN, MaskRCNNSettings
 from hivit_jax.models.simmim import SimMIM, SimMIMSettings
 from hivit_jax.models.swin import Swin, SwinClassifierSettings
-from hivit_jax.models.upernet import Segmenter, SegmenterSettings
+from hivit_jax.models.upernet import (
+  Segmenter,
+  SegmenterSettings,
+  SwinSegmenterSettings,
+  ViTSegmenterSettings,
+)
 from hivit_jax.models.vit import ViT, ViTClassifierSettings, ViTMAESettings, ViTMaskedAutoencoder
 from hivit_jax.ops.choice import choose
 
@@ -98,6 +103,8 @@ _FAMILIES: tuple[tuple[str, type[nnx.Module], type[Settings], _Sizes], ...] = (
   ('mae_vit', ViTMaskedAutoencoder, ViTMAESettings, _VIT),
   ('swin', Swin, SwinClassifierSettings, _SWIN),
   ('swin_base', Swin, SwinClassifierSettings, _LADDER),
+  ('segment_vit', Segmenter, ViTSegmenterSettings, _VIT),
+  ('segment_swin', Segmenter, SwinSegmenterSettings, _SWIN),
   ('simmim_swin', SimMIM, SimMIMSettings, _SWIN),
 )
 

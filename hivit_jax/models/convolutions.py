@@ -99,6 +99,27 @@ class ConvModule(nnx.Module):
     return nnx.relu(self.bn(x, train=train))
 
 
+class Upsample(nnx.Module):
+  """Transposed convolution whose stride is its size, 2: a product.
+
+  The kernel is (2, 2, outputs, inputs): reordered like that of a convolution it has PyTorch's
+  layout of a transposed one, (inputs, outputs, 2, 2).
+  """
+
+  def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: Any):
+    self.dtype = dtype
+    init = initializers.normal(math.sqrt(2 / (4 * channels)))  # Kaiming, of the outputs
+    self.kernel = nnx.Param(init(rngs.params(), (2, 2, channels, channels)))
+    self.bias = nnx.Param(jnp.zeros(channels))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """(R, h, w, C) -> (R, 2 * h, 2 * w, C)."""
+    r, h, w, _ = x.shape
+    kernel = self.kernel[...].astype(self.dtype)
+    out = jnp.einsum('rhwi,aboi->rhawbo', x.astype(self.dtype), kernel)
+    return out.reshape(r, 2 * h, 2 * w, -1) + self.bias[...].astype(self.dtype)
+
+
 class PixelClassifier(nnx.Module):
   """Dropout of whole channels, then logits for each place, in at least float32."""
 

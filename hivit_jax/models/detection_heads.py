@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.detection.anchors import RATIOS
-from hivit_jax.models.convolutions import BatchNorm
+from hivit_jax.models.convolutions import BatchNorm, Upsample
 from hivit_jax.ops import initializers
 from hivit_jax.ops.modules import Linear
 from hivit_jax.ops.precision import at_least_float32
@@ -194,27 +194,6 @@ class BoxHead(nnx.Module):
     return self.fc_cls(x), self.fc_reg(x).reshape(len(x), -1, 4)
 
 
-class _Upsample(nnx.Module):
-  """Transposed convolution whose stride is its size, 2: a product.
-
-  The kernel is (2, 2, outputs, inputs): reordered like that of a convolution it has PyTorch's
-  layout of a transposed one, (inputs, outputs, 2, 2).
-  """
-
-  def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: Any):
-    self.dtype = dtype
-    init = _kaiming(2, channels)
-    self.kernel = nnx.Param(init(rngs.params(), (2, 2, channels, channels)))
-    self.bias = nnx.Param(jnp.zeros(channels))
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """(R, h, w, C) -> (R, 2 * h, 2 * w, C)."""
-    r, h, w, _ = x.shape
-    kernel = self.kernel[...].astype(self.dtype)
-    out = jnp.einsum('rhwi,aboi->rhawbo', x.astype(self.dtype), kernel)
-    return out.reshape(r, 2 * h, 2 * w, -1) + self.bias[...].astype(self.dtype)
-
-
 class MaskHead(nnx.Module):
   """Mask of a RoI's class: four convolutions, one twice as fine, logits."""
 
@@ -223,7 +202,7 @@ class MaskHead(nnx.Module):
     self.convs = nnx.List(
       _Named(Conv(3, channels, channels, init=_kaiming(3, channels), **options)) for _ in range(4)
     )
-    self.upsample = _Upsample(channels, **options)
+    self.upsample = Upsample(channels, **options)
     self.conv_logits = Conv(
       1, channels, classes, init=_kaiming(1, classes), rngs=rngs, dtype=at_least_float32(dtype)
     )

@@ -131,6 +131,6 @@ def confusion(matrix: np.ndarray, names: Sequence[str]) -> Image.Image:
       above = Image.new('RGB', (longest, 15), 'white')
       ImageDraw.Draw(above).text((0, 0), name, 'black', font)
       canvas.paste(
-        above.rotate(90, expand=True), (left + i * cell + (cell - 15) // 2, top - longest)
+        above.rotate(90, expand=True), (left + i * cell + (cell - 15) // 2, top - longest - 4)
       )
   return canvas

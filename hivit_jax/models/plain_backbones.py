@@ -72,7 +72,7 @@ class Neck(nnx.Module):
   def __init__(self, channels: int, *, rngs: nnx.Rngs, dtype: Any):
     options = {'rngs': rngs, 'dtype': dtype}
     first, second = Upsample(channels, **options), Upsample(channels, **options)
-    self.upsample_4x = nnx.List([first, BatchNorm(channels), second])
+    self.upsample_4x: Any = nnx.List([first, BatchNorm(channels), second])
     self.upsample_2x = nnx.List([Upsample(channels, **options)])
 
   def __call__(self, maps: Sequence[jax.Array], *, train: bool) -> tuple[jax.Array, ...]:

@@ -87,7 +87,8 @@ class SegmenterSettings(HeadsSettings, HiViTSettings):
   @property
   def backbone(self) -> BackboneSettings:
     """Settings of the encoder."""
-    shared = self._shared(HiViTSettings) | {'image_size': self.position_image_size}
+    shared = self._shared(HiViTSettings)
+    shared['image_size'] = self.position_image_size
     return BackboneSettings(**shared, bias_image_size=self.image_size)
 
   def make_encoder(self, rngs: nnx.Rngs) -> HiViTBackbone:

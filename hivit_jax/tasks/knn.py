@@ -105,8 +105,9 @@ def _of_units(context: Context, features: Callable[[Any, jax.Array], jax.Array])
 
   def describe(model, batch):
     found = features(model, batch['image'])  # (B, rows, columns, D)
-    pixels = pixels_of_units(batch['segmentation'], found.shape[1:3], count)
-    return found.reshape(len(found), -1, found.shape[-1]), pixels
+    b, rows, columns, width = found.shape
+    pixels = pixels_of_units(batch['segmentation'], (rows, columns), count)
+    return found.reshape(b, rows * columns, width), pixels
 
   def score(pixels: np.ndarray, predicted: np.ndarray) -> Metrics:
     confusion = np.stack([pixels[predicted == i].sum(axis=0) for i in range(count)], axis=1)

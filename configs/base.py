@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.num_heads = config_dict.placeholder(int)  # of every attention
   config.model.stem_blocks = config_dict.placeholder(tuple)  # MLPs of the first two stages (iTPN)
   config.model.rpe = config_dict.placeholder(bool)  # relative position bias
-  config.model.layer_scale = config_dict.placeholder(float)  # initial (iTPN-CLIP, Fast-iTPN)
+  config.model.layer_scale = config_dict.placeholder(float)  # initial (as in iTPN-CLIP); 0: none
   config.model.fpn_dim = config_dict.placeholder(int)  # channels of iTPN's pyramid
   config.model.fpn_depth = config_dict.placeholder(int)  # its blocks
   config.model.drop_path_rate = 0.0  # of the last block; rises linearly from 0
@@ -168,6 +168,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint.keep_best = config_dict.placeholder(str)  # None: no best is kept
 
   config.log_every_steps = 50  # steps between rows of metrics, which are means since the last row
+  # Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, or package.module:Name.
+  config.trackers = ('tensorboard',)
 
   config.evaluation = ml_collections.ConfigDict()  # of classifiers on the evaluation set
   config.evaluation.every_epochs = 1.0  # 0: never

@@ -38,14 +38,13 @@ def get_config(variant: str | None = None):
     return recipes.debug(config)
   if variant:
     raise UserError(f'unknown variant ":{variant}"; known: {_VARIANTS}')
-  config.epochs = 20.0
+  config.epochs = 8.0
   config.model.update(decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4)
-  # Of 16 units, 4 would be left at the usual 0.75.
-  config.model.update(mask_ratio=0.6, norm_pix_loss=True, hifeat=True)
+  config.model.update(mask_ratio=0.75, norm_pix_loss=True, hifeat=True)
   config.optim.update(lr=1e-3, warmup_epochs=1.0)
-  config.checkpoint.every_epochs = 4.0
-  config.knn.update(every_epochs=4.0, bank_size=0)
-  config.pictures.every_epochs = 4.0
+  config.checkpoint.every_epochs = 2.0
+  config.knn.update(every_epochs=2.0, bank_size=0)
+  config.pictures.every_epochs = 2.0
   return config
 
 
@@ -53,7 +52,7 @@ def _small(config):
   """Data and model that the variants share."""
   config.data.update(name='photo_tiles', eval_split='test')
   config.augment.crop_scale = (0.5, 1.0)
-  config.image_size = (64, 64)
+  config.image_size = (128, 128)  # tiles have 96, enlarged: more units, and as large as scenes
   config.batch_size = 32
   config.model.update(embed_dim=128, depths=(1, 1, 4), num_heads=4)
   config.checkpoint.keep_every_epochs = 0.0
@@ -65,11 +64,11 @@ def _few_labels(*, pretrained: bool):
   config = _small(recipes.classify('hivit_tiny', augment=False))
   config.data.train_split = 'train[:1%]'  # 51 tiles: about three of each photograph
   config.init = '/tmp/hivit_demo' if pretrained else None
-  config.epochs = 240.0
-  config.optim.update(lr=1e-3, warmup_epochs=20.0, layer_decay=0.9)
+  config.epochs = 100.0
+  config.optim.update(lr=1e-3, warmup_epochs=10.0, layer_decay=0.9)
   config.augment.label_smoothing = 0.1
   config.checkpoint.every_epochs = 0.0
-  config.evaluation.every_epochs = 40.0
+  config.evaluation.every_epochs = 20.0
   return config
 
 

@@ -52,10 +52,12 @@ CONFINED = {
   'grain': ('hivit_jax/data/',),
   'pycocotools': ('hivit_jax/data/coco.py',),
   'tensorboard': ('hivit_jax/reporting/tensorboard.py',),
+  'wandb': ('hivit_jax/reporting/trackers.py',),
+  'mlflow': ('hivit_jax/reporting/trackers.py',),
   'matplotlib': (
     'hivit_jax/tools/compare.py',
     'hivit_jax/tools/curves.py',
-    'hivit_jax/tools/contact_sheet.py',
+    'hivit_jax/tools/panels.py',
     'hivit_jax/tools/report_page.py',
   ),
   'optax': ('hivit_jax/train/',),
@@ -209,7 +211,7 @@ def test_every_import_is_declared_in_requirements_txt():
   lines = (ROOT / 'requirements.txt').read_text().splitlines()
   declared = {_normal(re.split('[<>=!~;[ ]', line)[0]) for line in lines if line[:1].isalnum()}
   distributions = importlib.metadata.packages_distributions()
-  optional = {'torch'}  # asked for by name where it is needed
+  optional = {'torch', 'wandb', 'mlflow'}  # asked for by name where they are needed
   known = set(sys.stdlib_module_names) | {'hivit_jax', 'configs'} | optional
   for file in OURS:
     for package in {i.split('.')[0] for i in imports(file)} - known:

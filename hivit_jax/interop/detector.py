@@ -6,11 +6,8 @@ Names as in `files.StateDict` lack the first prefix.
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 CLASSIFIER = 'roi_head.bbox_head.fc_cls.weight'  # by which a detector is recognised
-_HEADS = ('neck.', 'rpn_head.', 'roi_head.')
-_COUNTER = 'num_batches_tracked'
+HEADS = ('neck.', 'rpn_head.', 'roi_head.')
 GUESSED = ('window_size', 'global_blocks')
 
 
@@ -36,13 +33,3 @@ def arguments(
     'neck_channels': shape['neck.fpn_convs.0.conv.weight'][0],
     'hidden': hidden,
   }
-
-
-def official(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The names of mmdetection, and the counters of its BatchNorms, at zero."""
-  named = {}
-  for name, value in arrays.items():
-    named[name if name.startswith(_HEADS) else f'backbone.{name}'] = value
-    if name.endswith('.running_var'):
-      named[name.replace('running_var', _COUNTER)] = np.zeros((), np.int64)
-  return named

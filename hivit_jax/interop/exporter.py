@@ -121,9 +121,9 @@ def in_layout(
   else:
     arrays |= _indices(arrays, state, every_block=layout == 'mmpretrain')
   if layout == 'segmenter':
-    return segmenter.official(arrays)
+    return _openmmlab(arrays, segmenter.HEADS)
   if layout == 'detector':
-    return detector.official(arrays)
+    return _openmmlab(arrays, detector.HEADS)
   if layout == 'mmpretrain':
     return _mmpretrain(arrays)
   if layout == 'simmim':
@@ -136,11 +136,16 @@ def in_layout_described(
 ) -> Described:
   """The model of `arrays`, which `in_layout` made of a state dict of the model `described`."""
   arguments = dict(described.arguments)
+  if layout == 'backbone' and described.name.startswith('backbone_'):
+    return described
   if layout == 'backbone':
     kept = {key: arguments[key] for key in ('num_heads', 'image_size')}
     if 'position_image_size' in arguments:  # `image_size` is another one
       kept['image_size'] = arguments['position_image_size']
-    backbone = infer.describe(files.normal_names(arrays), state.source, **kept)
+    arrays = files.normal_names(arrays)
+    backbone = infer.describe(arrays, state.source, **kept)
+    if mismatch.has_pyramid(arrays):
+      backbone = infer.with_pyramid(backbone, arrays, state.source)
     guessed = tuple(key for key in described.guessed if key in kept)
     return backbone._replace(guessed=guessed)
   if arguments.get('head_batch_norm'):  # is part of the last layer now
@@ -210,6 +215,16 @@ def _swin_buffers(arrays: Mapping[str, np.ndarray], state: StateDict) -> dict[st
 
 def _index(grid: tuple[int, int]) -> np.ndarray:
   return np.asarray(relative_position.index(np.arange(grid[0] * grid[1]), grid), dtype=np.int64)
+
+
+def _openmmlab(arrays: Mapping[str, np.ndarray], heads: tuple[str, ...]) -> dict[str, np.ndarray]:
+  """The encoder's names as a backbone's, and the counters of BatchNorms, at zero."""
+  named = {}
+  for name, value in arrays.items():
+    named[name if name.startswith(heads) else f'backbone.{name}'] = value
+    if name.endswith('.running_var'):
+      named[name.replace('running_var', 'num_batches_tracked')] = np.zeros((), np.int64)
+  return named
 
 
 def _mmpretrain(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

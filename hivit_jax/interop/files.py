@@ -19,6 +19,9 @@ _WRAPPED = ('model', 'state_dict', 'module', 'net')  # DeepSpeed's is the third,
 _WRAPPED_EMA = ('model_ema', 'state_dict_ema', 'ema_state_dict')
 # `model.` is Lightning's, `encoder.body.` that of trackers.
 _PREFIXES = ('module.', 'backbone.', 'encoder.', 'body.', 'model.')
+# Trackers split HiViT's position embedding into that of the search region and pos_embed_z, that of
+# the template.
+_SEARCH = 'pos_embed_x'
 _METADATA_KEY = 'hivit_jax'
 
 # Names of other code -> the official ones. Only for files with HiViT's patch embedding.
@@ -132,6 +135,8 @@ def normal_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for pattern, replacement in _RENAMED:
       for name, short in names.items():
         names[name] = re.sub(f'^{pattern}$', replacement, short)
+  if _SEARCH in names.values() and 'absolute_pos_embed' not in names.values():
+    names = {k: 'absolute_pos_embed' if short == _SEARCH else short for k, short in names.items()}
   result: dict[str, np.ndarray] = {}
   for name, short in names.items():
     if short in result:

@@ -38,6 +38,7 @@ _IGNORED = (
     lambda shapes: 'search_token' in shapes,
     "a tracker's tokens",
   ),
+  ('pos_embed_[zx]', None, "a tracker's position embeddings"),
   (mismatch.PYRAMID, None, "the feature pyramid of iTPN's pretraining"),
   (
     r'norm\.(weight|bias)',

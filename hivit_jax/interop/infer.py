@@ -141,6 +141,14 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
   return Described(name, arguments | invisible | known, tuple(guessed))
 
 
+def with_pyramid(described: Described, arrays: Mapping[str, np.ndarray], source: str) -> Described:
+  """The backbone of iTPN that has the pyramid in `arrays` on top of a described encoder."""
+  told = shapes.pyramid({name: value.shape for name, value in arrays.items()})
+  accepted = defaults('backbone_itpn_base')
+  arguments = {k: v for k, v in (described.arguments | told).items() if k in accepted}
+  return described._replace(name=_name('backbone_itpn', arguments, source), arguments=arguments)
+
+
 def _name(family_name: str, arguments: Mapping[str, Any], source: str) -> str:
   """The registered model of the same width and, if possible, depth."""
 

@@ -44,13 +44,13 @@ def folded(state: StateDict) -> StateDict:
 
 
 def _without(metadata: Mapping) -> dict:
-  """Metadata whose model has no scales."""
+  """Metadata whose model has no scales; in a config, None would be the model's default."""
   result = dict(metadata)
   if 'model' in result:
     model = result['model']
-    arguments = {**model.get('arguments', {}), 'layer_scale': None}
+    arguments = {**model.get('arguments', {}), 'layer_scale': 0.0}
     result['model'] = {**model, 'arguments': arguments}
   elif 'config' in result:
     config = result['config']
-    result['config'] = {**config, 'model': {**config.get('model', {}), 'layer_scale': None}}
+    result['config'] = {**config, 'model': {**config.get('model', {}), 'layer_scale': 0.0}}
   return result

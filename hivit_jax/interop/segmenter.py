@@ -7,11 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 CLASSIFIER = 'decode_head.conv_seg.weight'  # by which a segmenter is recognised
-_HEADS = ('neck.', 'decode_head.', 'auxiliary_head.')
-_COUNTER = 'num_batches_tracked'
+HEADS = ('neck.', 'decode_head.', 'auxiliary_head.')
 
 
 def arguments(
@@ -38,13 +35,3 @@ def arguments(
     return found | {'linear_levels': tuple(levels)}
   second = shape.get('auxiliary_head.conv_seg.weight')
   return found | {'head_channels': channels, 'auxiliary_channels': second[1] if second else 0}
-
-
-def official(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The names of mmsegmentation, and the counters of its BatchNorms, at zero."""
-  named = {}
-  for name, value in arrays.items():
-    named[name if name.startswith(_HEADS) else f'backbone.{name}'] = value
-    if name.endswith('.running_var'):
-      named[name.replace('running_var', _COUNTER)] = np.zeros((), np.int64)
-  return named

@@ -27,11 +27,7 @@ from hivit_jax.ops.precision import widen
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FastITPNSettings(StagesSettings):
-  """Settings of Fast-iTPN's encoder.
-
-  Attributes:
-    layer_scale: what the scales of the transformer blocks' branches start as; None: there are none.
-  """
+  """Settings of Fast-iTPN's encoder."""
 
   mlp_ratio: float = 3.0
   layer_scale: float | None = 0.1

@@ -46,14 +46,18 @@ class StagesSettings(TokenSettings):
   Attributes:
     depths: blocks of the three stages: MLP blocks, MLP blocks, transformer blocks.
     stem_mlp_ratio: hidden width of the MLP blocks, as a multiple of their channels.
+    layer_scale: what scales of residual branches start as (LayerScale), those of all branches as in
+      iTPN-CLIP, in Fast-iTPN those of the transformer blocks; 0 or None: there are none.
   """
 
   depths: tuple[int, int, int]
   stem_mlp_ratio: float = 3.0
+  layer_scale: float | None = None
 
   def __post_init__(self):
     super().__post_init__()
     check_counts('depths', self.depths, 3)
+    object.__setattr__(self, 'layer_scale', self.layer_scale or None)
 
   @property
   def stem(self) -> tuple[int, int]:
@@ -75,13 +79,10 @@ class HiViTSettings(StagesSettings):
     stem_blocks: MLP blocks of the first two stages when `depths` does not say it, as in iTPN with
       its odd numbers.
     rpe: learn a relative position bias in every transformer block.
-    layer_scale: what scales of all residual branches start as (LayerScale), as in iTPN-CLIP; None:
-      there are none.
   """
 
   stem_blocks: tuple[int, int] | None = None
   rpe: bool = True
-  layer_scale: float | None = None
 
   def __post_init__(self):
     super().__post_init__()

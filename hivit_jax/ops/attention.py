@@ -39,14 +39,18 @@ def of_projection(
   return attend(q * d**-0.5, k, v, bias).swapaxes(-3, -2).reshape(*leading, n, c // 3)
 
 
-def plain(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-  """softmax(q k^T + bias) v; logits and softmax are at least float32."""
+def weights(q: jax.Array, k: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  """softmax(q k^T + bias), (..., heads, N, N), at least float32; every row adds to 1."""
   wide = at_least_float32(q.dtype)
   logits = jnp.einsum('...qd,...kd->...qk', q, k, preferred_element_type=wide)
   if bias is not None:
     logits = logits + bias
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  return jnp.einsum('...qk,...kd->...qd', weights, v)
+  return jax.nn.softmax(logits, axis=-1)
+
+
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  """`weights` times v, in the type of v."""
+  return jnp.einsum('...qk,...kd->...qd', weights(q, k, bias).astype(v.dtype), v)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:

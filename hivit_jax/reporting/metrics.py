@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object per line, and TensorBoard files."""
+"""Metrics of a run: one JSON object per line, and whatever trackers are asked for."""
 
 import json
 import logging
@@ -6,33 +6,30 @@ import math
 import numbers
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from hivit_jax.errors import UserError
+from hivit_jax.reporting import trackers
 from hivit_jax.reporting.files import WholeFile, replace
-from hivit_jax.reporting.tensorboard import EventFile
+from hivit_jax.reporting.writer import Writer
 
 _log = logging.getLogger(__name__)
 
 
-class Writer(Protocol):
-  """A place where metrics go. What is written is there when the call returns."""
-
-  def write(self, step: int, scalars: Mapping[str, int | float]) -> None:
-    """Writes numbers by name, NaN and infinities too."""
-
-  def write_image(self, step: int, tag: str, image: Any) -> None:
-    """Writes a picture, (H, W, C) uint8 with C one of 1, 3, 4; or ignores it."""
-
-  def close(self) -> None:
-    """Nothing is written any more."""
-
-
 class MetricWriter:
-  """Writes metrics to `metrics.jsonl` and to TensorBoard files under `tensorboard/`."""
+  """Writes metrics to `metrics.jsonl` and to trackers."""
 
-  def __init__(self, workdir: str | os.PathLike[str], *, start_step: int = 0, primary: bool = True):
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    start_step: int = 0,
+    primary: bool = True,
+    tracked_by: Sequence[str] = ('tensorboard',),
+    config: Mapping[str, Any] = MappingProxyType({}),
+  ):
     """Opens the files and takes back what an interrupted run had written after `start_step`.
 
     Args:
@@ -40,9 +37,11 @@ class MetricWriter:
       start_step: the step that the run goes on from. Later lines, and a line that was cut off, are
         dropped; TensorBoard is told to forget the later events.
       primary: whether this is process 0; the others write nothing.
+      tracked_by: names of trackers, as in `config.trackers`.
+      config: nested settings of the run, which trackers show.
 
     Raises:
-      UserError: the files cannot be written.
+      UserError: the files cannot be written, or a tracker cannot be opened.
     """
     self._writers: list[Writer] = []
     if not primary:
@@ -51,11 +50,16 @@ class MetricWriter:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
       self._writers.append(JsonLines(workdir / 'metrics.jsonl', start_step))
-      self._writers.append(EventFile(workdir / 'tensorboard', start_step))
+      for opened in trackers.opened(tracked_by, workdir, start_step, config):
+        self._writers.append(opened)
     except OSError as error:
+      self.close()
       raise UserError(
         f'cannot write metrics to {workdir}: {error.strerror}; choose another --workdir'
       ) from error
+    except UserError:
+      self.close()
+      raise
 
   def __enter__(self) -> 'MetricWriter':
     return self
@@ -81,7 +85,7 @@ class MetricWriter:
       writer.write(int(step), scalars)
 
   def write_image(self, step: int, tag: str, image: Any) -> None:
-    """Writes a picture to TensorBoard.
+    """Sends a picture to the trackers.
 
     Args:
       step: the step to which it belongs.

@@ -111,7 +111,9 @@ class ClassifyTask(ImageTask):
     every, accuracies = context.every('evaluation'), []
     if every is not None:
       accuracies = [
-        Evaluator(every, Summed(context, source, self.evaluate, _shares_of(source), name=name))
+        Evaluator(
+          every, Summed(context, source, self.evaluate, _shares_of(source, name), name=name)
+        )
         for name, source in context.class_sets.items()
       ]
     return [*accuracies, *knn.evaluators(context, self.features, self.unit_features)]
@@ -153,12 +155,12 @@ class ClassifyTask(ImageTask):
     return tokens.astype(jnp.float32).mean(axis=3)
 
 
-def _shares_of(source: Any):
+def _shares_of(source: Any, name: str):
   """Sums over the labelled examples of a source -> means."""
 
   def shares(sums: dict[str, Any]) -> Metrics:
     if not sums['count']:
-      raise knn.no_labels(source)
+      raise knn.no_labels(source, name)
     return {key: value / sums['count'] for key, value in sums.items() if key != 'count'}
 
   return shares

@@ -127,6 +127,11 @@ class Context(Protocol):
     ...
 
 
+def setting_of(name: str) -> str:
+  """The flag that chooses an evaluation set, for messages; `name` as in `Context.sets`."""
+  return '--config.data.eval_split' if name == 'eval' else '--config.evaluation.more'
+
+
 class Summed:
   """Sums over all examples of a set, whatever the number of devices and processes.
 

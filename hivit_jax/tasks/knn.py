@@ -15,7 +15,7 @@ import numpy as np
 
 from hivit_jax.errors import UserError
 from hivit_jax.tasks import miou
-from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics, of_model, rows
+from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics, of_model, rows, setting_of
 from hivit_jax.tasks.neighbours import Neighbours
 
 _OFF = 'switch it off: --config.knn.every_epochs=0'
@@ -46,11 +46,11 @@ def evaluators(
   return [Evaluator(every, _Votes(context, kind))]
 
 
-def no_labels(source: Any) -> UserError:
-  """The error for an evaluation set without a label."""
+def no_labels(source: Any, name: str) -> UserError:
+  """The error for an evaluation set without a label; `name` as in `Context.sets`."""
   return UserError(
     f'none of the {len(source)} examples of {source.name} ({source.split}) has a label; '
-    'choose another --config.data.eval_split, or evaluate nothing: '
+    f'choose another {setting_of(name)}, or evaluate nothing: '
     '--config.evaluation.every_epochs=0 --config.knn.every_epochs=0'
   )
 
@@ -156,7 +156,7 @@ class _Votes:
     }
     for name, (_, truth) in found.items():
       if not (kind.classes(truth) >= 0).any():
-        raise no_labels(context.sets[name])
+        raise no_labels(context.sets[name], name)
     queries = [queries for queries, _ in found.values()]
     neighbours = None
     for part, truth in self._parts(params, self._bank):

@@ -5,9 +5,10 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from hivit_jax.tools.panels import default_font, fit
 
 _COLUMNS = 5
 _SIDE = 192  # pixels: smaller images are enlarged about so far, by a whole factor
@@ -40,8 +41,7 @@ def draw(rows: Sequence[Predicted]) -> Image.Image:
   size = (columns * (cell_w + _MARGIN) + _MARGIN, count * (cell_h + 2 * _MARGIN) + _MARGIN)
   sheet = Image.new('RGB', size, 'white')
   pen = ImageDraw.Draw(sheet)
-  # Not Pillow's own, which has no letters but English ones.
-  font = ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', 12)
+  font = default_font()
   for i, row in enumerate(rows):
     left = _MARGIN + i % columns * (cell_w + _MARGIN)
     top = _MARGIN + i // columns * (cell_h + 2 * _MARGIN)
@@ -50,22 +50,13 @@ def draw(rows: Sequence[Predicted]) -> Image.Image:
       Image.fromarray(pixels).resize((w * scale, h * scale), Image.Resampling.NEAREST), (left, top)
     )
     top += h * scale
-    pen.text((left, top), _fit(os.path.basename(row.file), font, cell_w), 'black', font)
+    pen.text((left, top), fit(os.path.basename(row.file), font, cell_w), 'black', font)
     for label, probability in row.classes:
       top += _LINE
       bar = round((cell_w - 1) * probability)
       pen.rectangle((left, top, left + bar, top + _LINE - 3), _BAR)
       share = f'{100 * probability:.1f} %'
       room = cell_w - font.getlength(share) - 2 * _MARGIN
-      pen.text((left + 3, top), _fit(label, font, room), 'black', font)
+      pen.text((left + 3, top), fit(label, font, room), 'black', font)
       pen.text((left + cell_w - 3, top), share, 'black', font, anchor='ra')
   return sheet
-
-
-def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-  """The text, or as much of its beginning as fits before an ellipsis."""
-  if font.getlength(text) <= width:
-    return text
-  while text and font.getlength(f'{text}...') > width:
-    text = text[:-1]
-  return f'{text}...'

@@ -10,33 +10,28 @@ IMAGES are files, or folders of them. Those that cannot be read are reported and
 exit status is 2.
 """
 
-import functools
 import itertools
 import json
-import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from absl import flags
 from flax import nnx
 
-from hivit_jax import cli, models
+from hivit_jax import cli
 from hivit_jax.data import transforms
-from hivit_jax.data.decode import BrokenImage, read_file
-from hivit_jax.data.sources import folder
 from hivit_jax.errors import UserError
-from hivit_jax.interop import carried, files, importer, infer, segmenter
+from hivit_jax.interop import carried, files, infer, segmenter
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks.images import normalize
-from hivit_jax.tools import contact_sheet, predict_pixels
-from hivit_jax.train import assemble, weights
+from hivit_jax.tools import contact_sheet, loaded, predict_pixels
+from hivit_jax.train import weights
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Workdir of a model, or a checkpoint.')
 _WEIGHTS = flags.DEFINE_string('weights', None, 'A .pth or .safetensors file instead.')
@@ -48,8 +43,6 @@ _SAVE = flags.DEFINE_string('save', None, 'Picture to write; of a segmenter, a f
 
 _BATCH_SIZE = 32
 _RECIPES = ('hivit', 'vit', 'swin')  # that configs/ has to finetune
-# Of pixels in [0, 1]: what weights without a config were trained with.
-_IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 
 
 def main(argv: list[str]) -> None:
@@ -59,8 +52,7 @@ def main(argv: list[str]) -> None:
     raise UserError('which images? Name files or folders of them')
   setup_logging()
   compilation_cache.turn_on()
-  found = [folder.image_files(path) if os.path.isdir(path) else [path] for path in argv[1:]]
-  paths = list(itertools.chain.from_iterable(found))
+  paths = loaded.image_paths(argv[1:])
   source = pathlib.Path(_WORKDIR.value or _WEIGHTS.value or '').expanduser()
   state = weights.read(source, ema=_EMA.value)
   described = carried.model_of(state)
@@ -84,7 +76,7 @@ def main(argv: list[str]) -> None:
   transform = transforms.eval_transform(
     arguments['image_size'], crop, channels=arguments['channels']
   )
-  images = _read(paths, transform, failed)
+  images = loaded.read(paths, lambda data: transform({'image': data})['image'], failed)
   shown: list[contact_sheet.Predicted] = []
   while batch := list(itertools.islice(images, _BATCH_SIZE)):
     for (path, image), row in zip(batch, predict([image for _, image in batch]), strict=True):
@@ -126,8 +118,8 @@ def _predictor(
   state: files.StateDict, described: infer.Described, *, batch_size: int
 ) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
   """Returns a function from up to `batch_size` images to (B, classes) probabilities."""
-  statistics = _statistics(state, described)
-  graphdef, params = nnx.split(_model(state, described))
+  statistics = loaded.statistics(state, described)
+  graphdef, params = nnx.split(loaded.model(state, described))
 
   @jax.jit
   def probabilities(params, images):
@@ -141,37 +133,13 @@ def _predictor(
   return predict
 
 
-def _statistics(state: files.StateDict, described: infer.Described) -> dict[str, tuple[float, ...]]:
-  told = carried.pixels(state, described)
-  return {key: tuple(told.get(key, value)) for key, value in _IMAGENET.items()}
-
-
-def _model(state: files.StateDict, described: infer.Described) -> nnx.Module:
-  config = state.metadata.get('config')
-  dtype = assemble.compute_dtype(ml_collections.ConfigDict(config)) if config else 'float32'
-  create = functools.partial(models.create_model, described.name, **described.arguments)
-  return importer.load_new(functools.partial(create, dtype=dtype), state)[0]
-
-
 def _pixels(paths: list[str], state: files.StateDict, described: infer.Described) -> list[str]:
   """What a segmenter says; the images that could not be read."""
-  model = _model(state, described)
-  task = predict_pixels.task_of(state.metadata, model, **_statistics(state, described))
+  model = loaded.model(state, described)
+  task = predict_pixels.task_of(state.metadata, model, **loaded.statistics(state, described))
   return predict_pixels.predict(
     paths, model, task, _labels(state), top=_TOP.value, as_json=_JSON.value, folder=_SAVE.value
   )
-
-
-def _read(
-  paths: Sequence[str], transform: transforms.EvalTransform, failed: list[str]
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Path and pixels of the images that can be read; the others are told and go to `failed`."""
-  for path in paths:
-    try:
-      yield path, transform({'image': read_file(path)})['image']
-    except BrokenImage as error:
-      print(f'cannot read the image {path}: {error}', file=sys.stderr)
-      failed.append(path)
 
 
 def _to_text(path: str, predictions: Sequence[dict[str, Any]]) -> str:

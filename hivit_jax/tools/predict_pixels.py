@@ -5,7 +5,7 @@ import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ from PIL import Image
 
 from hivit_jax import cli
 from hivit_jax.data import class_lists
-from hivit_jax.data.decode import BrokenImage, read_file
 from hivit_jax.tasks import segmentation, segmentation_pictures
 from hivit_jax.tasks.segment import SegmentTask
+from hivit_jax.tools import loaded
 
 _BATCH = 4  # images that are in memory
 _WINDOWS = 4  # that the model computes at a time
@@ -80,7 +80,8 @@ def predict(
   segment = segmentation.Segmentation(graphdef, task, _WINDOWS, jax.local_devices()[:1])
   palette, seen, failed = colours(names), set(), []
   params = nnx.to_pure_dict(params)
-  images = _read(paths, dataclasses.replace(task.views, classes=None), failed)
+  views = dataclasses.replace(task.views, classes=None)
+  images = loaded.read(paths, lambda data: views({'image': data}), failed)
   while batch := list(itertools.islice(images, _BATCH)):
     examples = [example for _, example in batch]
     for (path, example), found in zip(batch, segment(params, examples), strict=True):
@@ -121,14 +122,3 @@ def _write(
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     for suffix, picture in pictures.items():
       picture.save(pathlib.Path(folder) / f'{pathlib.Path(path).stem}{suffix}.png')
-
-
-def _read(
-  paths: Sequence[str], views: Any, failed: list[str]
-) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-  for path in paths:
-    try:
-      yield path, views({'image': read_file(path)})
-    except BrokenImage as error:
-      print(f'cannot read the image {path}: {error}', file=sys.stderr)
-      failed.append(path)

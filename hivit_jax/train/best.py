@@ -22,6 +22,27 @@ def parse(wanted: str) -> tuple[str, str]:
   return metric, direction
 
 
+def warn_of_change(wanted: str | None, known: Best | None, *, finished: bool) -> None:
+  """Says what setting, changing or removing `checkpoint.keep_best` does to a run that goes on.
+
+  Args:
+    wanted: the setting now.
+    known: what the restored checkpoint says of the best.
+    finished: there are no steps left.
+  """
+  if wanted is None and known is not None:
+    _log.warning(
+      '%s is no longer set: the best stays step %d (%s %.6g); later steps are not compared with it',
+      _SETTING, known.step, known.of, known.value,
+    )  # fmt: skip
+  elif finished and wanted is not None and (known is None or known.of != wanted):
+    _log.warning(
+      '%s=%s comes too late: this run is finished, and its other steps are gone. If it is trained '
+      'longer, it begins with the newest step',
+      _SETTING, wanted,
+    )  # fmt: skip
+
+
 class KeepBest:
   """Tells `Checkpoints` which of them is the best.
 

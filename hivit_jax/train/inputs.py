@@ -13,6 +13,7 @@ from hivit_jax.data.order import Order
 from hivit_jax.data.sources import base
 from hivit_jax.data.sources.relabelled import Relabelled
 from hivit_jax.errors import UserError
+from hivit_jax.tasks.evaluators import setting_of
 from hivit_jax.train.assemble import image_size
 
 _log = logging.getLogger(__name__)
@@ -60,13 +61,15 @@ def pixel_classes(config: ml_collections.ConfigDict, source: Any) -> int:
   return settled or count
 
 
-def check_classes(names: Sequence[str], where: str, source: Any) -> None:
-  """UserError unless a source has the classes `names`, in their order."""
+def check_classes(names: Sequence[str], where: str, source: Any, name: str = 'eval') -> None:
+  """UserError unless a source has the classes `names`, in their order; see `with_classes_of`."""
   if list(names) != list(source.class_names):
-    raise _other_classes(names, where, source)
+    raise _other_classes(names, where, source, name)
 
 
-def with_classes_of(names: Sequence[str] | None, count: int, where: str, source: Any) -> Any:
+def with_classes_of(
+  names: Sequence[str] | None, count: int, where: str, source: Any, name: str = 'eval'
+) -> Any:
   """A source whose labels are the classes of a model.
 
   Classes of the source are found among those of the model by name: a part of them is enough, in
@@ -78,6 +81,7 @@ def with_classes_of(names: Sequence[str] | None, count: int, where: str, source:
     count: of the model's classes.
     where: whose classes they are, for messages.
     source: examples to evaluate on.
+    name: of this evaluation set, as in `Setup.sets`: it tells which setting is at fault.
 
   Returns:
     `source`, relabelled if needed.
@@ -89,7 +93,7 @@ def with_classes_of(names: Sequence[str] | None, count: int, where: str, source:
   if not own:
     raise UserError(
       f'{source.name} ({source.split}) has no class folders to compare predictions with '
-      '(<root>/<split>/<class>/*.jpg); choose another --config.data.eval_split'
+      f'(<root>/<split>/<class>/*.jpg); choose another {setting_of(name)}'
     )
   if not names and count == _IMAGENET_CLASSES and all(map(_SYNSET.fullmatch, own)):
     # Here: TFDS is slow to import.
@@ -101,8 +105,8 @@ def with_classes_of(names: Sequence[str] | None, count: int, where: str, source:
       raise UserError(
         f'{where} has {count} classes without names, and {source.name} ({source.split}) has '
         f'{len(own)}: they cannot be matched; choose the data it was trained on '
-        '(--config.data.name, --config.data.eval_split), or finetune it on these '
-        '(configs/finetune_hivit_b.py, --config.init)'
+        f'({_settings_of(name)}), or finetune it on these (configs/finetune_hivit_b.py, '
+        '--config.init)'
       )
     _log.warning(
       '%s has no class names: assuming its %d classes are the %d of %s (%s), in the same order',
@@ -113,7 +117,7 @@ def with_classes_of(names: Sequence[str] | None, count: int, where: str, source:
     return source
   index = {name: i for i, name in enumerate(names)}
   if not all(name in index for name in own):
-    raise _other_classes(names, where, source)
+    raise _other_classes(names, where, source, name)
   _log.info(
     'the %d classes of %s (%s) were found by name among the %d of %s; predictions are over all %d',
     len(own), source.name, source.split, len(names), where, count,
@@ -121,13 +125,17 @@ def with_classes_of(names: Sequence[str] | None, count: int, where: str, source:
   return Relabelled(source, [index[name] for name in own], names)
 
 
-def _other_classes(names: Sequence[str], where: str, source: Any) -> UserError:
+def _settings_of(name: str) -> str:
+  return '--config.data.name, --config.data.eval_split' if name == 'eval' else setting_of(name)
+
+
+def _other_classes(names: Sequence[str], where: str, source: Any, name: str) -> UserError:
   differ = sorted(set(names) ^ set(source.class_names)) or ['their order']
   more = f', and {len(differ) - _SHOWN} more' if len(differ) > _SHOWN else ''
   return UserError(
     f'{source.name} ({source.split}) has other classes ({len(source.class_names)}) than {where} '
     f'({len(names)}); what differs: {", ".join(differ[:_SHOWN])}{more}; choose data with the same '
-    'classes (--config.data.name), or finetune for these (--config.init)'
+    f'classes ({_settings_of(name)}), or finetune for these (--config.init)'
   )
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -98,81 +99,73 @@ def _numbers(place: str) -> list[float]:
 
 
 def adamw(
-  params: Any,
-  *,
-  rules: Rules,
-  b1: float,
-  b2: float,
-  eps: float,
-  weight_decay: float,
-  clip_norm: float | None = None,
-  layer_decay: float | None = None,
-  encoder: str = '',
-  stem_is_one_layer: bool = False,
+  params: Any, *, b1: float, b2: float, eps: float, weight_decay: float, **options: Any
 ) -> Optimizer:
   """AdamW.
 
   Args:
     params: pytree of parameters or their shapes, for the rules.
-    rules: see `rules.apply_rules`.
     b1, b2, eps: of Adam.
     weight_decay: decoupled, of the parameters labelled 'decay'.
-    clip_norm: global norm to clip the gradients to, or None.
-    layer_decay: see `layer_scales`; None: the same rate for all.
-    encoder, stem_is_one_layer: see `layer_scales`.
+    **options: see `_optimizer`.
   """
-  trained, decayed = _labels(rules, params)
-  tx = optax.chain(
-    _clip(clip_norm),
-    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-    optax.add_decayed_weights(weight_decay, mask=decayed),
-  )
-  return Optimizer(tx, trained, _scales(params, trained, layer_decay, encoder, stem_is_one_layer))
+
+  def update(decayed: Any) -> list[optax.GradientTransformation]:
+    return [
+      optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+      optax.add_decayed_weights(weight_decay, mask=decayed),
+    ]
+
+  return _optimizer(params, update, **options)
 
 
-def lars(
+def lars(params: Any, *, momentum: float, weight_decay: float, **options: Any) -> Optimizer:
+  """LARS (arXiv 1708.03888) as in MAE's linear probe: only matrices decay and get a trust ratio.
+
+  Args:
+    params: pytree of parameters or their shapes, for the rules.
+    momentum: of the updates before the learning rate.
+    weight_decay: of the parameters labelled 'decay', part of the update that is scaled.
+    **options: see `_optimizer`.
+  """
+
+  def update(decayed: Any) -> list[optax.GradientTransformation]:
+    return [
+      optax.add_decayed_weights(weight_decay, mask=decayed),
+      optax.masked(optax.scale_by_trust_ratio(trust_coefficient=TRUST_COEFFICIENT), decayed),
+      optax.trace(momentum),
+    ]
+
+  return _optimizer(params, update, **options)
+
+
+def _optimizer(
   params: Any,
+  update: Callable[[Any], list[optax.GradientTransformation]],
   *,
   rules: Rules,
-  momentum: float,
-  weight_decay: float,
   clip_norm: float | None = None,
   layer_decay: float | None = None,
   encoder: str = '',
   stem_is_one_layer: bool = False,
 ) -> Optimizer:
-  """LARS (arXiv 1708.03888) as in MAE's linear probe: only matrices decay and get a trust ratio.
+  """What all optimizers have in common.
 
   Args:
     params: pytree of parameters or their shapes, for the rules.
+    update: from a tree of bools, which of the trained parameters decay, to the steps from gradients
+      to updates.
     rules: see `rules.apply_rules`.
-    momentum: of the updates before the learning rate.
-    weight_decay: of the parameters labelled 'decay', part of the update that is scaled.
     clip_norm: global norm to clip the gradients to, or None.
     layer_decay: see `layer_scales`; None: the same rate for all.
     encoder, stem_is_one_layer: see `layer_scales`.
   """
-  trained, decayed = _labels(rules, params)
-  tx = optax.chain(
-    _clip(clip_norm),
-    optax.add_decayed_weights(weight_decay, mask=decayed),
-    optax.masked(optax.scale_by_trust_ratio(trust_coefficient=TRUST_COEFFICIENT), decayed),
-    optax.trace(momentum),
-  )
-  return Optimizer(tx, trained, _scales(params, trained, layer_decay, encoder, stem_is_one_layer))
-
-
-def _labels(rules: Rules, params: Any) -> tuple[Any, Any]:
-  """Trees of bools: which parameters are trained; which of these decay."""
   labels = apply_rules(rules, params)
   trained = jax.tree.map(lambda label: label != 'frozen', labels)
-  return trained, split(jax.tree.map(lambda label: label == 'decay', labels), trained)[0]
-
-
-def _scales(params: Any, trained: Any, decay: float | None, *place: Any) -> Any:
-  return None if decay is None else split(layer_scales(params, decay, *place), trained)[0]
-
-
-def _clip(norm: float | None) -> optax.GradientTransformation:
+  decayed = split(jax.tree.map(lambda label: label == 'decay', labels), trained)[0]
   # Neither has a state, and one is there in any case: a run may go on with another clip_norm.
-  return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
+  clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+  scales = None
+  if layer_decay is not None:
+    scales = split(layer_scales(params, layer_decay, encoder, stem_is_one_layer), trained)[0]
+  return Optimizer(optax.chain(clip, *update(decayed)), trained, scales)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from hivit_jax.errors import Stopped, UserError
 from hivit_jax.interop import files, importer, torch_names
+from hivit_jax.reporting import trackers
 from hivit_jax.reporting.console import Progress, setup_logging
 from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.reporting.run_info import config_changes, write_run_info
@@ -23,6 +24,7 @@ from hivit_jax.runtime import distributed, host_memory, lock, memory, watchdog
 from hivit_jax.runtime.signals import Interrupted, StopSignals
 from hivit_jax.train import (
   assemble,
+  best,
   evaluation,
   hints,
   initialise,
@@ -32,7 +34,6 @@ from hivit_jax.train import (
   validate,
   weights,
 )
-from hivit_jax.train.best import KeepBest
 from hivit_jax.train.checkpoint import Checkpoints, Restored
 from hivit_jax.train.manifest import Misfit
 from hivit_jax.train.setup import Setup, check_local, has_head, set_up
@@ -219,7 +220,9 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
   evaluated = restored is not None and restored.metadata['evaluated']
   if restored:
     _warn_of_changes(restored, changes, steps, total)
-  if start >= total and evaluated:
+  finished = start >= total and evaluated
+  best.warn_of_change(keep_best, checkpoints.best, finished=finished)
+  if finished:
     _log.info(
       'this run is finished: %s is at step %d of %d. To train longer: %s; to start over: another '
       '--workdir',
@@ -238,7 +241,15 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
     len(examples), examples.name, len(setup.eval_source), assemble.compute_dtype(config),
     mesh.size, mesh.devices.flat[0].device_kind,
   )  # fmt: skip
-  writer = stack.enter_context(MetricWriter(directory, start_step=start, primary=primary))
+  writer = stack.enter_context(
+    MetricWriter(
+      directory,
+      start_step=start,
+      primary=primary,
+      tracked_by=config.trackers,
+      config=config.to_dict(),
+    )
+  )
   context.writer = writer
   return loop.Run(
     state=state,
@@ -258,7 +269,7 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
       'class_names': list(examples.class_names),
     },
     save_every=steps.between_saves(config.checkpoint),
-    keep_best=keep_best and KeepBest(keep_best, checkpoints),
+    keep_best=keep_best and best.KeepBest(keep_best, checkpoints),
     writer=writer,
     progress=stack.enter_context(Progress(total, start_step=start, primary=primary)),
     log_every=config.log_every_steps,
@@ -330,7 +341,8 @@ def _report(
   picture = evaluation.newest_picture(directory)
   if picture:
     lines.append(f'{picture.parent.name}: {picture}')
-  lines.append(f'curves: tensorboard --logdir={shlex.quote(str(directory))}/tensorboard')
+  if 'tensorboard' in trackers.listed(config.trackers):
+    lines.append(f'curves: tensorboard --logdir={shlex.quote(str(directory))}/tensorboard')
   example = assemble.task_class(config).example
   if example:
     command = f'{python} -m hivit_jax.tools.{example.format(workdir=workdir)}'

@@ -111,15 +111,15 @@ def set_up(config: ml_collections.ConfigDict, evaluated: files.StateDict | None 
     else:
       names, where = evaluated.metadata.get('class_names'), evaluated.source
     if names:
-      for source in sets.values():
-        inputs.check_classes(names, where, source)
+      for name, source in sets.items():
+        inputs.check_classes(names, where, source, name)
   if chosen.needs_classes:
     if evaluated is None:
       class_sets = _trained_classes(config, train_source, sets)
     elif has_head(evaluated) and config.evaluation.every_epochs:
       class_sets = _classes_of_weights(config, evaluated, sets)
   if knn and train_source.class_names:
-    sets = {'eval': sets['eval']} | _with_classes_of(train_source, sets)
+    sets = _with_classes_of(train_source, sets)
   frozen = config_dict.FrozenConfigDict(config)
   task = assemble.task(frozen, functools.partial(_transform, frozen))
   return Setup(frozen, mesh, task, train_source, sets, class_sets)
@@ -145,16 +145,14 @@ def _trained_classes(
   config.model.num_classes = inputs.num_classes(config, train_source)
   inputs.check_classes(train_source.class_names, config.data.train_split, sets['eval'])
   inputs.check_labels(train_source)
-  return {'eval': sets['eval']} | _with_classes_of(train_source, sets)
+  return _with_classes_of(train_source, sets)
 
 
 def _with_classes_of(source: Any, sets: Mapping[str, Any]) -> dict[str, Any]:
-  """All sets but the first, with the classes of a source."""
+  """Evaluation sets with the classes of a source."""
   names, where = source.class_names, f'{source.name} ({source.split})'
   return {
-    key: inputs.with_classes_of(names, len(names), where, own)
-    for key, own in sets.items()
-    if key != 'eval'
+    key: inputs.with_classes_of(names, len(names), where, own, key) for key, own in sets.items()
   }
 
 
@@ -164,7 +162,7 @@ def _classes_of_weights(
   """Evaluation sets with the classes of weights, whose number goes into the config."""
   names, count = weights.metadata.get('class_names'), len(weights.arrays['head.weight'])
   found = {
-    key: inputs.with_classes_of(names, count, weights.source, source)
+    key: inputs.with_classes_of(names, count, weights.source, source, key)
     for key, source in sets.items()
   }
   config.model.num_classes = inputs.num_classes(config, found['eval'])

@@ -13,6 +13,7 @@ import ml_collections
 
 from hivit_jax.data import randaugment, transforms
 from hivit_jax.errors import UserError, flag
+from hivit_jax.reporting import trackers
 from hivit_jax.settings import dotted, get, is_imported
 from hivit_jax.train import assemble, best, schedules
 
@@ -127,6 +128,11 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'names such as package.module:Name, separated by commas',
     lambda x: all(map(is_imported, listed(x))),
     'evaluators',
+  ),
+  (
+    f'names of trackers: {", ".join(trackers.TRACKERS)} or package.module:Name',
+    trackers.known,
+    'trackers',
   ),
 )
 

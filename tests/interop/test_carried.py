@@ -124,6 +124,35 @@ def test_the_backbone_of_an_exported_autoencoder_has_its_heads(convert, workdir,
   np.testing.assert_array_equal(model.forward_features(images), whole.forward_features(images))
 
 
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [
+    ('mae_itpn_base', TINY_MAE),
+    ('backbone_itpn_base', TINY | {'join_stages': True}),
+    ('backbone_hivit_tiny', TINY | {'window_size': 2, 'global_blocks': (1,), 'rpe': False}),
+  ],
+)
+def test_an_exported_backbone_is_the_one_that_it_was(tmp_path, name, options):
+  pyramid = {'fpn_dim': 12, 'fpn_depth': 1} if 'itpn' in name else {}
+  graphdef, params = random_model(name, **options, **pyramid)
+  metadata = {'model': {'name': name, 'arguments': options | pyramid}}
+  state = StateDict(exporter.named_arrays(params), 'FILE', metadata)
+  arrays = exporter.in_layout(state, 'backbone')
+  exported = exporter.in_layout_described(state, carried.model_of(state), arrays, 'backbone')
+  path = tmp_path / 'x.safetensors'
+  files.write(path, arrays, metadata=carried.metadata(exported, state))
+  model = hivit_jax.create_model(weights=path)
+  images = random_images(1, 64, 64, 3)
+  if name.startswith('backbone_'):
+    expected = nnx.merge(graphdef, params)(images)
+  else:
+    backbone = hivit_jax.create_model(f'backbone_{name.removeprefix("mae_")}', **TINY, **pyramid)
+    importer.load_into(backbone, state, partial=True)
+    expected = backbone(images)
+  for actual, wanted in zip(model(images), expected, strict=True):
+    np.testing.assert_array_equal(actual, wanted)
+
+
 def test_a_probes_batch_norm_is_part_of_the_last_layer_in_exported_files():
   options = TINY | {'num_classes': 5, 'head_batch_norm': True}
   params = random_model('hivit_tiny', **options)[1]

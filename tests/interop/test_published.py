@@ -14,7 +14,7 @@ from flax import nnx
 
 import hivit_jax
 from hivit_jax.errors import UserError
-from hivit_jax.interop import carried, exporter, files, importer
+from hivit_jax.interop import carried, exporter, files, importer, layer_scale, torch_names
 from hivit_jax.interop.files import StateDict
 from hivit_jax.interop.report import LoadReport
 from hivit_jax.models import resize
@@ -619,6 +619,48 @@ def test_a_trackers_file_gives_its_encoder(tmp_path, caplog):
   np.testing.assert_array_equal(wider.pos_embed[...], expected)
   with pytest.raises(UserError, match='wants to run'):
     files.read(save(tmp_path / 'y.pth', {'net': net, 'stats': pathlib.PurePath('x')}))
+
+
+@pytest.mark.parametrize('whole', [False, True])
+def test_a_trackers_split_position_embedding(whole):
+  """The search region's is the encoder's, unless the whole one is there beside it."""
+  params = random_model('hivit_tiny', **TINY, rpe=False)[1]
+  state = exporter.named_arrays(params)
+  encoder = {k: v for k, v in state.items() if k not in HEAD}
+  own = encoder.pop('absolute_pos_embed')
+  encoder |= {'pos_embed_x': own, 'pos_embed_z': own[:, :4]}
+  if whole:
+    encoder |= {'absolute_pos_embed': own, 'pos_embed_x': own + 1}
+  arrays = files.normal_names({f'backbone.{name}': value for name, value in encoder.items()})
+  state = StateDict(arrays, 'FILE', {})
+  described = carried.model_of(state, num_heads=TINY['num_heads'])
+  assert described.arguments['image_size'] == (64, 64)
+  model, report = importer.load_new(
+    lambda: hivit_jax.create_model(described.name, **described.arguments), state
+  )
+  np.testing.assert_array_equal(model.absolute_pos_embed[...], own)
+  assert [report.new, report.dropped] == [[], []]
+  told = {f'pos_embed_{part}': "a tracker's position embeddings" for part in 'zx'[: 1 + whole]}
+  assert report.ignored == told
+
+
+# Without scales of residual branches
+
+
+def test_layer_scale_0_is_none_as_configs_can_say():
+  options = TINY | {'depths': (1, 1, 2)}
+  scaled = torch_names.flatten(abstract_model('fast_itpn_tiny', **options)[1])
+  assert any('gamma_1' in path for path in scaled)
+  for name in ('fast_itpn_tiny', 'hivit_tiny', 'mae_itpn_base'):
+    graphdef, params = abstract_model(name, **options, layer_scale=0)
+    assert nnx.merge(graphdef, params).settings.layer_scale is None
+    assert not any({'gamma_1', 'gamma_2'} & set(path) for path in torch_names.flatten(params))
+  config = {'model': options | {'name': 'fast_itpn_tiny', 'layer_scale': 0.1, 'image_size': None}}
+  params = random_model('fast_itpn_tiny', **options, num_classes=3)[1]
+  state = StateDict(exporter.named_arrays(params), 'FILE', {'config': config})
+  folded = layer_scale.folded(state)
+  described = carried.model_of(folded, image_size=64)
+  assert not described.arguments['layer_scale']
 
 
 # Pixel statistics

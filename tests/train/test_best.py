@@ -15,7 +15,7 @@ from PIL import Image
 from hivit_jax.errors import UserError
 from hivit_jax.tasks.evaluators import Evaluator
 from hivit_jax.train import manifest, weights
-from hivit_jax.train.best import KeepBest
+from hivit_jax.train.best import KeepBest, warn_of_change
 from hivit_jax.train.checkpoint import Checkpoints, load_metadata, load_params
 from tests.runs import error_of, metrics
 from tests.train.test_loop import Run
@@ -122,6 +122,32 @@ def test_a_run_that_keeps_no_best_says_how_to(tmp_path):
       f'{tmp_path}/best: this run keeps no best checkpoint, which '
       f'--config.checkpoint.keep_best=eval/top1:max does; its newest is {tmp_path}'
     )
+
+
+@pytest.mark.parametrize(
+  ('wanted', 'known', 'finished', 'message'),
+  [
+    (None, None, True, None),
+    (None, TOP1, False, 'no longer set: the best stays step 3 (eval/top1:max 0.5); later steps'),
+    (f'{TOP1}:max', TOP1, True, None),
+    (f'{TOP1}:max', None, False, None),  # it measures first
+    (f'{TOP1}:max', None, True, f'keep_best={TOP1}:max comes too late: this run is finished'),
+    ('eval/loss:min', TOP1, True, 'keep_best=eval/loss:min comes too late'),
+  ],
+)
+def test_a_new_or_missing_setting_is_told(caplog, wanted, known, finished, message):
+  warn_of_change(wanted, known and manifest.Best(f'{known}:max', 0.5, 3), finished=finished)
+  assert len(caplog.records) == (message is not None)
+  assert message is None or message in caplog.records[0].getMessage()
+
+
+def test_without_the_setting_the_best_stays(tmp_path):
+  go(tmp_path, {1: 0.5, 2: 0.1})
+  with Checkpoints(tmp_path / 'checkpoints', keep_last=1) as checkpoints:
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state(0))
+    checkpoints.restore(abstract)
+    checkpoints.save(3, state(3), {})
+  assert (best(tmp_path), there(tmp_path)) == (1, [1, 3])
 
 
 def test_a_workdir_may_be_called_best(tmp_path):
@@ -237,6 +263,13 @@ def test_a_killed_run_ends_with_its_best_and_everything_reads_it(runs, tmp_path)
   ended = runs.forks('-m', 'hivit_jax.tools.predict', given, '--json', str(picture))
   assert ended.status == 0, ended.stderr
   assert 'a.png' in json.dumps(json.loads(ended.stdout))
+
+
+def test_a_finished_run_says_that_the_setting_comes_too_late(runs, finished, tmp_path):
+  workdir = shutil.copytree(finished.workdir, tmp_path / 'run')
+  done = runs.train(workdir, checkpoint__keep_best='eval/knn_top1:max')
+  assert done.returncode == 0, done.stderr
+  assert 'config.checkpoint.keep_best=eval/knn_top1:max comes too late' in done.stderr
 
 
 def test_a_name_without_a_direction_is_one_line(forks, tmp_path):

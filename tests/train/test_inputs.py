@@ -89,5 +89,10 @@ def test_as_many_classes_without_names_are_warned_of(tmp_path, caplog):
   ],
 )  # fmt: skip
 def test_other_classes_are_refused_with_both_counts(tmp_path, names, count, message):
+  source = _folder(tmp_path, ['ant', 'bee'])
   with pytest.raises(UserError, match=message):
-    inputs.with_classes_of(names, count, 'FILE', _folder(tmp_path, ['ant', 'bee']))
+    inputs.with_classes_of(names, count, 'FILE', source)
+  with pytest.raises(UserError) as further:
+    inputs.with_classes_of(names, count, 'FILE', source, 'eval_v2')
+  assert '--config.evaluation.more' in str(further.value)
+  assert '--config.data' not in str(further.value)

@@ -87,6 +87,23 @@ def test_pretraining_has_no_classes(config, tmp_path):
   assert setup.config.model.num_classes is None
 
 
+def test_labels_of_k_nn_agree_where_splits_have_folders_of_their_own(tmp_path):
+  """No `train` folder gives the classes here: bee is 1 in one split, and 0 in the other."""
+  for folder in ('a/ant', 'a/bee', 'b/bee'):
+    (tmp_path / folder).mkdir(parents=True)
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / folder / '1.png')
+  pretraining = mae_hivit_t.get_config('debug')
+  _use(pretraining, tmp_path)
+  pretraining.data.update(train_split='a', eval_split='b')
+  pretraining.knn.every_epochs = 1.0
+  setup = set_up(validate.checked(pretraining))
+  assert setup.eval_source.class_names == setup.train_source.class_names == ('ant', 'bee')
+  assert [setup.eval_source[i]['label'] for i in range(len(setup.eval_source))] == [1]
+  (tmp_path / 'b/bee').rename(tmp_path / 'b/cow')
+  with pytest.raises(UserError, match=r'what differs: ant, bee, cow; .*--config\.data\.eval_split'):
+    set_up(validate.checked(pretraining))
+
+
 @pytest.mark.parametrize('every', [0.0, 1.0])
 def test_an_evaluation_has_the_classes_of_the_weights_and_a_bank_for_k_nn_only(config, every):
   config.knn.every_epochs = every

@@ -1,11 +1,9 @@
 """Images in a tree of folders: `<root>/<split>/<class>/**/<image>`, or `<root>/<split>/<image>`."""
 
-import errno
 import functools
 import logging
 import operator
 import os
-import shlex
 from collections.abc import Sequence
 
 import numpy as np
@@ -52,13 +50,8 @@ class FolderSource:
     self._root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(self._root):
       raise UserError(f'{self._root} is not a folder; expected {LAYOUT}')
-    try:
+    with splits.readable(self._root):
       self._open(split)
-    except OSError as error:
-      mend = f' (chmod -R u+rX {shlex.quote(self._root)})' if error.errno == errno.EACCES else ''
-      raise UserError(
-        f'cannot read {error.filename}: {error.strerror}; make it readable{mend}, or move it away'
-      ) from error
 
   def _open(self, split: str) -> None:
     split_names = folder_names(self._root)

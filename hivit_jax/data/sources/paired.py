@@ -1,9 +1,7 @@
 """Images with label maps in folders."""
 
-import errno
 import operator
 import os
-import shlex
 
 import numpy as np
 
@@ -39,13 +37,8 @@ class PairedSource:
     self.name = f'folder:{root}'
     self.split = split
     self._root = os.path.abspath(os.path.expanduser(root))
-    try:
+    with splits.readable(self._root):
       self._open(split)
-    except OSError as error:
-      mend = f' (chmod -R u+rX {shlex.quote(self._root)})' if error.errno == errno.EACCES else ''
-      raise UserError(
-        f'cannot read {error.filename}: {error.strerror}; make it readable{mend}, or move it away'
-      ) from error
 
   def _open(self, split: str) -> None:
     layout = layout_of(self._root)

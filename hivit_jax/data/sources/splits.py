@@ -1,11 +1,26 @@
 """The split grammar and the fixed order of examples, shared by every kind of data set."""
 
+import contextlib
+import errno
 import hashlib
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from hivit_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def readable(root: str) -> Iterator[None]:
+  """UserError, with the way out, if something in a folder cannot be read."""
+  try:
+    yield
+  except OSError as error:
+    mend = f' (chmod -R u+rX {shlex.quote(root)})' if error.errno == errno.EACCES else ''
+    raise UserError(
+      f'cannot read {error.filename}: {error.strerror}; make it readable{mend}, or move it away'
+    ) from error
 
 
 def hashed_order(keys: Iterable[bytes]) -> np.ndarray:

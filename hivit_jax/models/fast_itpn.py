@@ -80,6 +80,7 @@ class FastITPNEncoder(HiViTEncoder):
   Levels 1 and 2 of `features` are the outputs of the first two stages.
   """
 
+  merges_are_layers = True  # where the learning rate falls with the layers
   patch_norm = False
   position_name = 'pos_embed'
   overhang = 0.0

@@ -53,8 +53,7 @@ def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
 
 def is_large(config: ml_collections.ConfigDict) -> bool:
   """Whether a step takes long enough for `host_memory.keep_freed_memory(one_arena=True)`."""
-  known = config.model.name in models.MODELS
-  own = models.settings_of(config.model.name) if known else {}
+  own = models.settings_of(config.model.name) if config.model.name in models.MODELS else {}
   width = config.model.embed_dim or own.get('embed_dim', 0)
   if 'mlp_stages' in own:  # Swin's is that of the first stage
     width *= 4
@@ -235,13 +234,14 @@ def _in_section(config: ml_collections.ConfigDict, name: str) -> str | None:
 def optimizer(config: ml_collections.ConfigDict) -> Callable[..., optim.Optimizer]:
   """Returns a function from parameters, and rules before those of the task, to their optimizer."""
   o, chosen = config.optim, task_class(config)
-  own = tuple(chosen.rules)
+  model = models.MODELS.get(config.model.name, (None,))[0]
   shared = {
     'weight_decay': o.weight_decay,
     'clip_norm': o.clip_norm,
     'layer_decay': o.layer_decay,
     'encoder': chosen.encoder,
     'stem_is_one_layer': chosen.stem_is_one_layer,
+    'merges_are_layers': getattr(model, 'merges_are_layers', False),
   }
   if o.name == 'adamw':
     make, numbers = optim.adamw, {'b1': o.b1, 'b2': o.b2, 'eps': o.eps}
@@ -249,7 +249,7 @@ def optimizer(config: ml_collections.ConfigDict) -> Callable[..., optim.Optimize
     make, numbers = optim.lars, {'momentum': o.momentum}
   else:
     raise UserError(f'config.optim.name="{o.name}" is unknown; there are: adamw, lars')
-  return lambda params, first=(): make(params, rules=(*first, *own), **shared, **numbers)
+  return lambda params, first=(): make(params, rules=(*first, *chosen.rules), **shared, **numbers)
 
 
 def schedule(config: ml_collections.ConfigDict, epochs_per_step: float = 1.0) -> schedules.Schedule:

@@ -46,7 +46,11 @@ _FIRST = ('patch_embed', 'absolute_pos_embed', 'pos_embed', 'cls_token')
 
 
 def layer_scales(
-  params: Any, decay: float, encoder: str = '', stem_is_one_layer: bool = False
+  params: Any,
+  decay: float,
+  encoder: str = '',
+  stem_is_one_layer: bool = False,
+  merges_are_layers: bool = False,
 ) -> Any:
   """Factors of the learning rate that fall towards the input ("layer-wise decay").
 
@@ -62,6 +66,7 @@ def layer_scales(
       layer.
     stem_is_one_layer: blocks without attention and their merges are of layer 0, and L counts the
       others, as in the published segmenter.
+    merges_are_layers: each merge is a layer of its own, as in Fast-iTPN's code.
 
   Returns:
     A pytree of floats, of the structure of `params`.
@@ -77,7 +82,7 @@ def layer_scales(
   layers: dict[str, int] = {}
   count = 0
   for place in sorted(places, key=_numbers):
-    count += place in attending and place not in merges
+    count += place in attending and (merges_are_layers or place not in merges)
     layers[place] = count
 
   def scale(path, _):
@@ -148,6 +153,7 @@ def _optimizer(
   layer_decay: float | None = None,
   encoder: str = '',
   stem_is_one_layer: bool = False,
+  merges_are_layers: bool = False,
 ) -> Optimizer:
   """What all optimizers have in common.
 
@@ -158,7 +164,7 @@ def _optimizer(
     rules: see `rules.apply_rules`.
     clip_norm: global norm to clip the gradients to, or None.
     layer_decay: see `layer_scales`; None: the same rate for all.
-    encoder, stem_is_one_layer: see `layer_scales`.
+    encoder, stem_is_one_layer, merges_are_layers: see `layer_scales`.
   """
   labels = apply_rules(rules, params)
   trained = jax.tree.map(lambda label: label != 'frozen', labels)
@@ -167,5 +173,6 @@ def _optimizer(
   clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
   scales = None
   if layer_decay is not None:
-    scales = split(layer_scales(params, layer_decay, encoder, stem_is_one_layer), trained)[0]
+    place = encoder, stem_is_one_layer, merges_are_layers
+    scales = split(layer_scales(params, layer_decay, *place), trained)[0]
   return Optimizer(optax.chain(clip, *update(decayed)), trained, scales)

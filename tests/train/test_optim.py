@@ -9,11 +9,12 @@ import optax
 import pytest
 
 import hivit_jax
+from configs import finetune_hivit_t
 from hivit_jax.interop import torch_names
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.linear import LinearTask
 from hivit_jax.tasks.mae import MAETask
-from hivit_jax.train import optim, rules
+from hivit_jax.train import assemble, optim, rules
 from tests.helpers import TINY, TINY_MAE, abstract_model
 
 ADAM = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.0, 'clip_norm': None}
@@ -197,6 +198,19 @@ def test_layers_of_a_hivit(optimizer):
   merges = [scales['blocks'][i]['reduction']['kernel'] for i in (2, 5)]
   assert merges == [0.5**5, 0.5**3]
   assert scales['head']['kernel'] == scales['fc_norm']['scale'] == 1
+
+
+def test_merges_of_fast_itpn_are_layers_of_their_own():
+  """By their place in `blocks`, as the authors' code counts; the config's optimizer does so."""
+  config = finetune_hivit_t.get_config('debug')
+  config.model.update(name='fast_itpn_tiny', num_classes=3)
+  config.optim.layer_decay = 0.5
+  _, params = abstract_model('fast_itpn_tiny', **TINY, num_classes=3)  # 1 + 1 + 2 blocks, 2 merges
+  scales = assemble.optimizer(config)(params).scales
+  assert scales['pos_embed'] == 0.5**7
+  leaves = ('norm2', 'norm', 'norm2', 'norm', 'norm2', 'norm2')
+  numbers = [scales['blocks'][i][leaf]['scale'] for i, leaf in enumerate(leaves)]
+  assert numbers == [0.5**6, 0.5**5, 0.5**4, 0.5**3, 0.5**2, 0.5]
 
 
 def test_layer_decay_of_an_encoder_inside_a_model_leaves_the_rest_alone():

@@ -76,28 +76,31 @@ def _scenes(*, pretrained: bool):
   config = _small(base.get_config())
   config.task = 'segment'
   config.data.name = 'photo_scenes'
-  config.batch_size = 16
+  config.batch_size = 8
   config.steps = 300
   config.init = '/tmp/hivit_demo' if pretrained else None
   config.model.update(name='segment_hivit_tiny', head_channels=32, auxiliary_channels=32)
-  # As in pretraining: its size makes the photographs of a scene as large as they are there.
+  config.model.position_image_size = config.image_size  # as in pretraining
   side = config.image_size[0]
-  config.model.position_image_size = config.image_size
   config.segment.update(scale=(4 * side, side), ratios=(0.75, 1.5), inference='whole')
   config.segment.photometric = False  # colours tell the photographs apart
   config.optim.update(schedule='poly', lr=1e-3, warmup_steps=30, layer_decay=0.9)
   config.log_every_steps = 20
   config.checkpoint.every_epochs = 0.0
-  config.evaluation.update(every_epochs=0.8, batch_size=16)
-  config.pictures.every_epochs = 0.8
+  config.evaluation.update(every_epochs=0.4, batch_size=16)
+  config.pictures.every_epochs = 0.4
   return config
 
 
 def _linear_scenes():
   config = _scenes(pretrained=True)
   config.task = 'segment_linear'
+  config.data.train_split = 'train[:64]'
+  config.steps = 200
   config.model.update(linear_levels=(1, 2, 3), head_channels=None, auxiliary_channels=None)
   config.optim.update(lr=1e-2, layer_decay=None, weight_decay=0.0)
+  config.evaluation.every_epochs = 12.5
+  config.pictures.every_epochs = 12.5
   return config
 
 

@@ -218,8 +218,8 @@ class FCNHead(nnx.Module):
 class LinearHead(nnx.Module):
   """BatchNorm without scale and bias, then a linear classifier, on some of the maps.
 
-  For pixels what MAE's linear probe (arXiv 2111.06377, appendix A) is for images. The classifier is
-  one of the channels of all maps; its share of a map is computed before the map is enlarged.
+  Like MAE's linear probe (arXiv 2111.06377, appendix A), but for pixels. One classifier takes the
+  channels of all maps; its share of a map is computed before the map is enlarged.
 
   Args:
     inputs: channels of all maps, finest first.

@@ -10,8 +10,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.seed = 0  # decides parameters, data order, augmentation, masks
   # mae: masked autoencoding; simmim; classify; linear: train the last layer alone; segment;
-  # detect; or one of your own, package.module:Name. model.name, data.name and evaluators take such
-  # names, too.
+  # segment_linear: train its head alone; detect; or one of your own, package.module:Name.
+  # model.name, data.name and evaluators take such names, too.
   config.task = 'mae'  # what is trained
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
   config.channels = 3  # channels of the images: 3 (RGB) or 1 (greyscale)
@@ -57,6 +57,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.score_threshold = config_dict.placeholder(float)  # that a detection exceeds
   config.model.head_channels = config_dict.placeholder(int)  # of UPerNet
   config.model.auxiliary_channels = config_dict.placeholder(int)  # of its second head; 0: none
+  # Of the encoder's levels, from 1, fine, to 4: those that a linear head takes instead of UPerNet.
+  config.model.linear_levels = config_dict.placeholder(tuple)
   config.model.dropout_rate = config_dict.placeholder(float)  # before the classifiers of pixels
   config.model.dtype = 'auto'  # of computations: float32 or bfloat16; auto: float32 on CPUs
   config.model.attention = 'auto'  # on NVIDIA GPUs the fastest for each shape; cudnn; xla
@@ -183,7 +185,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.evaluators = ''  # more of them, of your own: package.module:Name,... See CONTRIBUTING.md
 
-  config.knn = ml_collections.ConfigDict()  # k-NN accuracy of the pooled features
+  config.knn = ml_collections.ConfigDict()  # k-NN accuracy of features; mIoU with label maps
   config.knn.every_epochs = 20.0  # 0: never
   config.knn.k = 20  # number of neighbours that vote
   config.knn.temperature = 0.07  # of the votes; a small one lets the nearest decide

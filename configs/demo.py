@@ -5,6 +5,7 @@ configs/demo.py:finetune  the pretrained model learns to tell 16 photographs fro
 configs/demo.py:scratch   the same without pretraining, to compare with
 configs/demo.py:segment   the pretrained model learns which photograph each pixel is from
 configs/demo.py:segment_scratch   the same without pretraining
+configs/demo.py:segment_linear    the same by a linear classifier of the frozen features
 configs/demo.py:digits    supervised training on handwritten digits
 configs/demo.py:detect    the pretrained model learns to find objects in scenes of these photographs
 configs/demo.py:detect_scratch  the same without pretraining
@@ -16,7 +17,8 @@ from configs import base, recipes
 from hivit_jax.errors import UserError
 
 _VARIANTS = (
-  'finetune, scratch, segment, segment_scratch, detect, detect_scratch, detect_overfit, digits, '
+  'finetune, scratch, segment, segment_scratch, segment_linear, detect, detect_scratch, '
+  'detect_overfit, digits, '
   'debug'
 )
 
@@ -26,6 +28,8 @@ def get_config(variant: str | None = None):
     return _few_labels(pretrained=variant == 'finetune')
   if variant in ('segment', 'segment_scratch'):
     return _scenes(pretrained=variant == 'segment')
+  if variant == 'segment_linear':
+    return _linear_scenes()
   if variant == 'digits':
     return _digits()
   if variant in ('detect', 'detect_scratch'):
@@ -76,19 +80,31 @@ def _scenes(*, pretrained: bool):
   config = _small(base.get_config())
   config.task = 'segment'
   config.data.name = 'photo_scenes'
-  config.batch_size = 16
+  config.batch_size = 8
   config.steps = 300
   config.init = '/tmp/hivit_demo' if pretrained else None
   config.model.update(name='segment_hivit_tiny', head_channels=32, auxiliary_channels=32)
-  config.model.position_image_size = (64, 64)  # as in pretraining
-  # At half their size the photographs are as large as in pretraining. Colours tell them apart.
-  config.image_size = (64, 64)
-  config.segment.update(scale=(256, 64), ratios=(0.75, 1.5), inference='whole', photometric=False)
+  config.model.position_image_size = config.image_size  # as in pretraining
+  side = config.image_size[0]
+  config.segment.update(scale=(4 * side, side), ratios=(0.75, 1.5), inference='whole')
+  config.segment.photometric = False  # colours tell the photographs apart
   config.optim.update(schedule='poly', lr=1e-3, warmup_steps=30, layer_decay=0.9)
   config.log_every_steps = 20
   config.checkpoint.every_epochs = 0.0
-  config.evaluation.update(every_epochs=0.8, batch_size=16)
-  config.pictures.every_epochs = 0.8
+  config.evaluation.update(every_epochs=0.4, batch_size=16)
+  config.pictures.every_epochs = 0.4
+  return config
+
+
+def _linear_scenes():
+  config = _scenes(pretrained=True)
+  config.task = 'segment_linear'
+  config.data.train_split = 'train[:64]'
+  config.steps = 200
+  config.model.update(linear_levels=(1, 2, 3), head_channels=None, auxiliary_channels=None)
+  config.optim.update(lr=1e-2, layer_decay=None, weight_decay=0.0)
+  config.evaluation.every_epochs = 12.5
+  config.pictures.every_epochs = 12.5
   return config
 
 

@@ -174,11 +174,12 @@ def segment(model: str, variant: str | None = None) -> ml_collections.ConfigDict
 
   The numbers are those of the published HiViT-B: crops of 640, 80 000 steps of 32 images. With 512,
   twice as many steps of half as many images, as in the other recipes of mmsegmentation; HiViT was
-  not published so, and its rate is halved with the batch.
+  not published so, and its rate is halved with the batch. `linear` has the optimizer of DINOv2's
+  linear segmentation (arXiv 2304.07193), and MAE's weights.
 
   Args:
     model: a HiViT, such as hivit_base.
-    variant: '512', 'debug' or None.
+    variant: '512', 'linear', 'debug' or None.
   """
   config = base.get_config()
   config.task = 'segment'
@@ -192,18 +193,28 @@ def segment(model: str, variant: str | None = None) -> ml_collections.ConfigDict
   config.optim.update(lr=1e-3, warmup_start_lr=1e-9, warmup_steps=750, schedule='poly', b2=0.999)
   config.optim.layer_decay = 0.75
   if variant == '512':
-    config.image_size = (512, 512)
-    config.batch_size = 16
-    config.steps = 160_000
-    config.segment.update(scale=(2048, 512), stride=(341, 341))
-    config.optim.update(lr=5e-4, warmup_start_lr=5e-10, warmup_steps=1500)
+    _crops_of_512(config, steps=160_000, lr=5e-4)
+  elif variant == 'linear':
+    config.task = 'segment_linear'
+    config.init = f'workdirs/mae_{_short(model)}'
+    config.model.update(drop_path_rate=0.0, linear_levels=(1, 2, 3))
+    _crops_of_512(config, steps=40_000, lr=1e-3)
+    config.optim.update(weight_decay=1e-4, layer_decay=None)
   elif variant and variant != 'debug':
-    raise UserError(f'unknown variant ":{variant}"; known: 512 (pixels of a crop), debug')
+    raise UserError(f'unknown variant ":{variant}"; known: 512 (pixels of a crop), linear, debug')
   config.checkpoint.keep_every_epochs = 0.0
   config.evaluation.update(every_epochs=12.5, batch_size=16)  # about 8000 steps of 32
   config.knn.every_epochs = 0.0
   config.pictures.every_epochs = 12.5
   return debug(config) if variant == 'debug' else config
+
+
+def _crops_of_512(config: ml_collections.ConfigDict, *, steps: int, lr: float) -> None:
+  config.image_size = (512, 512)
+  config.batch_size = 16
+  config.steps = steps
+  config.segment.update(scale=(2048, 512), stride=(341, 341))
+  config.optim.update(lr=lr, warmup_start_lr=1e-6 * lr, warmup_steps=1500)
 
 
 def linear(model: str, variant: str | None = None) -> ml_collections.ConfigDict:

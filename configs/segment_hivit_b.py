@@ -1,4 +1,4 @@
-"""HiViT-B with UPerNet on ADE20K (arXiv 2205.14949); variants :512, :debug."""
+"""HiViT-B with UPerNet on ADE20K (arXiv 2205.14949); variants :512, :linear, :debug."""
 
 from configs import recipes
 

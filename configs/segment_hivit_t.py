@@ -1,4 +1,4 @@
-"""HiViT-T with UPerNet on ADE20K (arXiv 2205.14949); variants :512, :debug.
+"""HiViT-T with UPerNet on ADE20K (arXiv 2205.14949); variants :512, :linear, :debug.
 
 The recipe is that of B, which alone is published.
 """

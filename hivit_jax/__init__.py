@@ -73,7 +73,9 @@ def create_model(
       num_classes, neck_channels, hidden, cascade, anchor_scale, nms_pre, proposals,
       detections, candidates, score_threshold.
     segment_hivit_*: as hivit_* up to scan; position_image_size, num_classes (of a pixel),
-      head_channels, auxiliary_channels (0: no second head), dropout_rate.
+      head_channels, auxiliary_channels (0: no second head), linear_levels, dropout_rate.
+    segment_vit_*, segment_swin_*: as vit_* up to scan and swin_* up to global_stages; num_classes
+      and what follows it of segment_hivit_*.
     mae_hivit_*: as hivit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
       mask_ratio, norm_pix_loss, target, hifeat.
     backbone_itpn_*: as hivit_* up to scan; fpn_dim, fpn_depth, join_stages.

@@ -63,6 +63,8 @@ PARAMETERS = {
   'segment_hivit_t': 129_862_792,
   'segment_hivit_s': 148_538_308,
   'segment_hivit_b': 179_726_156 + 25_088,
+  'segment_vit_b': 163_286_828 + 20_480,
+  'segment_swin_b': 121_300_772 + 12_800,
   'linear_hivit_b': 66_418_952 + 2 * 512,  # and the statistics of its BatchNorm
 }
 

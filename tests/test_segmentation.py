@@ -1,6 +1,8 @@
 """Segmentation from the command line: it trains, resumes, and is measured alike by all devices."""
 
 import json
+import random
+import signal
 import sys
 
 import jax
@@ -8,9 +10,12 @@ import numpy as np
 import pytest
 
 from hivit_jax.train.checkpoint import load_params
-from tests.runs import metrics, on_devices
+from tests.runs import last_step, metrics, on_devices
+from tests.test_runs import stop_while
 
 CONFIG = 'configs/segment_hivit_t.py:debug'
+STEPS = 16
+LONG = {'max_steps': STEPS, 'epochs': STEPS / 2, 'ema_decay': 0.5, 'checkpoint__every_epochs': 1.0}
 MEASURED = ('miou', 'macc', 'aacc')
 
 
@@ -25,7 +30,7 @@ def _command(workdir, *arguments: str, config: str = CONFIG, **settings) -> list
 def trained(runs, tmp_path_factory):
   """The workdir of a finished run."""
   workdir = tmp_path_factory.mktemp('segment') / 'run'
-  done = runs.finish(_command(workdir, ema_decay=0.5))
+  done = runs.finish(_command(workdir, **LONG))
   assert done.returncode == 0, done.stderr
   return workdir
 
@@ -35,23 +40,33 @@ def test_it_leaves_metrics_tables_and_pictures(trained):
   for name in MEASURED:
     assert 0 <= last[f'eval/{name}'] <= 1
     assert last[f'eval/ema_{name}'] >= 0
-  found = json.loads((trained / 'eval_classes' / 'step_00000002.json').read_text())
+  found = json.loads((trained / 'eval_classes' / f'step_{STEPS:08}.json').read_text())
   assert found['miou'] == last['eval/miou']
   assert len(found['classes']) == 16
   assert sum(row['share'] for row in found['classes']) == pytest.approx(1, abs=1e-3)
-  table = (trained / 'eval_classes' / 'step_00000002.txt').read_text()
+  table = (trained / 'eval_classes' / f'step_{STEPS:08}.txt').read_text()
   assert table.splitlines()[-1].startswith(f'mIoU {100 * last["eval/miou"]:.2f}')
   for name in ('segmentations', 'eval_confusion'):
-    assert (trained / name / 'step_00000002.png').exists()
+    assert (trained / name / f'step_{STEPS:08}.png').exists()
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(runs, trained, tmp_path):
-  for steps in (1, 2):
-    done = runs.finish(_command(tmp_path / 'run', max_steps=steps, ema_decay=0.5))
-    assert done.returncode == 0, done.stderr
-  assert metrics(tmp_path / 'run')[-1] == metrics(trained)[-1]
+def test_killed_in_a_save_and_in_a_step_it_ends_with_the_same_bits(runs, trained, tmp_path):
+  workdir = tmp_path / 'run'
+  command = _command(workdir, **LONG)
+  saving = lambda: any((workdir / 'checkpoints').glob('*.writing*'))  # noqa: E731
+  for step in (0, 5):
+    with runs.start(command) as process:
+      process.wait_until(lambda: last_step(workdir) >= step, f'step {step}')  # noqa: B023
+      if not step:
+        stop_while(process, saving, random.Random())
+      process.send(signal.SIGKILL)
+      assert process.wait() == -signal.SIGKILL
+  done = runs.finish(command)
+  assert done.returncode == 0, done.stderr
+  assert 'resuming at step' in done.stderr
+  assert metrics(workdir) == metrics(trained)
   for key in ('params', 'ema', 'opt_state'):
-    one, two = (load_params(w, key=key).state for w in (tmp_path / 'run', trained))
+    one, two = (load_params(w, key=key).state for w in (workdir, trained))
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
@@ -63,6 +78,42 @@ def test_running_statistics_move_and_have_no_optimizer(trained):
   text = str(jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), moments))
   assert "'bn']['scale']" in text
   assert "'bn']['var']" not in text
+
+
+def test_a_linear_classifier_leaves_the_encoder_alone(runs, trained, tmp_path):
+  """It starts from the encoder of another segmenter, and its checkpoint brings its levels along."""
+  settings = {'task': 'segment_linear', 'model__linear_levels': '(1,3)', 'init': trained}
+  done = runs.finish(_command(tmp_path / 'run', **settings))
+  assert done.returncode == 0, done.stderr
+  before, after = (load_params(workdir).state for workdir in (trained, tmp_path / 'run'))
+  jax.tree.map(np.testing.assert_array_equal, after['backbone'], before['backbone'])
+  head = after['decode_head']
+  assert set(head) == {'norm1', 'norm3', 'conv_seg'}
+  assert head['conv_seg']['kernel'].shape == (1, 1, 8 + 32, 16)
+  assert np.abs(head['norm3']['mean']).max() > 0
+  moments = load_params(tmp_path / 'run', key='opt_state').state
+  assert len(jax.tree.leaves(moments)) == 2 * 2 + 1  # of a kernel and a bias, and their count
+  last = metrics(tmp_path / 'run')[-1]
+  command = _command(tmp_path / 'run', '--mode=evaluate', config='configs/evaluate.py')
+  done = runs.finish(command)
+  assert done.returncode == 0, done.stderr
+  own = {f'eval/{name}': last[f'eval/{name}'] for name in MEASURED}
+  assert json.loads(done.stdout.splitlines()[-1]) == own
+
+
+def test_neighbours_segment_by_the_features_of_pretraining(runs, tmp_path):
+  scenes = {'data__name': 'photo_scenes', 'data__train_split': 'train[:32]'}
+  scenes |= {'data__eval_split': 'test[:8]', 'knn__every_epochs': 1, 'pictures__every_epochs': 0}
+  command = _command(tmp_path / 'run', config='configs/demo.py:debug', **scenes)
+  done = runs.finish(command)
+  assert done.returncode == 0, done.stderr
+  last = metrics(tmp_path / 'run')[-1]['eval/knn_miou']
+  assert last > 2 / 16**2  # a constant answer has about a sixteenth of a sixteenth
+  done = runs.finish(
+    _command(tmp_path / 'run', '--mode=evaluate', config='configs/evaluate.py:knn')
+  )
+  assert done.returncode == 0, done.stderr
+  assert json.loads(done.stdout.splitlines()[-1]) == {'eval/knn_miou': last}
 
 
 def test_any_devices_and_processes_measure_the_same(runs, trained):
@@ -82,6 +133,16 @@ def test_any_devices_and_processes_measure_the_same(runs, trained):
   assert json.loads(line) == pytest.approx(own, rel=1e-5)
 
 
+def test_two_processes_train_as_one(runs, trained, tmp_path):
+  """Four devices that share parameters and BatchNorm's statistics; later, rounding adds up."""
+  workdir = tmp_path / 'run'
+  with runs.job(_command(workdir, **LONG, mesh__fsdp=2)) as job:
+    assert [process.wait() for process in job] == [0, 0], [process.output() for process in job]
+    assert 'float32 on 4 x cpu' in job[0].output()
+  for ours, expected in zip(metrics(workdir)[:3], metrics(trained)[:3], strict=True):
+    assert ours == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
@@ -89,6 +150,7 @@ def test_any_devices_and_processes_measure_the_same(runs, trained):
     ({'segment__stride': '99,99'}, 'stride=(99, 99): expected (rows, columns) from 1 to the crop'),
     ({'model__num_classes': 5}, 'config.model.num_classes=5, but photo_scenes (train[:32]) has 16'),
     ({'evaluation__more': 'd=test[:4]@digits'}, 'digits (test[:4]) has other classes (10) than'),
+    ({'model__linear_levels': '(3,5)'}, 'config.model.linear_levels=(3, 5): expected some of 1, 2'),
     ({'model__name': 'hivit_tiny'}, 'is not a segmenter, which config.task="segment" needs'),
   ],
 )

@@ -216,12 +216,15 @@ class EvalTransform:
   crop: float | None = None
   channels: int = 3
   keys: tuple[str, ...] = fields.CLASSIFIED
+  steps: tuple[Callable[[Example], Example], ...] = ()
 
   def __post_init__(self):
     _check_channels(self.channels)
 
   def __call__(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
     decoded = fields.decode(example, self.keys, self.channels)
+    for step in self.steps:
+      decoded = step(decoded)
     width, height = decoded['image'].size
     h, w = self.size
     # The rectangle that the resized image has to cover.
@@ -244,6 +247,7 @@ def eval_transform(
   *,
   channels: int = 3,
   keys: Sequence[str] = fields.CLASSIFIED,
+  steps: Sequence[Callable[[Example], Example]] = (),
 ) -> EvalTransform:
   """Returns the transform of the published evaluations: resize, then the central crop.
 
@@ -256,13 +260,14 @@ def eval_transform(
     crop: Share of the resized image's sides that the crop keeps, in (0, 1], instead of 7/8 up to
       224 pixels and 1 above: 1 for images whose borders matter.
     channels, keys: See `train_transform`.
+    steps: On decoded examples, before they are resized.
 
   Raises:
     UserError: The size, the crop or the channels make no sense.
   """
   if crop is not None and not 0 < crop <= 1:
     raise UserError(f'Evaluation crop {crop!r}: expected more than 0, at most 1.')
-  return EvalTransform(image_size(size, 'image_size'), crop, channels, tuple(keys))
+  return EvalTransform(image_size(size, 'image_size'), crop, channels, tuple(keys), tuple(steps))
 
 
 def _check_channels(channels: int) -> None:

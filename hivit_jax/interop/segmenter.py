@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 CLASSIFIER = 'decode_head.conv_seg.weight'  # by which a segmenter is recognised
-HEADS = ('decode_head.', 'auxiliary_head.')
+HEADS = ('neck.', 'decode_head.', 'auxiliary_head.')
 
 
 def arguments(
   shape: Mapping[str, tuple[int, ...]], encoder: Mapping[str, Any], size: tuple[int, int] | None
 ) -> dict[str, Any]:
-  """Those of `segment_hivit_*`.
+  """Those of `segment_*`.
 
   Args:
     shape: of every parameter.
@@ -27,12 +27,11 @@ def arguments(
     side = math.isqrt(tables[0][0])
     if side * side == tables[0][0]:
       size = (8 * (side + 1), 8 * (side + 1))
+  found = {**encoder, 'image_size': size or encoder['image_size'], 'num_classes': classes}
+  if 'absolute_pos_embed' in shape:
+    found['position_image_size'] = encoder['image_size']
+  levels = [level for level in (1, 2, 3, 4) if f'decode_head.norm{level}.running_mean' in shape]
+  if levels:
+    return found | {'linear_levels': tuple(levels)}
   second = shape.get('auxiliary_head.conv_seg.weight')
-  return {
-    **encoder,
-    'position_image_size': encoder['image_size'],
-    'image_size': size or encoder['image_size'],
-    'num_classes': classes,
-    'head_channels': channels,
-    'auxiliary_channels': second[1] if second else 0,
-  }
+  return found | {'head_channels': channels, 'auxiliary_channels': second[1] if second else 0}

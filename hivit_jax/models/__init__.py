@@ -30,7 +30,12 @@ from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
 from hivit_jax.models.mask_rcnn import MaskRCNN, SwinMaskRCNN, ViTMaskRCNN
 from hivit_jax.models.simmim import SimMIM, SimMIMSettings
 from hivit_jax.models.swin import Swin, SwinClassifierSettings
-from hivit_jax.models.upernet import Segmenter, SegmenterSettings
+from hivit_jax.models.upernet import (
+  Segmenter,
+  SegmenterSettings,
+  SwinSegmenterSettings,
+  ViTSegmenterSettings,
+)
 from hivit_jax.models.vit import ViT, ViTClassifierSettings, ViTMAESettings, ViTMaskedAutoencoder
 from hivit_jax.ops.choice import choose
 
@@ -111,6 +116,8 @@ _FAMILIES: tuple[tuple[str, type[nnx.Module], type[Settings], _Sizes], ...] = (
   ('swin', Swin, SwinClassifierSettings, _SWIN),
   ('swin_base', Swin, SwinClassifierSettings, _LADDER),
   ('detect_swin', SwinMaskRCNN, SwinMaskRCNNSettings, _SWIN),
+  ('segment_vit', Segmenter, ViTSegmenterSettings, _VIT),
+  ('segment_swin', Segmenter, SwinSegmenterSettings, _SWIN),
   ('simmim_swin', SimMIM, SimMIMSettings, _SWIN),
 )
 

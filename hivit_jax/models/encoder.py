@@ -107,6 +107,7 @@ class Encoder(nnx.Module):
     forward_features(images, ids=None, drop_path_noise=None): the output of the last stage.
     pooled(images, drop_path_noise=None): (B, C), its mean over an image.
     stages(images, ...): the outputs of all stages.
+    unit_tokens(images): the same by units, (B, rows, columns, cells, c) of each stage.
     feature_info: channels and stride of each level, the last of C channels where it is a stage's.
     drop_path_noise(rng, batch): random numbers for drop path, which is off without them.
 
@@ -118,6 +119,7 @@ class Encoder(nnx.Module):
   pooled: Callable[..., jax.Array]
   stages: Callable[..., tuple[jax.Array, ...]]
   settings: Any
+  grid: tuple[int, int]  # (rows, columns) of units
 
   ops: Ops = FAST
 
@@ -126,6 +128,10 @@ class Encoder(nnx.Module):
     self.image_size = settings.image_size
     self.channels = settings.channels
     self.drop_path_rates = layers.rising_rates(settings.drop_path_rate, blocks)
+
+  def unit_tokens(self, images: jax.Array) -> tuple[jax.Array, ...]:
+    """The outputs of all stages by units: (B, rows, columns, cells of a unit, c) of each."""
+    return tuple(x.reshape(len(x), *self.grid, -1, x.shape[-1]) for x in self.stages(images))
 
   def drop_path_noise(self, rng: jax.Array, batch: int) -> jax.Array:
     """Uniform numbers that decide about one batch's residual branches: (batch, blocks, 2)."""

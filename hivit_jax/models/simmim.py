@@ -97,6 +97,10 @@ class SimMIM(nnx.Module):
     """(B, H, W, channels) normalised images -> (B, h, w, c) of each stage."""
     return self.encoder.stages(images, drop_path_noise)
 
+  def unit_tokens(self, images: jax.Array) -> tuple[jax.Array, ...]:
+    """See `SwinEncoder`."""
+    return self.encoder.unit_tokens(images)
+
   def forward_features(
     self,
     images: jax.Array,

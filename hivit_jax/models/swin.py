@@ -274,6 +274,15 @@ class SwinEncoder(Encoder):
     """(B, H, W, channels) normalised images -> (B, C) mean of the last map."""
     return self.forward_features(images, None, drop_path_noise).mean(axis=(1, 2))
 
+  def unit_tokens(self, images: jax.Array) -> tuple[jax.Array, ...]:
+    """See `Encoder`; a unit is a cell of the last map."""
+    maps = self.stages(images)
+    rows, columns = maps[-1].shape[1:3]
+    return tuple(
+      split_windows(x, x.shape[1] // rows).reshape(len(x), rows, columns, -1, x.shape[-1])
+      for x in maps
+    )
+
   @property
   def feature_info(self) -> tuple[FeatureInfo, ...]:
     """Channels and strides of the maps of `stages`."""

@@ -1,4 +1,4 @@
-"""UPerNet (arXiv 1807.10221) on HiViT: a class for every pixel, as in mmsegmentation.
+"""UPerNet (arXiv 1807.10221): a class for every pixel, as in mmsegmentation.
 
 A pooling pyramid on the coarsest map, a feature pyramid down to the finest, all of them joined at a
 quarter of the image's resolution. In training, a small head on the third map has a loss of its own.
@@ -17,36 +17,41 @@ from hivit_jax.errors import UserError
 from hivit_jax.models import resize
 from hivit_jax.models.backbone import BackboneSettings, HiViTBackbone
 from hivit_jax.models.convolutions import ConvModule, PixelClassifier
+from hivit_jax.models.encoder import Settings
 from hivit_jax.models.hivit import HiViTSettings
+from hivit_jax.models.plain_backbones import Neck, SwinBackbone, ViTBackbone
+from hivit_jax.models.swin import SwinSettings
+from hivit_jax.models.vit import ViTSettings
 from hivit_jax.ops.choice import FAST, Ops
+from hivit_jax.ops.modules import batch_norm
 
 POOL_SCALES = (1, 2, 3, 6)  # cells a side of the pooling pyramid
 _AUXILIARY_LEVEL = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmenterSettings(HiViTSettings):
-  """Settings of HiViT with UPerNet.
-
-  `image_size` is that of the crops: the bias tables are for it. Other sizes resize the tables.
+class HeadsSettings(Settings):
+  """Settings of a segmenter's heads.
 
   Attributes:
-    position_image_size: (height, width) that the position embedding is for; it is resized to the
-      crops in every forward pass, as the published segmenter does.
     num_classes: of a pixel.
     head_channels: of UPerNet; it takes most of the computation at the published 1024.
     auxiliary_channels: of the second head; 0: there is none.
+    linear_levels: levels of the encoder, from 1, finest, to 4, that a linear classifier of pixels
+      takes instead of UPerNet, which there is not then, nor a second head.
     dropout_rate: share of the channels that training drops before the classifiers.
   """
 
-  position_image_size: tuple[int, int] = (224, 224)
   num_classes: int = 150
   head_channels: int = 1024
   auxiliary_channels: int = 256
+  linear_levels: tuple[int, ...] = ()
   dropout_rate: float = 0.1
 
   def __post_init__(self):
     super().__post_init__()
+    if len({*self.linear_levels} & {1, 2, 3, 4}) != len(self.linear_levels):
+      raise UserError(f'linear_levels={self.linear_levels}: expected some of 1, 2, 3, 4, each once')
     if self.num_classes < 2:
       raise UserError(f'num_classes must be 2 or more, got {self.num_classes}')
     if self.head_channels < 1 or self.auxiliary_channels < 0:
@@ -57,14 +62,53 @@ class SegmenterSettings(HiViTSettings):
     if not 0 <= self.dropout_rate < 1:
       raise UserError(f'dropout_rate must be at least 0 and below 1, got {self.dropout_rate}')
 
+  def _shared(self, settings: type[Settings]) -> dict[str, Any]:
+    """What an encoder's settings have of these."""
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(settings)}
+
+  def make_encoder(self, rngs: nnx.Rngs) -> Any:
+    """What gives the maps, finest first."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmenterSettings(HeadsSettings, HiViTSettings):
+  """Settings of HiViT with UPerNet.
+
+  `image_size` is that of the crops: the bias tables are for it. Other sizes resize the tables.
+
+  Attributes:
+    position_image_size: (height, width) that the position embedding is for; it is resized to the
+      crops in every forward pass, as the published segmenter does.
+  """
+
+  position_image_size: tuple[int, int] = (224, 224)
+
   @property
   def backbone(self) -> BackboneSettings:
     """Settings of the encoder."""
-    shared: dict[str, Any] = {
-      field.name: getattr(self, field.name) for field in dataclasses.fields(HiViTSettings)
-    }
+    shared = self._shared(HiViTSettings)
     shared['image_size'] = self.position_image_size
     return BackboneSettings(**shared, bias_image_size=self.image_size)
+
+  def make_encoder(self, rngs: nnx.Rngs) -> HiViTBackbone:
+    return HiViTBackbone(self.backbone, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTSegmenterSettings(HeadsSettings, ViTSettings):
+  """Settings of ViT with UPerNet; all images are of `image_size`."""
+
+  def make_encoder(self, rngs: nnx.Rngs) -> ViTBackbone:
+    return ViTBackbone(ViTSettings(**self._shared(ViTSettings)), rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwinSegmenterSettings(HeadsSettings, SwinSettings):
+  """Settings of Swin with UPerNet; all images are of `image_size`, which windows have to divide."""
+
+  def make_encoder(self, rngs: nnx.Rngs) -> SwinBackbone:
+    return SwinBackbone(SwinSettings(**self._shared(SwinSettings)), rngs=rngs)
 
 
 class _Pool(nnx.Module):
@@ -171,20 +215,67 @@ class FCNHead(nnx.Module):
     return self.conv_seg(self.convs[0](x, train=train), dropout_noise)
 
 
-class Segmenter(nnx.Module):
-  """HiViT with UPerNet: (B, H, W, channels) images -> (B, H/4, W/4, classes) logits."""
+class LinearHead(nnx.Module):
+  """BatchNorm without scale and bias, then a linear classifier, on some of the maps.
 
-  def __init__(self, settings: SegmenterSettings, *, rngs: nnx.Rngs):
+  Like MAE's linear probe (arXiv 2111.06377, appendix A), but for pixels. One classifier takes the
+  channels of all maps; its share of a map is computed before the map is enlarged.
+
+  Args:
+    inputs: channels of all maps, finest first.
+    levels: maps that are used, counted from 1.
+    classes: of a pixel.
+  """
+
+  ops: Ops = FAST
+
+  def __init__(
+    self, inputs: Sequence[int], levels: Sequence[int], classes: int, *, rngs: nnx.Rngs, dtype: Any
+  ):
+    self.levels = tuple(sorted(levels))
+    widths = [inputs[level - 1] for level in self.levels]
+    for level, width in zip(self.levels, widths, strict=True):
+      setattr(self, f'norm{level}', batch_norm(width, rngs=rngs))
+    self.conv_seg = PixelClassifier(sum(widths), classes, rate=0.0, rngs=rngs, dtype=dtype)
+
+  def __call__(
+    self, maps: Sequence[jax.Array], dropout_noise: jax.Array | None = None, *, train: bool
+  ) -> jax.Array:
+    """Logits at the resolution of the finest map; arguments as for `UPerHead`, but no dropout."""
+    del dropout_noise
+    kernel, logits, start = self.conv_seg.kernel[...][0, 0], self.conv_seg.bias[...], 0
+    for level in self.levels:
+      x = getattr(self, f'norm{level}')(maps[level - 1], use_running_average=not train)
+      x = x.astype(self.conv_seg.dtype)
+      own = kernel[start : start + x.shape[-1]]
+      start += x.shape[-1]
+      part = self.ops.linear(x.reshape(-1, x.shape[-1]), own, None).reshape(*x.shape[:-1], -1)
+      logits = logits + resize.bilinear(part, maps[0].shape[1:3])
+    return logits
+
+
+class Segmenter(nnx.Module):
+  """An encoder with UPerNet or a linear classifier.
+
+  (B, H, W, channels) images -> (B, H/4, W/4, classes) logits.
+  """
+
+  def __init__(self, settings: HeadsSettings, *, rngs: nnx.Rngs):
     self.settings = settings
     self.image_size, self.channels = settings.image_size, settings.channels
     self.num_classes = settings.num_classes
-    self.backbone = HiViTBackbone(settings.backbone, rngs=rngs)
+    self.backbone = settings.make_encoder(rngs)
     inputs = [info.channels for info in self.backbone.feature_info]
-    options = {'rate': settings.dropout_rate, 'rngs': rngs, 'dtype': settings.dtype}
-    classes = settings.num_classes
-    self.decode_head = UPerHead(inputs, settings.head_channels, classes, **options)
-    width, channels = inputs[_AUXILIARY_LEVEL - 1], settings.auxiliary_channels
-    self.auxiliary_head = FCNHead(width, channels, classes, **options) if channels else None
+    options = {'rngs': rngs, 'dtype': settings.dtype}
+    plain = isinstance(self.backbone, ViTBackbone)  # its maps are alike
+    self.neck = Neck(inputs[0], **options) if plain else None
+    classes, levels, rate = settings.num_classes, settings.linear_levels, settings.dropout_rate
+    if levels:
+      self.decode_head = LinearHead(inputs, levels, classes, **options)
+    else:
+      self.decode_head = UPerHead(inputs, settings.head_channels, classes, rate=rate, **options)
+    width, second = inputs[_AUXILIARY_LEVEL - 1], 0 if levels else settings.auxiliary_channels
+    self.auxiliary_head = FCNHead(width, second, classes, rate=rate, **options) if second else None
 
   @property
   def drop_path_rates(self) -> tuple[float, ...]:
@@ -204,13 +295,18 @@ class Segmenter(nnx.Module):
     """Logits of the main head, by the running statistics.
 
     Args:
-      images: normalised, of any size that is a multiple of 16 and at least 32; with relative
-        position bias, sizes other than `image_size` are another function than the published one.
+      images: normalised, of `image_size`. HiViT takes any multiple of 16 from 32 on; with relative
+        position bias, another size is another function than the published one.
 
     Returns:
       (B, H/4, W/4, classes) float32.
     """
-    return self.decode_head(self.backbone(images), train=False)
+    return self.decode_head(self._maps(images, None, train=False), train=False)
+
+  def _maps(self, images: jax.Array, drop_path_noise: Any, *, train: bool) -> Sequence[jax.Array]:
+    """Of the levels, finest first."""
+    maps = self.backbone(images, drop_path_noise=drop_path_noise)
+    return maps if self.neck is None else self.neck(maps, train=train)
 
   def heads(
     self,
@@ -230,7 +326,7 @@ class Segmenter(nnx.Module):
     Returns:
       (B, H/4, W/4, classes) and, where there is an auxiliary head, (B, H/16, W/16, classes).
     """
-    maps = self.backbone(images, drop_path_noise=drop_path_noise)
+    maps = self._maps(images, drop_path_noise, train=train)
     first = second = None
     if dropout_noise is not None:
       first, second = jnp.split(dropout_noise, [self.settings.head_channels], axis=1)

@@ -81,6 +81,11 @@ class ViTEncoder(Encoder):
     Raises:
       UserError: images of another size, type or other channels.
     """
+    x = self._embed(images, ids)
+    return self._run(self.blocks, 0, x, drop_path_noise, scan=self.settings.scan)
+
+  def _embed(self, images: jax.Array, ids: jax.Array | None = None) -> jax.Array:
+    """What the first block gets, (B, 1 + K, C); arguments as for `forward_features`."""
     self._check(images)
     units, position = split_units(images), self.pos_embed[...]
     if self.fixed_position:
@@ -92,8 +97,7 @@ class ViTEncoder(Encoder):
     x = self.patch_embed(units.reshape(*units.shape[:2], -1))
     x = layers.add_parameter(x, of_patches)
     first = jnp.broadcast_to(self.cls_token[...] + of_class, (x.shape[0], 1, x.shape[-1]))
-    x = jnp.concatenate([first.astype(x.dtype), x], axis=1)  # (B, 1 + K, C)
-    return self._run(self.blocks, 0, x, drop_path_noise, scan=self.settings.scan)
+    return jnp.concatenate([first.astype(x.dtype), x], axis=1)  # (B, 1 + K, C)
 
   def stages(
     self,

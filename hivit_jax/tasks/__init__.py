@@ -2,7 +2,7 @@
 
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.detect import DetectTask
-from hivit_jax.tasks.linear import LinearTask
+from hivit_jax.tasks.linear import LinearTask, SegmentLinearTask
 from hivit_jax.tasks.mae import MAETask
 from hivit_jax.tasks.segment import SegmentTask
 from hivit_jax.tasks.simmim import SimMIMTask
@@ -18,4 +18,5 @@ TASKS: dict[str, type[Task]] = {
   'linear': LinearTask,
   'detect': DetectTask,
   'segment': SegmentTask,
+  'segment_linear': SegmentLinearTask,
 }

@@ -116,7 +116,7 @@ class ClassifyTask(ImageTask):
         )
         for name, source in context.class_sets.items()
       ]
-    return [*accuracies, *knn.evaluators(context, self.features)]
+    return [*accuracies, *knn.evaluators(context, self.features, self.unit_features)]
 
   def evaluate(self, model: Classifier, batch: Batch) -> dict[str, jax.Array]:
     """Sums over the examples of an evaluation batch.
@@ -148,6 +148,11 @@ class ClassifyTask(ImageTask):
   def features(self, model: Classifier, images: jax.Array) -> jax.Array:
     """(B, H, W, C) uint8 -> (B, C) float32 mean tokens, for k-NN classification."""
     return model.pooled(normalize(images, self.mean, self.std)).astype(jnp.float32)
+
+  def unit_features(self, model: Classifier, images: jax.Array) -> jax.Array:
+    """(B, H, W, C) uint8 -> (B, rows, columns, C) float32 tokens, for k-NN segmentation."""
+    tokens = model.unit_tokens(normalize(images, self.mean, self.std))[-1]
+    return tokens.astype(jnp.float32).mean(axis=3)
 
 
 def _shares_of(source: Any, name: str):

@@ -71,8 +71,15 @@ class Context(Protocol):
     """The value of a dotted key of the config, such as knn.k."""
     ...
 
-  def batches(self, source: Any) -> AbstractContextManager[Iterator[dict[str, jax.Array]]]:
-    """One pass over a source, as global arrays; `mask` and `index` tell padding from examples."""
+  def batches(
+    self, source: Any, transform: Callable[..., Any] | None = None
+  ) -> AbstractContextManager[Iterator[dict[str, jax.Array]]]:
+    """One pass over a source, as global arrays; `mask` and `index` tell padding from examples.
+
+    Args:
+      source: the examples.
+      transform: of an example; None: the task's of evaluation.
+    """
     ...
 
   def own_batches(self, source: Any) -> AbstractContextManager[Iterator[dict[str, Any]]]:
@@ -226,7 +233,11 @@ class Collected:
 
 
 def rows(
-  context: Context, function: Callable[..., Any], params: Any, source: Any
+  context: Context,
+  function: Callable[..., Any],
+  params: Any,
+  source: Any,
+  transform: Callable[..., Any] | None = None,
 ) -> Iterator[tuple[Any, np.ndarray]]:
   """Results for each example of a source, batch by batch, on every process.
 
@@ -235,11 +246,12 @@ def rows(
     function: `(params, batch) -> tree of global arrays (B, ...)`.
     params: its first argument.
     source: the examples.
+    transform: see `Context.batches`.
 
   Yields:
     The results without padding and broken examples, and the positions of theirs in the source.
   """
-  with context.batches(source) as batches:
+  with context.batches(source, transform) as batches:
     for batch in batches:
       results = function(params, batch)
       keep = context.fetch(batch['mask'])

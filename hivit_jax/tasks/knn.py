@@ -1,11 +1,11 @@
-"""Weighted k-nearest-neighbour classification of features.
+"""What the nearest neighbours of features vote for: the class of an image, or of each of its units.
 
-As in "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (arXiv 1805.01978)
-and DINO (arXiv 2104.14294): cosine similarity, each of the k neighbours votes for its class with
-weight exp(similarity / temperature). k = 20 and temperature 0.07 are DINO's.
+Where examples have labels, training images vote for the class of an evaluation image. Where they
+have label maps instead, units of the training images vote for the class of a unit; a training unit
+votes for the class of most of its pixels.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,23 +14,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from hivit_jax.errors import UserError
+from hivit_jax.tasks import miou
 from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics, of_model, rows, setting_of
+from hivit_jax.tasks.neighbours import Neighbours
 
-_CHUNK = 1024  # queries at a time
-_PART = 4096  # of the bank at a time: the two bound the matrix of similarities
+_OFF = 'switch it off: --config.knn.every_epochs=0'
 
 
 def evaluators(
-  context: Context, features: Callable[[Any, jax.Array], jax.Array]
+  context: Context,
+  features: Callable[[Any, jax.Array], jax.Array],
+  unit_features: Callable[[Any, jax.Array], jax.Array],
 ) -> list[Evaluator]:
-  """`NAME/knn_top1`: accuracy of the evaluation sets among neighbours of the training set.
+  """`NAME/knn_top1`, or `NAME/knn_miou` of examples with label maps and without labels.
 
   Args:
     context: what to measure with.
     features: `(model, images) -> (B, D)`.
+    unit_features: `(model, images) -> (B, rows, columns, D)`, of the units of images.
   """
   every = context.every('knn')
-  return [] if every is None else [Evaluator(every, _Accuracy(context, features))]
+  if every is None:
+    return []
+  source = context.train_source
+  if not source.num_classes:
+    raise UserError(
+      f'{source.name} ({source.split}) has no class folders, which the k-NN accuracy compares '
+      f'with; {_OFF}'
+    )
+  kind = _of_units(context, unit_features) if _has_label_maps(source) else _of_images(features)
+  return [Evaluator(every, _Votes(context, kind))]
 
 
 def no_labels(source: Any, name: str) -> UserError:
@@ -42,171 +55,151 @@ def no_labels(source: Any, name: str) -> UserError:
   )
 
 
-class _Accuracy:
+def _has_label_maps(source: Any) -> bool:
+  """Whether there are label maps, and no labels, which come first."""
+  example = source[0]
+  return 'segmentation' in example and 'label' not in example
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+  """What is told of an example by its neighbours, in one row or several.
+
+  Attributes:
+    describe: `(model, batch) -> (B, rows, D) features, (B, rows, ...) truth`.
+    classes: truth (n, ...) -> (n,) classes, -1 where none is known.
+    metrics: truth (n, ...) and predicted classes (n,), -1 where there is none -> metrics.
+    transform: of evaluation, instead of the task's.
+  """
+
+  describe: Callable[[Any, Any], tuple[jax.Array, jax.Array]]
+  classes: Callable[[np.ndarray], np.ndarray]
+  metrics: Callable[[np.ndarray, np.ndarray], Metrics]
+  transform: Callable[..., Any] | None = None
+
+
+def _of_images(features: Callable[[Any, jax.Array], jax.Array]) -> _Kind:
+  def accuracy(labels: np.ndarray, predicted: np.ndarray) -> Metrics:
+    return {'knn_top1': float(np.mean((predicted == labels)[labels >= 0]))}
+
+  return _Kind(
+    describe=lambda model, b: (features(model, b['image'])[:, None], b['label'][:, None]),
+    classes=lambda labels: labels,
+    metrics=accuracy,
+  )
+
+
+def _of_units(context: Context, features: Callable[[Any, jax.Array], jax.Array]) -> _Kind:
+  # Here: a benchmark of a step needs no data.
+  from hivit_jax.data.segmentation_transforms import KEYS, ClassMap
+
+  trained, count = context.train_source, len(context.train_source.class_names)
+  for source in context.sets.values():
+    if not _has_label_maps(source) or source.class_names != trained.class_names:
+      raise UserError(
+        f'{source.name} ({source.split}) has no label maps of the classes of {trained.name} '
+        f'({trained.split}), whose units the k-NN segmentation compares with; {_OFF}'
+      )
+  ignored = context.setting('segment.ignore_index')
+  classes = ClassMap(count, ignored, context.setting('segment.reduce_zero_label'))
+
+  def describe(model, batch):
+    found = features(model, batch['image'])  # (B, rows, columns, D)
+    b, rows, columns, width = found.shape
+    pixels = pixels_of_units(batch['segmentation'], (rows, columns), count)
+    return found.reshape(b, rows * columns, width), pixels
+
+  def score(pixels: np.ndarray, predicted: np.ndarray) -> Metrics:
+    confusion = np.stack([pixels[predicted == i].sum(axis=0) for i in range(count)], axis=1)
+    return {'knn_miou': miou.means(confusion)['miou']}
+
+  return _Kind(
+    describe=describe,
+    classes=lambda pixels: np.where(pixels.any(axis=1), pixels.argmax(axis=1), -1),
+    metrics=score,
+    transform=context.task.transforms(False, keys=KEYS, steps=(classes,)),
+  )
+
+
+def pixels_of_units(labels: jax.Array, grid: tuple[int, int], classes: int) -> jax.Array:
+  """Pixels of each class in each unit: (B, H, W) integers -> (B, rows * columns, classes) int32.
+
+  Args:
+    labels: of the pixels; what is no class does not count.
+    grid: (rows, columns) of units.
+    classes: how many.
+  """
+  (b, height, width), (rows, columns) = labels.shape, grid
+  cut = labels.reshape(b, rows, height // rows, columns, width // columns).swapaxes(2, 3)
+  cut = jnp.minimum(cut.reshape(b, rows * columns, -1).astype(jnp.int32), classes)
+  place = jnp.arange(rows * columns)[:, None] * (classes + 1) + cut
+  length = rows * columns * (classes + 1)
+  counts = jax.vmap(lambda x: jnp.bincount(x.ravel(), length=length))(place)
+  return counts.reshape(b, rows * columns, classes + 1)[..., :classes]
+
+
+class _Votes:
   """The queries of all sets are collected; the bank passes by: that of ImageNet would be 5 GB."""
 
-  def __init__(self, context: Context, features: Callable[[Any, jax.Array], jax.Array]):
-    train_source = context.train_source
-    if not train_source.num_classes:
-      raise UserError(
-        f'{train_source.name} ({train_source.split}) has no class folders, which the k-NN accuracy '
-        'compares with; switch it off: --config.knn.every_epochs=0'
-      )
-    self._context = context
-    self._bank = context.some(train_source, context.setting('knn.bank_size'))
-
-    def described(model, batch):
-      return features(model, batch['image']), batch['label']
-
-    self._features = jax.jit(of_model(context.graphdef, described))
+  def __init__(self, context: Context, kind: _Kind):
+    self._context, self._kind = context, kind
+    self._bank = context.some(context.train_source, context.setting('knn.bank_size'))
+    self._describe = jax.jit(of_model(context.graphdef, kind.describe))
 
   def __call__(self, step: int, state: Any) -> Metrics:
     del step
-    context = self._context
+    context, kind = self._context, self._kind
     params = context.whole(state['params'])
     found = {
-      name: _rows(self._parts(params, source), len(source)) for name, source in context.sets.items()
+      name: _joined(self._parts(params, source), len(source))
+      for name, source in context.sets.items()
     }
-    for name, (_, labels) in found.items():
-      if not (labels >= 0).any():
+    for name, (_, truth) in found.items():
+      if not (kind.classes(truth) >= 0).any():
         raise no_labels(context.sets[name], name)
     queries = [queries for queries, _ in found.values()]
-    neighbours = Neighbours(
-      queries[0] if len(queries) == 1 else np.concatenate(queries),
-      k=context.setting('knn.k'),
-      bank_size=len(self._bank),
-    )
-    for part, labels in self._parts(params, self._bank):
-      neighbours.add(part, labels)
+    neighbours = None
+    for part, truth in self._parts(params, self._bank):
+      if neighbours is None:
+        neighbours = Neighbours(
+          queries[0] if len(queries) == 1 else np.concatenate(queries),
+          k=context.setting('knn.k'),
+          bank_size=len(self._bank) * part.shape[1],
+        )
+      labels = kind.classes(_rows(truth))
+      neighbours.add(_rows(part)[labels >= 0], labels[labels >= 0])
+    assert neighbours is not None  # a source has examples
     predicted = neighbours.predict(
       num_classes=context.train_source.num_classes, temperature=context.setting('knn.temperature')
     )
-    ends = np.cumsum([len(labels) for _, labels in found.values()])
-    shares = {}
-    for (name, (_, labels)), own in zip(found.items(), np.split(predicted, ends[:-1]), strict=True):
-      known = labels >= 0
-      shares[f'{name}/knn_top1'] = float(np.mean((own == labels)[known]))
-    return shares
+    ends = np.cumsum([len(truth) for _, truth in found.values()])
+    return {
+      f'{name}/{key}': value
+      for (name, (_, truth)), own in zip(found.items(), np.split(predicted, ends[:-1]), strict=True)
+      for key, value in kind.metrics(truth, own).items()
+    }
 
   def _parts(self, params: Any, source: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Features (B, D) and labels (B,) of a source, batch by batch, on every process."""
-    return (found for found, _ in rows(self._context, self._features, params, source))
+    """Features (B, rows, D) and truth (B, rows, ...), batch by batch, on every process."""
+    parts = rows(self._context, self._describe, params, source, self._kind.transform)
+    return (found for found, _ in parts)
 
 
-def _rows(
+def _rows(x: np.ndarray) -> np.ndarray:
+  """(B, rows, ...) -> (B * rows, ...)."""
+  return x.reshape(-1, *x.shape[2:])
+
+
+def _joined(
   parts: Iterator[tuple[np.ndarray, np.ndarray]], most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Parts one after the other, `most` rows at most, each copied once."""
-  values, labels, count = np.zeros((most, 0)), np.zeros(most, np.int32), 0
-  for part, part_labels in parts:
-    if not count:
-      values = np.empty((most, part.shape[1]), part.dtype)
-    place = slice(count, count + len(part))
-    values[place], labels[place] = part, part_labels
-    count += len(part)
-  return values[:count], labels[:count]
-
-
-class Neighbours:
-  """The nearest neighbours of queries in a bank that comes in parts and is not kept.
-
-  The result is that of the whole bank at once. Of neighbours at the same distance the earlier ones
-  count. On the device are the queries, their neighbours so far, and `_PART` rows of the bank.
-  """
-
-  def __init__(self, queries: np.ndarray, *, k: int, bank_size: int):
-    """Begins with an empty bank.
-
-    Args:
-      queries: (Q, D) features.
-      k: neighbours of each.
-      bank_size: rows that `add` will get at most.
-    """
-    self._count = len(queries)
-    rows = min(_CHUNK, max(1, self._count))
-    chunks = max(1, -(-self._count // rows))
-    padded = np.zeros((chunks * rows, queries.shape[1]), np.float32)
-    padded[: self._count] = queries
-    self._queries = _unit_length(jnp.asarray(padded.reshape(chunks, rows, -1)))
-    shape = (chunks, rows, min(k, bank_size))
-    self._similarities = jnp.full(shape, -jnp.inf)
-    self._labels = jnp.zeros(shape, jnp.int32)
-    self._new_part(min(_PART, bank_size), queries.shape[1])
-
-  def _new_part(self, rows: int, width: int) -> None:
-    self._part = np.zeros((rows, width), np.float32)
-    self._part_labels = np.zeros(rows, np.int32)
-    self._filled = 0
-
-  def add(self, features: np.ndarray, labels: np.ndarray) -> None:
-    """Adds rows to the bank: (B, D) features and (B,) integer labels."""
-    start = 0
-    while start < len(features):
-      take = min(len(features) - start, len(self._part) - self._filled)
-      place = slice(self._filled, self._filled + take)
-      self._part[place] = features[start : start + take]
-      self._part_labels[place] = labels[start : start + take]
-      self._filled += take
-      start += take
-      if self._filled == len(self._part):
-        self._merge()
-
-  def predict(self, *, num_classes: int, temperature: float) -> np.ndarray:
-    """Lets the neighbours in the bank so far vote.
-
-    Args:
-      num_classes: number of classes; all labels are below it.
-      temperature: of the votes; small: the nearest decide.
-
-    Returns:
-      (Q,) int32 predicted labels; -1 for queries without neighbours, such as NaN.
-    """
-    if self._filled:
-      self._merge()
-    predicted = _vote(self._similarities, self._labels, num_classes, temperature)
-    return np.asarray(predicted, np.int32).reshape(-1)[: self._count]
-
-  def _merge(self) -> None:
-    self._similarities, self._labels = _nearest(
-      self._similarities, self._labels, self._queries, self._part, self._part_labels, self._filled
-    )
-    self._new_part(*self._part.shape)  # JAX may not have read the old one yet
-
-
-def _unit_length(x: jax.Array) -> jax.Array:
-  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-@jax.jit
-def _nearest(similarities, labels, queries, part, part_labels, filled):
-  """Merges the first `filled` rows of a part into the neighbours: (chunks, rows, k) twice."""
-  part = _unit_length(part)
-  k = similarities.shape[-1]
-
-  def merge(chunk):
-    before, labels, queries = chunk
-    # float32 products: a TPU's default would round the similarities to bfloat16.
-    new = jnp.matmul(queries, part.T, precision='highest')  # (rows, M)
-    new = jnp.where(jnp.arange(len(part)) < filled, new, -jnp.inf)
-    # Among equals `top_k` prefers the first, so earlier parts win.
-    top, index = jax.lax.top_k(jnp.concatenate([before, new], axis=1), k)
-    old = jnp.take_along_axis(labels, jnp.minimum(index, k - 1), axis=1)
-    return top, jnp.where(index < k, old, part_labels[jnp.maximum(index - k, 0)])
-
-  return jax.lax.map(merge, (similarities, labels, queries))
-
-
-@functools.partial(jax.jit, static_argnames=('num_classes', 'temperature'))
-def _vote(similarities, labels, num_classes, temperature):
-  """(chunks, rows, k) twice -> (chunks, rows)."""
-
-  def vote(chunk):
-    top, labels = chunk
-    # Relative to the nearest, so that no temperature overflows. Missing neighbours, where the bank
-    # has less than k, are infinitely far away and weigh nothing.
-    weights = jnp.exp((top - top.max(axis=1, keepdims=True)) / temperature)
-    votes = jax.nn.one_hot(labels, num_classes) * weights[..., None]  # (rows, k, classes)
-    found = jnp.isfinite(top.max(axis=1))  # not so for NaN features or an empty bank
-    return jnp.where(found, votes.sum(axis=1).argmax(axis=-1), -1)
-
-  return jax.lax.map(vote, (similarities, labels))
+  """The rows of all parts, of `most` examples at most, each copied once."""
+  joined, count = (), 0
+  for part in parts:
+    if not joined:
+      joined = tuple(np.empty((most, *x.shape[1:]), x.dtype) for x in part)
+    for whole, own in zip(joined, part, strict=True):
+      whole[count : count + len(own)] = own
+    count += len(part[0])
+  features, truth = (_rows(whole[:count]) for whole in joined)
+  return features, truth

@@ -66,19 +66,14 @@ class MAETask(ImageTask):
     return out.loss * (len(batch['image']) / batch['count']), {}
 
   def evaluators(self, context: Context) -> list[Evaluator]:
-    """k-NN accuracy of the features, and pictures of reconstructions."""
+    """k-NN accuracy or segmentation by the features, and pictures of reconstructions."""
     return [
-      *knn.evaluators(context, self.features),
+      *knn.evaluators(context, self.features, self.unit_features),
       *reconstruction.evaluators(context, mean=self.mean, std=self.std),
     ]
 
   def features(self, model: Model, images: jax.Array) -> jax.Array:
-    """Pooled features of whole images, for k-NN classification.
-
-    All three stages, as the decoder gets them ("hierarchical features"): every token is
-    normalised, tokens are averaged, stages are concatenated. The last stage alone serves the
-    reconstruction more than it describes the image: on `photo_tiles` its accuracy falls while the
-    autoencoder improves, that of all stages rises.
+    """Features of whole images, for k-NN classification; see `pooled_stages`.
 
     Args:
       model: the autoencoder.
@@ -89,12 +84,29 @@ class MAETask(ImageTask):
     """
     return pooled_stages(model.stages(normalize(images, self.mean, self.std)))
 
+  def unit_features(self, model: Model, images: jax.Array) -> jax.Array:
+    """(B, H, W, C) uint8 -> (B, rows, columns, C/4 + C/2 + C) of units, for k-NN segmentation."""
+    return pooled_stages(model.unit_tokens(normalize(images, self.mean, self.std)), keep=3)
 
-def pooled_stages(stages: Sequence[jax.Array]) -> jax.Array:
-  """Joins the stages of an encoder, each (B, ..., c): (B, sum of c) float32."""
+
+def pooled_stages(stages: Sequence[jax.Array], keep: int = 1) -> jax.Array:
+  """Joins the stages of an encoder.
+
+  All of them, as the decoder gets them ("hierarchical features"): every token is normalised, tokens
+  are averaged, stages are concatenated. The last stage alone serves the reconstruction more than it
+  describes the image: on `photo_tiles` its accuracy falls while the autoencoder improves, that of
+  all stages rises.
+
+  Args:
+    stages: (B, ..., c) each; of HiViT (B, N, cells, c) twice, then (B, N, C).
+    keep: leading axes over which there is no mean.
+
+  Returns:
+    (B, ..., sum of c) float32, with as many axes before the last one.
+  """
   pooled = []
-  for tokens in stages:  # of HiViT (B, N, cells, c) twice, then (B, N, C)
+  for tokens in stages:
     tokens = tokens.astype(jnp.float32)
     tokens = (tokens - tokens.mean(-1, keepdims=True)) / (tokens.std(-1, keepdims=True) + 1e-6)
-    pooled.append(tokens.mean(axis=tuple(range(1, tokens.ndim - 1))))
+    pooled.append(tokens.mean(axis=tuple(range(keep, tokens.ndim - 1))))
   return jnp.concatenate(pooled, axis=-1)

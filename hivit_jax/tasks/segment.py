@@ -38,11 +38,11 @@ class SegmentTask(Task):
 
   model_class = Segmenter
   model_kind = 'segmenter'
-  # As the official training, whose list of exceptions misses the position embedding.
+  # As the official training, whose list of exceptions misses position embeddings.
   rules = (
     (r'(.*/)?(bias|scale)', 'no_decay'),
     (r'.*/relative_position_bias_table', 'no_decay'),
-    (r'(.*/)?kernel|.*/absolute_pos_embed', 'decay'),
+    (r'(.*/)?kernel|.*/(absolute_pos_embed|pos_embed|cls_token)', 'decay'),
   )
   encoder = 'backbone/'
   stem_is_one_layer = True

@@ -116,15 +116,21 @@ def confusion(matrix: np.ndarray, names: Sequence[str]) -> Image.Image:
   grid = Image.fromarray(tinted.repeat(cell, axis=0).repeat(cell, axis=1))
   font = ImageFont.load_default(size=13)
   named = len(names) <= _NAMED
-  left = 2 * _MARGIN + (int(max(map(font.getlength, names))) if named else 0)
-  top = 3 * _LINE
+  longest = int(max(map(font.getlength, names))) + 2 if named else 0
+  left = 2 * _MARGIN + longest
+  top = 2 * _LINE + _MARGIN + longest
   size = (left + grid.width + _MARGIN, top + grid.height + _MARGIN)
   canvas = Image.new('RGB', size, 'white')
   canvas.paste(grid, (left, top))
   pen = ImageDraw.Draw(canvas)
-  text = 'rows: what pixels are; columns, in the same order: what they were taken for'
+  text = 'rows: what pixels are; columns: what they were taken for'
   pen.text((_MARGIN, _MARGIN), text, 'black', font)
   if named:
     for i, name in enumerate(names):
       pen.text((_MARGIN, top + i * cell + (cell - 14) // 2), name, 'black', font)
+      above = Image.new('RGB', (longest, 15), 'white')
+      ImageDraw.Draw(above).text((0, 0), name, 'black', font)
+      canvas.paste(
+        above.rotate(90, expand=True), (left + i * cell + (cell - 15) // 2, top - longest - 4)
+      )
   return canvas

@@ -82,8 +82,10 @@ class EvaluationContext:
     return settings.get(self.setup.config, key)
 
   @contextlib.contextmanager
-  def batches(self, source: Any) -> Iterator[Iterator[dict[str, jax.Array]]]:
-    with self.setup.eval_batches(source) as batches:
+  def batches(
+    self, source: Any, transform: Callable[..., Any] | None = None
+  ) -> Iterator[Iterator[dict[str, jax.Array]]]:
+    with self.setup.eval_batches(source, transform) as batches:
       yield (sharding.put_batch(batch, self.setup.mesh) for batch in batches)
 
   def own_batches(self, source: Any) -> contextlib.AbstractContextManager[Iterator[dict[str, Any]]]:

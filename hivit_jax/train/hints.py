@@ -15,7 +15,7 @@ _Config = ml_collections.ConfigDict
 
 
 def _not_read(field: str) -> Callable[[_Config], str | None]:
-  """Why the task does not read a setting of `augment`."""
+  """Why the task does not read a setting of `augment` or `segment`."""
 
   def reason(config: _Config) -> str | None:
     fields = {own.name for own in dataclasses.fields(cast(Any, assemble.task_class(config)))}
@@ -39,12 +39,20 @@ def _not_in(config: _Config, *schedules: str) -> str | None:
   return None if chosen in schedules else f'optim.schedule={chosen}'
 
 
+# Of the settings of `segment`, those that the k-NN segmentation does not read as well.
+_SEGMENT = {
+  'scale': (2560, 640), 'ratios': (0.5, 2.0), 'max_share': 0.75, 'photometric': True,
+  'mean_over': 'all', 'class_weights': (), 'auxiliary_weight': 0.4, 'inference': 'slide',
+  'stride': (426, 426), 'scales': (1.0,), 'mirrored': False,
+}  # fmt: skip
+
 # Settings with their defaults, and why nothing reads them in a config; None: something does.
 _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] = (
   *(
     ({f'augment.{key}': 0.0}, _not_read(key))
     for key in ('erase', 'mixup', 'cutmix', 'label_smoothing')
   ),
+  *(({f'segment.{key}': default}, _not_read(key)) for key, default in _SEGMENT.items()),
   *(
     ({f'{section}.every_epochs': epochs}, _not_measured(section))
     for section, epochs in (('evaluation', 1.0), ('pictures', 20.0))

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
@@ -54,10 +54,18 @@ class Setup:
     source = self.eval_source if self.train_source is None else self.train_source
     return Steps(len(source), self.config.batch_size)
 
-  def eval_batches(self, source: Any, *, alone: bool = False) -> Any:
-    """This process's batches of one pass over a source; `alone`: all of it as one batch."""
+  def eval_batches(
+    self, source: Any, transform: Callable[..., Any] | None = None, *, alone: bool = False
+  ) -> Any:
+    """This process's batches of one pass over a source.
+
+    Args:
+      source: the examples.
+      transform: of an example; None: the task's of evaluation.
+      alone: all examples as one batch.
+    """
     size = len(source) if alone else self.config.evaluation.batch_size
-    transform = self.task.input(train=False)
+    transform = transform or self.task.input(train=False)
     order = self.task.eval_order(source, size)
     return inputs.eval_batches(
       self.config, source, transform, size, order=order, alone=alone, told=self._told

@@ -1,5 +1,7 @@
 """What all models have in common: the contract of `encoder.Encoder`, and what they refuse."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,17 +74,24 @@ def test_features_their_mean_and_their_channels(family):
       model.pooled(images),
       model.forward_features(images, drop_path_noise=noise),
       model.pooled(images, drop_path_noise=noise),
-      model.stages(images)[-1],
+      model.stages(images),
+      model.unit_tokens(images),
     )
 
-  features, pooled, dropped, dropped_pooled, last = run(images, noise)
+  features, pooled, dropped, dropped_pooled, stages, units = run(images, noise)
   channels = CHANNELS.get(name, model.feature_info[-1].channels)
   assert features.shape[-1] == channels
   first = CLASS_TOKENS.get(name, 0)
   for tokens, mean in ((features, pooled), (dropped, dropped_pooled)):
     assert mean.shape == (2, channels)
     assert_close(mean, np.asarray(tokens)[:, first:].reshape(2, -1, channels).mean(axis=1))
-  np.testing.assert_array_equal(last, features[:, first:])
+  np.testing.assert_array_equal(stages[-1], features[:, first:])
+  np.testing.assert_array_equal(units[-1].reshape(stages[-1].shape), stages[-1])
+  for whole, cut in zip(stages, units, strict=True):
+    assert cut.shape[:3] == units[-1].shape[:3]
+    side = math.isqrt(cut.shape[3])
+    of_first = whole[:, :side, :side] if 'swin' in name else whole[:, 0]  # a map, or units
+    np.testing.assert_array_equal(cut[:, 0, 0], of_first.reshape(cut[:, 0, 0].shape))
   assert np.abs(dropped - features).max() > 1e-2
 
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.interop import torch_names
+from hivit_jax.interop import exporter, infer, torch_names
 from hivit_jax.models import resize
 from hivit_jax.models.convolutions import BatchNorm
 from hivit_jax.models.upernet import FCNHead, UPerHead
@@ -22,6 +22,7 @@ from tests.helpers import (
   assert_close,
   golden_params,
   load_golden,
+  quick_jit,
   random_images,
   random_model,
   torch_gradients,
@@ -284,3 +285,56 @@ def test_dropout_drops_channels_of_single_examples():
 def test_mistakes(options, message):
   with pytest.raises(UserError, match=message):
     abstract_model('segment_hivit_tiny', **options)
+
+
+ENCODERS = {
+  'segment_hivit_tiny': {
+    'position_image_size': 32, 'embed_dim': 16, 'depths': (1, 1, 1), 'num_heads': 2,
+  },
+  'segment_vit_base': {'embed_dim': 16, 'depth': 3, 'num_heads': 2},
+  'segment_swin_base': {
+    'embed_dim': 8, 'depths': (1, 1, 1, 1), 'num_heads': (1, 1, 1, 1), 'window_size': 2,
+  },
+}  # fmt: skip
+HEADS = {'head_channels': 8, 'auxiliary_channels': 4}, {'linear_levels': (1, 3)}
+
+
+@pytest.mark.parametrize('name', ENCODERS)
+def test_every_encoder_takes_either_head(name):
+  """All parameters have a gradient, and the arrays of a model tell which one it is."""
+  images = jnp.asarray(random_images(2, 64, 64, 3))
+  for head in HEADS:
+    options = ENCODERS[name] | head | {'image_size': 64, 'num_classes': 3}
+    graphdef, params = random_model(name, **options)
+    logits = jax.eval_shape(lambda p, g=graphdef: nnx.merge(g, p)(images), params)
+    assert logits.shape == (2, 16, 16, 3)
+    heads = {key: options[key] for key in ('num_heads',) if name != 'segment_swin_base'}
+    described = infer.describe(exporter.named_arrays(params), 'it', image_size=64, **heads)
+    assert described.name.rsplit('_', 1)[0] == name.rsplit('_', 1)[0]
+    assert head.items() <= described.arguments.items()
+  graphdef, params = random_model(name, **ENCODERS[name] | HEADS[0] | {'image_size': 64})
+
+  @quick_jit
+  def gradients(params):
+    return jax.grad(lambda p: sum(map(jnp.sum, nnx.merge(graphdef, p).heads(images))))(params)
+
+  for path, value in torch_names.flatten(gradients(params)).items():
+    assert path[-1] in ('mean', 'var') or np.any(value), path
+
+
+def test_a_linear_head_is_one_classifier_of_all_its_levels():
+  """By the definition: maps enlarged, normalised by the batch, joined, and one product."""
+  graphdef, params = random_model(
+    'segment_hivit_tiny', **ENCODERS['segment_hivit_tiny'], image_size=64, num_classes=3,
+    linear_levels=(1, 3),
+  )  # fmt: skip
+  model = nnx.merge(graphdef, params)
+  images = jnp.asarray(random_images(2, 64, 64, 3))
+  fine, _, coarse, _ = model.backbone(images)
+  found, _ = model.heads(images)
+  rows = [(x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-6) for x in (fine, coarse)]
+  joined = np.concatenate([rows[0], resize.bilinear(rows[1], (16, 16))], axis=-1)
+  head, old = model.decode_head, params['decode_head']
+  assert_close(found, joined @ head.conv_seg.kernel[...][0, 0] + head.conv_seg.bias[...])
+  mean = 0.9 * old['norm3']['mean'] + 0.1 * coarse.mean((0, 1, 2))
+  assert_close(head.norm3.mean[...], mean)

@@ -1,12 +1,18 @@
 """The k-NN classifier against one written plainly."""
 
+import contextlib
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from hivit_jax.errors import UserError
 from hivit_jax.tasks import knn
-from hivit_jax.tasks.knn import Neighbours
+from hivit_jax.tasks import neighbours as voting
+from hivit_jax.tasks.neighbours import Neighbours
 
 
 def knn_predict(bank, labels, queries, *, num_classes, k=20, temperature=0.07):
@@ -73,7 +79,7 @@ def test_a_voter_more_outweighs_only_at_a_high_temperature():
 
 @pytest.mark.parametrize('queries', [1, 7, 8, 9, 20])
 def test_queries_in_chunks(monkeypatch, queries):
-  monkeypatch.setattr(knn, '_CHUNK', 8)
+  monkeypatch.setattr(voting, '_CHUNK', 8)
   bank, labels, given, _ = _data(50, queries)
   predicted = knn_predict(bank, labels, given, num_classes=5)
   np.testing.assert_array_equal(predicted, _plain(bank, labels, given, num_classes=5))
@@ -132,8 +138,8 @@ def test_a_bank_in_parts_is_the_whole_bank_to_the_bit(monkeypatch, step):
   whole = Neighbours(queries, k=5, bank_size=100)
   whole.add(bank, labels)
   expected = whole.predict(num_classes=7, temperature=0.07)
-  monkeypatch.setattr(knn, '_PART', 8)
-  monkeypatch.setattr(knn, '_CHUNK', 10)
+  monkeypatch.setattr(voting, '_PART', 8)
+  monkeypatch.setattr(voting, '_CHUNK', 10)
   parts = Neighbours(queries, k=5, bank_size=100)
   for start in range(0, 100, step):
     parts.add(bank[start : start + step], labels[start : start + step])
@@ -150,7 +156,7 @@ def test_a_bank_in_parts_is_the_whole_bank_to_the_bit(monkeypatch, step):
 
 
 def test_no_array_of_the_whole_bank_is_on_the_device(monkeypatch):
-  monkeypatch.setattr(knn, '_PART', 64)
+  monkeypatch.setattr(voting, '_PART', 64)
   rng = np.random.default_rng(0)
   neighbours = Neighbours(rng.standard_normal((8, 32), np.float32), k=5, bank_size=10_000)
   before = {id(array) for array in jax.live_arrays()}
@@ -174,3 +180,87 @@ def test_nan_features_are_never_right(where):
   predicted = knn_predict(features['bank'], np.arange(6) % 2, features['queries'], num_classes=2)
   wrong = predicted == -1
   assert wrong.tolist() == [where == 'bank' or i == 2 for i in range(6)]
+
+
+def test_pixels_are_counted_for_their_unit():
+  labels = np.full((2, 4, 6), 255, np.uint8)
+  labels[0, :2, :3], labels[0, 1, 2], labels[0, 3, 5], labels[1, 0, 0] = 1, 2, 0, 3
+  counts = np.asarray(knn.pixels_of_units(labels, (2, 2), 3))
+  assert counts.tolist() == [[[0, 5, 1], [0, 0, 0], [0, 0, 0], [1, 0, 0]], [[0, 0, 0]] * 4]
+
+
+class _Colours(nnx.Module):
+  """Its features of a unit are the mean of its pixels."""
+
+  def __call__(self, images):
+    b, h, w, c = images.shape
+    return images.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4), dtype=np.float32)
+
+
+def _scene(classes, ignored=()):
+  """An image of 2x2 units of 2x2 pixels, each of the colour of its class, and its label map."""
+  labels = np.array(classes, np.uint8).reshape(2, 2).repeat(2, axis=0).repeat(2, axis=1)
+  image = 200 * np.eye(3, dtype=np.uint8)[labels]
+  for place in ignored:
+    labels[place] = 255
+  return {'image': image, 'segmentation': labels}
+
+
+def _segmented(scenes, *, truth=None):
+  """The evaluator's metrics of the last scene, with the others as training scenes."""
+  bank, queries = _Scenes(scenes[:-1]), _Scenes(scenes[-1:])
+  if truth is not None:
+    queries[0]['segmentation'] = truth
+  context = types.SimpleNamespace(
+    graphdef=nnx.split(_Colours())[0],
+    train_source=bank,
+    sets={'eval': queries},
+    task=types.SimpleNamespace(transforms=lambda train, **options: None),
+    every=lambda section: 1,
+    setting={
+      'knn.k': 1, 'knn.temperature': 0.07, 'knn.bank_size': 0,
+      'segment.ignore_index': 255, 'segment.reduce_zero_label': False,
+    }.__getitem__,
+    some=lambda source, size: source,
+    batches=lambda source, transform: contextlib.nullcontext([source.batch()]),
+    whole=lambda params: params,
+    fetch=np.asarray,
+  )  # fmt: skip
+  (evaluator,) = knn.evaluators(context, None, lambda model, images: model(images))
+  return evaluator.run(0, {'params': {}})
+
+
+class _Scenes(list):
+  name, split, class_names, num_classes = 'scenes', 'test', ('a', 'b', 'c'), 3
+
+  def batch(self):
+    rows = {key: np.stack([scene[key] for scene in self]) for key in self[0]}
+    return rows | {'mask': np.ones(len(self), bool), 'index': np.arange(len(self))}
+
+
+def test_units_have_the_class_of_their_neighbours():
+  bank = [_scene([0, 1, 2, 0]), _scene([1, 1, 2, 2])]
+  assert _segmented([*bank, _scene([2, 0, 1, 1])]) == {'eval/knn_miou': 1.0}
+  # A pixel of another class than most of its unit's is wrong: 3 of 4 and 4 of 5, and all of b.
+  truth = _scene([2, 0, 1, 1])['segmentation']
+  truth[0, 0] = 0
+  found = _segmented([*bank, _scene([2, 0, 1, 1])], truth=truth)
+  assert found == {'eval/knn_miou': pytest.approx((4 / 5 + 1 + 3 / 4) / 3)}
+
+
+def test_pixels_that_do_not_count_and_units_without_any():
+  every = [(i, j) for i in range(2) for j in range(2)]
+  bank = [_scene([0, 1, 2, 2], every), _scene([1, 1, 2, 2])]  # no unit votes for a
+  scene = _scene([0, 1, 1, 2], [(3, 3), *every])
+  assert _segmented([*bank, scene]) == {'eval/knn_miou': 1.0}
+
+
+def test_label_maps_of_other_classes():
+  scenes = [_scene([0, 1, 2, 2]), _scene([1, 1, 2, 2])]
+  context = types.SimpleNamespace(
+    every=lambda section: 1,
+    train_source=_Scenes(scenes),
+    sets={'eval': _Scenes([scenes[0] | {'label': 0}])},
+  )
+  with pytest.raises(UserError, match='has no label maps of the classes of scenes'):
+    knn.evaluators(context, None, None)

@@ -41,6 +41,7 @@ def test_no_config_has_a_setting_without_effect(name):
     (mae_hivit_b, 'optim.power', 0.9, 'optim.schedule=cosine'),
     (simmim_swin_b, 'optim.warmup_prefix', False, 'optim.schedule=step'),
     (mae_hivit_b, 'optim.layer_decay_of', 'peak', 'optim.layer_decay=None'),
+    (mae_hivit_b, 'segment.mean_over', 'labelled', 'task=mae'),
   ],
 )
 def test_a_setting_that_nothing_reads_is_named_with_the_reason(module, setting, value, why):

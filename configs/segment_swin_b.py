@@ -1,0 +1,15 @@
+"""Swin-B with UPerNet on ADE20K (arXiv 2103.14030); variant :debug.
+
+To compare HiViT with. The numbers are those of mmsegmentation's config. Its windows are of 7
+patches, those of 8 here divide all maps, so its results are not to be expected exactly.
+"""
+
+from configs import recipes
+
+
+def get_config(variant: str | None = None):
+  config = recipes.segment('swin_base', '512')
+  config.init = 'workdirs/supervised_swin_b'
+  config.model.update(drop_path_rate=0.3, head_channels=512, window_size=8)
+  config.optim.update(lr=6e-5, warmup_start_lr=6e-11, layer_decay=None, weight_decay=0.01)
+  return recipes.with_variant(config, variant)

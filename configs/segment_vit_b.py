@@ -1,0 +1,15 @@
+"""ViT-B with UPerNet on ADE20K after MAE (arXiv 2111.06377); variant :debug.
+
+To compare HiViT with. The numbers are those of mmsegmentation's config for MAE. Its model has
+relative position bias and LayerScale as well, so its results are not to be expected exactly.
+"""
+
+from configs import recipes
+
+
+def get_config(variant: str | None = None):
+  config = recipes.segment('vit_base', '512')
+  config.init = 'workdirs/mae_vit_b'
+  config.model.head_channels = 768
+  config.optim.update(lr=1e-4, warmup_start_lr=1e-10, layer_decay=0.65)
+  return recipes.with_variant(config, variant)

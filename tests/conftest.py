@@ -1,14 +1,21 @@
 """Fixtures that several test files share."""
 
 import inspect
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import pytest
 
 from tests.runs import STEPS, Forks, Runs
+
+# Slower code in half the time, here and in the processes that tests start: nearly every program
+# runs once. `helpers.optimized` and `runs.OPTIMIZED` are for the others.
+jax.config.update('jax_disable_most_optimizations', True)
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 
 
 class Finished(NamedTuple):

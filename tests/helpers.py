@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import contextlib
 import functools
 import json
 import math
@@ -28,6 +29,16 @@ TINY_MAE = TINY | {'decoder_embed_dim': 16, 'decoder_depth': 2, 'decoder_num_hea
 
 # Compiles to slower code in half the time, for programs that run once.
 quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+@contextlib.contextmanager
+def optimized() -> Iterator[None]:
+  """What is compiled here is what users run: the compiler does all it can, unlike elsewhere."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_disable_most_optimizations', True)
 
 
 @functools.cache

@@ -51,7 +51,6 @@ class Runs:
       'JAX_COMPILATION_CACHE_DIR': str(directory / 'compiled'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # slower code, which steps of milliseconds do not tell
     }
     self.environment = cache | os.environ | {'TFDS_DATA_DIR': str(directory / 'data')}
     self.forks = Forks(self.environment, directory)

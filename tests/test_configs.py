@@ -144,7 +144,6 @@ def debug_run(tmp_path_factory):
   cache = {
     'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
     'jax_persistent_cache_min_compile_time_secs': 0.0,
-    'jax_disable_most_optimizations': True,  # two steps may be slow
   }
   before = {key: jax.config.values[key] for key in cache}
   for key, value in cache.items():

@@ -4,6 +4,7 @@ In float64 to 1e-5, which leaves nothing but the rounding of the golden files, m
 same on every processor. In float32, as models are used, to 5e-5: processors round differently.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,6 +25,7 @@ from tests.helpers import (
   assert_close,
   golden_params,
   load_golden,
+  optimized,
   torch_gradients,
 )
 
@@ -38,7 +40,7 @@ def cases(*names_and_options: tuple[str, Mapping[str, Any]]) -> pytest.MarkDecor
   for name, options in names_and_options:
     for dtype in ['float64', 'float32'][: 1 if options else 2]:
       label = '-'.join([name, '+'.join(options) or 'plain', dtype])
-      marks = pytest.mark.slow if dtype == 'float64' else ()
+      marks = pytest.mark.slow if options or dtype == 'float32' else ()
       found.append(pytest.param(name, options, dtype, id=label, marks=marks))
   return pytest.mark.parametrize(('name', 'options', 'dtype'), found)
 
@@ -57,8 +59,12 @@ class Golden:
     return self.arrays['image_nchw'].transpose(0, 2, 3, 1).astype(self.dtype)
 
   def gradients(self, loss) -> tuple[dict, Any]:
-    """Of `loss(model) -> (value, results)`, with the results; float64 from beginning to end."""
-    with jax.enable_x64(self.dtype == 'float64'):
+    """Of `loss(model) -> (value, results)`, with the results.
+
+    In float64 from beginning to end; in float32 as users run it.
+    """
+    wide = self.dtype == 'float64'
+    with jax.enable_x64(wide), contextlib.nullcontext() if wide else optimized():
       params = jax.tree.map(lambda x: np.asarray(x, self.dtype), self._params)
       derived = jax.grad(lambda params: loss(nnx.merge(self._graphdef, params)), has_aux=True)
       grads, results = jax.device_get(jax.jit(derived)(params))

@@ -222,7 +222,7 @@ def _start(mesh, accumulate_steps: int, *, classify: bool, group: int | None = _
     abstract=state,
     accumulate_steps=accumulate_steps,
     ema_decay=0.9,
-    compiler_options=barriers.compiler_options('cpu') | {'xla_backend_optimization_level': '0'},
+    compiler_options=barriers.compiler_options('cpu'),
   )
   return state, shardings, train_step
 

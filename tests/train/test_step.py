@@ -28,7 +28,6 @@ MODEL = {
 BATCH = 8
 TASK = MAETask(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 ADAMW = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.3, 'clip_norm': None}
-QUICK = {'xla_backend_optimization_level': '0'}
 
 
 class Recording(MAETask):
@@ -65,8 +64,7 @@ def _training(make_optimizer=_adamw, *, task=TASK, seed=0, schedule=lambda _: 0.
     'params': params,
     'opt_state': jax.jit(optimizer.tx.init)(optim.split(params, optimizer.trained)[0]),
   }
-  options = {'seed': seed, 'compiler_options': QUICK} | options
-  return state, step.make_train_step(graphdef, task, optimizer, schedule, **options)
+  return state, step.make_train_step(graphdef, task, optimizer, schedule, seed=seed, **options)
 
 
 def _remembering(optimizer: optim.Optimizer) -> optim.Optimizer:
@@ -244,8 +242,8 @@ def _classifier(optimizer, *, schedule=lambda _: 0.1, ema=False, **options):
   graphdef, optimizer, abstract = step.abstract_state(create, optimizer, mesh, ema=ema)
   task = ClassifyTask(mean=(0.5,), std=(0.25,), num_classes=5)
   state = step.init_state(create, optimizer, abstract)
-  options = {'seed': 0, 'compiler_options': QUICK} | options
-  return state, step.make_train_step(graphdef, task, optimizer, schedule, **options), graphdef
+  train_step = step.make_train_step(graphdef, task, optimizer, schedule, seed=0, **options)
+  return state, train_step, graphdef
 
 
 def _labelled(seed: int = 0) -> dict:
@@ -324,7 +322,7 @@ def test_statistics_inside_any_model_follow_the_batch_and_are_averaged():
     state = step.init_state(create, optimizer, abstract)
     train_step = step.make_train_step(
       graphdef, task, optimizer, lambda _: 0.1, seed=0,
-      accumulate_steps=parts, ema_decay=0.8, compiler_options=QUICK,
+      accumulate_steps=parts, ema_decay=0.8,
     )  # fmt: skip
     state, _ = train_step(state, {'image': images, 'segmentation': labels})
     groups = [stem[i::parts].reshape(-1, stem.shape[-1]) for i in range(parts)]

@@ -38,8 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope='session')
-def runs(tmp_path_factory) -> Iterator[Runs]:
-  with Runs(tmp_path_factory.mktemp('runs')) as runs:
+def data_dir(tmp_path_factory) -> pathlib.Path:
+  """Where the embedded data sets are prepared on first use, once for all: never write to it."""
+  return tmp_path_factory.mktemp('data')
+
+
+@pytest.fixture(scope='session')
+def runs(tmp_path_factory, data_dir) -> Iterator[Runs]:
+  with Runs(tmp_path_factory.mktemp('runs'), data_dir) as runs:
     yield runs
 
 

@@ -135,7 +135,7 @@ Run = collections.namedtuple('Run', 'workdir config reads')
 
 
 @pytest.fixture(scope='module')
-def debug_run(tmp_path_factory):
+def debug_run(tmp_path_factory, data_dir):
   """`debug_run(name)`: trains `configs/<name>.py:debug` in this process, each config once."""
   monkeypatch = pytest.MonkeyPatch()
   root = logging.getLogger()
@@ -152,13 +152,12 @@ def debug_run(tmp_path_factory):
   @functools.cache
   def run(name: str) -> Run:
     config = load(name, 'debug')
-    config.data.data_dir = data_dir
+    config.data.data_dir = str(data_dir)
     workdir = tmp_path_factory.mktemp(name)
     with reads_of(config, monkeypatch) as reads:
       train(config, str(workdir))
     return Run(workdir, config, reads)
 
-  data_dir = str(tmp_path_factory.mktemp('data'))
   yield run
   monkeypatch.undo()
   for key, value in before.items():

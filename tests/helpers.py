@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.extend import core
 
@@ -39,6 +40,11 @@ def optimized() -> Iterator[None]:
     yield
   finally:
     jax.config.update('jax_disable_most_optimizations', True)
+
+
+def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
+  """Marks of a test that needs the shapes of a model as published: a second for those not tiny."""
+  return () if 'tiny' in name else (pytest.mark.slow,)
 
 
 @functools.cache

@@ -81,6 +81,7 @@ def _remembering(optimizer: optim.Optimizer) -> optim.Optimizer:
   return optimizer._replace(tx=remembering)
 
 
+@pytest.mark.slow
 def test_five_steps_equal_those_of_torch_adamw():
   torch = pytest.importorskip('torch')
   state, train_step = _training(
@@ -123,25 +124,26 @@ def test_five_steps_equal_those_of_torch_adamw():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('scaled', ['rate', 'peak'])
-def test_layer_decay_scales_the_whole_update_weight_decay_included(scaled):
+def test_layer_decay_scales_the_whole_update_weight_decay_included():
   """The whole rate of a layer, or what depends on the peak in it."""
-  schedule = Schedule(
-    lr=0.05, end_lr=0.01, warmup_start_lr=0.02, warmup=2.0, length=6.0, scaled=scaled
-  )
   ends = {}
-  for decay in (None, 0.5):
+  for decay, scaled in ((None, 'rate'), (0.5, 'rate'), (0.5, 'peak')):
+    schedule = Schedule(
+      lr=0.05, end_lr=0.01, warmup_start_lr=0.02, warmup=2.0, length=6.0, scaled=scaled
+    )
     state, train_step = _training(functools.partial(_adamw, layer_decay=decay), schedule=schedule)
     start = jax.device_get(torch_names.flatten(state['params']))
     state, metrics = train_step(state, _batch())
     assert metrics['learning_rate'] == pytest.approx(0.02)
-    ends[decay] = jax.device_get(torch_names.flatten(state['params']))
+    ends[decay, scaled] = jax.device_get(torch_names.flatten(state['params']))
   scales = torch_names.flatten(optim.layer_scales(torch_names.unflatten(start), 0.5))
   assert len(set(scales.values())) > 4
-  for path, end in ends[None].items():
-    ratio = scales[path] if scaled == 'rate' else 1.0  # at epoch 0 there is nothing of the peak
-    expected = start[path] + ratio * (end - start[path])
-    np.testing.assert_allclose(ends[0.5][path], expected, atol=1e-6, err_msg='/'.join(path))
+  for path, end in ends[None, 'rate'].items():
+    for scaled, ratio in (('rate', scales[path]), ('peak', 1.0)):  # nothing of the peak at epoch 0
+      expected = start[path] + ratio * (end - start[path])
+      np.testing.assert_allclose(
+        ends[0.5, scaled][path], expected, atol=1e-6, err_msg=f'{scaled} {"/".join(path)}'
+      )
 
 
 @pytest.mark.slow

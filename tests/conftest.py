@@ -12,8 +12,8 @@ import pytest
 
 from tests.runs import STEPS, Forks, Runs
 
-# Slower code in half the time, here and in the processes that tests start: nearly every program
-# runs once. `helpers.optimized` and `runs.OPTIMIZED` are for the others.
+# Compiles to slower code in half the time, here and in the processes that tests start: nearly every
+# program runs once. `helpers.optimized` and `runs.OPTIMIZED` are for the others.
 jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 

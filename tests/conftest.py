@@ -1,14 +1,21 @@
 """Fixtures that several test files share."""
 
 import inspect
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import pytest
 
 from tests.runs import STEPS, Forks, Runs
+
+# Compiles to slower code in half the time, here and in the processes that tests start: nearly every
+# program runs once. `helpers.optimized` and `runs.OPTIMIZED` are for the others.
+jax.config.update('jax_disable_most_optimizations', True)
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 
 
 class Finished(NamedTuple):
@@ -31,8 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope='session')
-def runs(tmp_path_factory) -> Iterator[Runs]:
-  with Runs(tmp_path_factory.mktemp('runs')) as runs:
+def data_dir(tmp_path_factory) -> pathlib.Path:
+  """Where the embedded data sets are prepared on first use, once for all: never write to it."""
+  return tmp_path_factory.mktemp('data')
+
+
+@pytest.fixture(scope='session')
+def runs(tmp_path_factory, data_dir) -> Iterator[Runs]:
+  with Runs(tmp_path_factory.mktemp('runs'), data_dir) as runs:
     yield runs
 
 

@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import contextlib
 import functools
 import json
 import math
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.extend import core
 
@@ -28,6 +30,21 @@ TINY_MAE = TINY | {'decoder_embed_dim': 16, 'decoder_depth': 2, 'decoder_num_hea
 
 # Compiles to slower code in half the time, for programs that run once.
 quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+@contextlib.contextmanager
+def optimized() -> Iterator[None]:
+  """What is compiled here is what users run: the compiler does all it can, unlike elsewhere."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_disable_most_optimizations', True)
+
+
+def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
+  """Marks of a test that needs the shapes of a model as published: a second for those not tiny."""
+  return () if 'tiny' in name else (pytest.mark.slow,)
 
 
 @functools.cache

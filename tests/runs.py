@@ -46,14 +46,13 @@ TIMING = (
 class Runs:
   """Starts `python main.py`; what one process compiles the next one finds in a cache."""
 
-  def __init__(self, directory: pathlib.Path):
+  def __init__(self, directory: pathlib.Path, data_dir: pathlib.Path):
     cache = {
       'JAX_COMPILATION_CACHE_DIR': str(directory / 'compiled'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # slower code, which steps of milliseconds do not tell
     }
-    self.environment = cache | os.environ | {'TFDS_DATA_DIR': str(directory / 'data')}
+    self.environment = cache | os.environ | {'TFDS_DATA_DIR': str(data_dir)}
     self.forks = Forks(self.environment, directory)
 
   def __enter__(self) -> 'Runs':

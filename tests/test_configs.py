@@ -139,7 +139,7 @@ Run = collections.namedtuple('Run', 'workdir config reads')
 
 
 @pytest.fixture(scope='module')
-def debug_run(tmp_path_factory):
+def debug_run(tmp_path_factory, data_dir):
   """`debug_run(name)`: trains `configs/<name>.py:debug` in this process, each config once."""
   monkeypatch = pytest.MonkeyPatch()
   root = logging.getLogger()
@@ -148,7 +148,6 @@ def debug_run(tmp_path_factory):
   cache = {
     'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
     'jax_persistent_cache_min_compile_time_secs': 0.0,
-    'jax_disable_most_optimizations': True,  # two steps may be slow
   }
   before = {key: jax.config.values[key] for key in cache}
   for key, value in cache.items():
@@ -157,13 +156,12 @@ def debug_run(tmp_path_factory):
   @functools.cache
   def run(name: str) -> Run:
     config = load(name, 'debug')
-    config.data.data_dir = data_dir
+    config.data.data_dir = str(data_dir)
     workdir = tmp_path_factory.mktemp(name)
     with reads_of(config, monkeypatch) as reads:
       train(config, str(workdir))
     return Run(workdir, config, reads)
 
-  data_dir = str(tmp_path_factory.mktemp('data'))
   yield run
   monkeypatch.undo()
   for key, value in before.items():

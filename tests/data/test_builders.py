@@ -34,9 +34,9 @@ def pixels(example: dict) -> np.ndarray:
 
 
 @pytest.fixture(scope='module')
-def embedded(tmp_path_factory):
+def embedded(data_dir):
   """A folder with the embedded sets, prepared by opening them."""
-  folder = str(tmp_path_factory.mktemp('embedded'))
+  folder = str(data_dir)
   for name in ('photo_tiles', 'photo_scenes', 'digits'):
     open_source(name, 'train', folder)
   return folder
@@ -109,7 +109,9 @@ def test_digits_are_those_of_scikit_learn(embedded):
   assert len(seen) == len(expected)
 
 
-@pytest.mark.parametrize('builder', [PhotoTiles, PhotoScenes, Digits])
+@pytest.mark.parametrize(
+  'builder', [PhotoTiles, pytest.param(PhotoScenes, marks=pytest.mark.slow), Digits]
+)
 def test_the_same_bytes_every_time_and_tfds_reads_them(embedded, tmp_path, builder):
   again = builder(data_dir=str(tmp_path))
   again.download_and_prepare()

@@ -16,8 +16,8 @@ SIDE = photo_scenes.SIDE
 
 
 @pytest.fixture(scope='module')
-def source(tmp_path_factory):
-  return open_source('photo_scenes', 'test', str(tmp_path_factory.mktemp('scenes')))
+def source(data_dir):
+  return open_source('photo_scenes', 'test', str(data_dir))
 
 
 def decoded(data: bytes) -> np.ndarray:

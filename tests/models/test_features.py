@@ -1,5 +1,7 @@
 """Dense features: against the official code, and what the golden files do not show."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,11 @@ from tests.helpers import (
   random_images,
   random_model,
 )
+
+
+@functools.partial(jax.jit, static_argnames=('levels', 'window_size', 'global_blocks'))
+def _features(model, images, levels, **options):
+  return model.features(images, levels, **options)
 
 
 # As in test_golden: the same on every processor in float64, and near it in float32.
@@ -63,7 +70,7 @@ def test_every_model_gives_the_levels_that_feature_info_tells_at_any_size(name, 
   model = nnx.merge(graphdef, params)
   images = random_images(2, 80, 48, 3)
   levels = (4, 1, 3)
-  maps = model.features(images, levels)
+  maps = _features(model, images, levels)
   for level, feature in zip(levels, maps, strict=True):
     info = model.feature_info[level - 1]
     assert info.level == level
@@ -75,15 +82,16 @@ def test_at_the_models_own_size_level_3_is_what_forward_features_gives():
   graphdef, params = random_model('hivit_tiny', **TINY)
   model = nnx.merge(graphdef, params)
   images = random_images(2, 64, 64, 3)
-  (feature,) = model.features(images, (3,))
-  assert_close(feature.reshape(2, 16, -1), model.forward_features(images), relative=1e-6)
+  (feature,) = _features(model, images, (3,))
+  tokens = jax.jit(lambda model, images: model.forward_features(images))(model, images)
+  assert_close(feature.reshape(2, 16, -1), tokens, relative=1e-6)
 
 
 def test_a_window_as_large_as_the_image_is_global_attention():
   graphdef, params = random_model('hivit_tiny', **TINY, rpe=False)
   model = nnx.merge(graphdef, params)
   images = random_images(1, 64, 64, 3)
-  everywhere, windowed = (model.features(images, (3,), window_size=w)[0] for w in (None, 4))
+  everywhere, windowed = (_features(model, images, (3,), window_size=w)[0] for w in (None, 4))
   assert_close(windowed, everywhere)
 
 
@@ -95,7 +103,7 @@ def test_nothing_crosses_a_window_until_a_global_block():
   changed[:, :32, :32] += 1.0  # the first of four windows
   for global_blocks, crosses in [((), False), ((1,), True)]:
     a, b = (
-      model.features(x, (3,), window_size=2, global_blocks=global_blocks)[0]
+      _features(model, x, (3,), window_size=2, global_blocks=global_blocks)[0]
       for x in (images, changed)
     )
     differs = np.abs(a - b).max(axis=(0, 3)) > 1e-6
@@ -108,8 +116,10 @@ def test_drop_path_drops_whole_examples_with_windows_too():
   model = nnx.merge(graphdef, params)
   images = random_images(2, 64, 96, 3)
   noise = jnp.stack([jnp.ones((6, 2)), jnp.zeros((6, 2))]).at[0].set(0.999)
-  kept = model.features(images, (3,), window_size=2, drop_path_noise=jnp.zeros((2, 6, 2)))[0]
-  mixed = model.features(images, (3,), window_size=2, drop_path_noise=noise)[0]
+  kept, mixed = (
+    _features(model, images, (3,), window_size=2, drop_path_noise=x)[0]
+    for x in (jnp.zeros((2, 6, 2)), noise)
+  )
   assert_close(mixed[1], kept[1])
   assert np.abs(mixed[0] - kept[0]).max() > 0.1
 

@@ -4,6 +4,8 @@ In float64 to 1e-5, which leaves nothing but the rounding of the golden files, m
 same on every processor. In float32, as models are used, to 5e-5: processors round differently.
 """
 
+import contextlib
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,12 +26,14 @@ from tests.helpers import (
   assert_close,
   golden_params,
   load_golden,
+  optimized,
   torch_gradients,
 )
 
 # The other forms' outputs and gradients are compared with the plain one's in test_hivit, test_mae.
 SCAN_REMAT = {'scan': True, 'remat': True}
 TOLERANCE = {'float64': 1e-5, 'float32': 5e-5}
+DTYPES = ['float64', pytest.param('float32', marks=pytest.mark.slow)]
 
 
 def cases(*names_and_options: tuple[str, Mapping[str, Any]]) -> pytest.MarkDecorator:
@@ -38,7 +42,7 @@ def cases(*names_and_options: tuple[str, Mapping[str, Any]]) -> pytest.MarkDecor
   for name, options in names_and_options:
     for dtype in ['float64', 'float32'][: 1 if options else 2]:
       label = '-'.join([name, '+'.join(options) or 'plain', dtype])
-      marks = pytest.mark.slow if dtype == 'float64' else ()
+      marks = pytest.mark.slow if options or dtype == 'float32' else ()
       found.append(pytest.param(name, options, dtype, id=label, marks=marks))
   return pytest.mark.parametrize(('name', 'options', 'dtype'), found)
 
@@ -56,12 +60,22 @@ class Golden:
   def images(self) -> np.ndarray:
     return self.arrays['image_nchw'].transpose(0, 2, 3, 1).astype(self.dtype)
 
-  def gradients(self, loss) -> tuple[dict, Any]:
-    """Of `loss(model) -> (value, results)`, with the results; float64 from beginning to end."""
-    with jax.enable_x64(self.dtype == 'float64'):
+  def outputs(self, function: Callable, transform: Callable = lambda function: function) -> Any:
+    """What `function(model)` gives, in float64 from beginning to end or in float32 as users run it.
+
+    Args:
+      function: of a model.
+      transform: of the function of the parameters that this makes, such as `jax.grad`.
+    """
+    wide = self.dtype == 'float64'
+    with jax.enable_x64(wide), contextlib.nullcontext() if wide else optimized():
       params = jax.tree.map(lambda x: np.asarray(x, self.dtype), self._params)
-      derived = jax.grad(lambda params: loss(nnx.merge(self._graphdef, params)), has_aux=True)
-      grads, results = jax.device_get(jax.jit(derived)(params))
+      transformed = transform(lambda params: function(nnx.merge(self._graphdef, params)))
+      return jax.device_get(jax.jit(transformed)(params))
+
+  def gradients(self, loss: Callable) -> tuple[dict, Any]:
+    """Of `loss(model) -> (value, results)`, with the results."""
+    grads, results = self.outputs(loss, functools.partial(jax.grad, has_aux=True))
     assert {x.dtype for x in jax.tree.leaves(grads)} == {np.dtype(self.dtype)}
     return grads, results
 
@@ -284,7 +298,7 @@ def test_itpn(name, options, dtype):
 
 
 @pytest.mark.parametrize('kind', ['detector', 'segmenter'])
-@pytest.mark.parametrize('dtype', list(TOLERANCE))
+@pytest.mark.parametrize('dtype', DTYPES)
 def test_itpns_maps(kind, dtype):
   config, arrays = load_golden('itpn_pixel.npz')
   own = r'param/(patch_embed|blocks|absolute_pos_embed|align|split|block_|fpn).*'
@@ -295,7 +309,7 @@ def test_itpns_maps(kind, dtype):
     options |= {'join_stages': True, 'img_size': 224}
   dense = {k.removeprefix('dense/'): v for k, v in arrays.items() if k.startswith('dense/')}
   golden = Golden('backbone_itpn_base', options, params | dense, dtype)
-  _, maps = golden.gradients(lambda model: ((maps := model(golden.images))[0].sum(), maps))
+  maps = golden.outputs(lambda model: model(golden.images))
   for level, x in enumerate(maps):
     golden.check(f'{kind}_stride_{4 << level}', x.transpose(0, 3, 1, 2))
 
@@ -321,7 +335,7 @@ def test_saratrx(name, options, dtype):
   golden.check_gradients(grads, unused={'decoder_pos_embed'})
 
 
-@pytest.mark.parametrize('dtype', list(TOLERANCE))
+@pytest.mark.parametrize('dtype', DTYPES)
 def test_targets_of_saratrx_v2(dtype):
   _, arrays = load_golden('saratrx_target.npz')
   removed = arrays['mask']

@@ -26,6 +26,7 @@ from tests.helpers import (
   assert_close,
   assert_trees_close,
   equations,
+  marks_of,
   quick_jit,
   random_images,
   random_model,
@@ -106,7 +107,7 @@ def test_every_model_has_a_pinned_size():
   assert set(PARAMETERS) == set(hivit_jax.list_models())
 
 
-@pytest.mark.parametrize('name', PARAMETERS)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=marks_of(name)) for name in PARAMETERS])
 def test_parameter_count_is_exact(name):
   _, params = abstract_model(name)
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == PARAMETERS[name]

@@ -168,6 +168,7 @@ def _loss(name: str, **options):
   return lambda params: nnx.merge(graphdef, params)(images, noise=noise).loss, params
 
 
+@pytest.mark.slow
 def test_a_plain_model_has_the_loss_and_the_gradients_of_a_fast_one():
   (fast, params), (plain, _) = (_loss('mae_hivit_tiny', ops=ops) for ops in choice.FORMS)
   loss, gradients = quick_jit(jax.value_and_grad(fast))(params)

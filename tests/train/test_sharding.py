@@ -22,7 +22,7 @@ from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
 from hivit_jax.train import optim, sharding, step
 from tests import patience
-from tests.helpers import TINY, abstract_model, random_model
+from tests.helpers import TINY, abstract_model, marks_of, random_model
 from tests.runs import on_devices
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -111,7 +111,7 @@ def test_one_device_a_copy_splits_nothing():
 @pytest.mark.parametrize(
   ('name', 'options'),
   [
-    *((name, {}) for name in hivit_jax.list_models()),
+    *(pytest.param(name, {}, marks=marks_of(name)) for name in hivit_jax.list_models()),
     ('hivit_tiny', {'layer_scale': 0.1}),
     ('mae_itpn_base', {'target': 'saratrx_v2', 'channels': 1}),
   ],
@@ -222,7 +222,7 @@ def _start(mesh, accumulate_steps: int, *, classify: bool, group: int | None = _
     abstract=state,
     accumulate_steps=accumulate_steps,
     ema_decay=0.9,
-    compiler_options=barriers.compiler_options('cpu') | {'xla_backend_optimization_level': '0'},
+    compiler_options=barriers.compiler_options('cpu'),
   )
   return state, shardings, train_step
 

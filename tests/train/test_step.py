@@ -28,7 +28,6 @@ MODEL = {
 BATCH = 8
 TASK = MAETask(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 ADAMW = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.3, 'clip_norm': None}
-QUICK = {'xla_backend_optimization_level': '0'}
 
 
 class Recording(MAETask):
@@ -65,8 +64,7 @@ def _training(make_optimizer=_adamw, *, task=TASK, seed=0, schedule=lambda _: 0.
     'params': params,
     'opt_state': jax.jit(optimizer.tx.init)(optim.split(params, optimizer.trained)[0]),
   }
-  options = {'seed': seed, 'compiler_options': QUICK} | options
-  return state, step.make_train_step(graphdef, task, optimizer, schedule, **options)
+  return state, step.make_train_step(graphdef, task, optimizer, schedule, seed=seed, **options)
 
 
 def _remembering(optimizer: optim.Optimizer) -> optim.Optimizer:
@@ -83,6 +81,7 @@ def _remembering(optimizer: optim.Optimizer) -> optim.Optimizer:
   return optimizer._replace(tx=remembering)
 
 
+@pytest.mark.slow
 def test_five_steps_equal_those_of_torch_adamw():
   torch = pytest.importorskip('torch')
   state, train_step = _training(
@@ -125,25 +124,26 @@ def test_five_steps_equal_those_of_torch_adamw():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('scaled', ['rate', 'peak'])
-def test_layer_decay_scales_the_whole_update_weight_decay_included(scaled):
+def test_layer_decay_scales_the_whole_update_weight_decay_included():
   """The whole rate of a layer, or what depends on the peak in it."""
-  schedule = Schedule(
-    lr=0.05, end_lr=0.01, warmup_start_lr=0.02, warmup=2.0, length=6.0, scaled=scaled
-  )
   ends = {}
-  for decay in (None, 0.5):
+  for decay, scaled in ((None, 'rate'), (0.5, 'rate'), (0.5, 'peak')):
+    schedule = Schedule(
+      lr=0.05, end_lr=0.01, warmup_start_lr=0.02, warmup=2.0, length=6.0, scaled=scaled
+    )
     state, train_step = _training(functools.partial(_adamw, layer_decay=decay), schedule=schedule)
     start = jax.device_get(torch_names.flatten(state['params']))
     state, metrics = train_step(state, _batch())
     assert metrics['learning_rate'] == pytest.approx(0.02)
-    ends[decay] = jax.device_get(torch_names.flatten(state['params']))
+    ends[decay, scaled] = jax.device_get(torch_names.flatten(state['params']))
   scales = torch_names.flatten(optim.layer_scales(torch_names.unflatten(start), 0.5))
   assert len(set(scales.values())) > 4
-  for path, end in ends[None].items():
-    ratio = scales[path] if scaled == 'rate' else 1.0  # at epoch 0 there is nothing of the peak
-    expected = start[path] + ratio * (end - start[path])
-    np.testing.assert_allclose(ends[0.5][path], expected, atol=1e-6, err_msg='/'.join(path))
+  for path, end in ends[None, 'rate'].items():
+    for scaled, ratio in (('rate', scales[path]), ('peak', 1.0)):  # nothing of the peak at epoch 0
+      expected = start[path] + ratio * (end - start[path])
+      np.testing.assert_allclose(
+        ends[0.5, scaled][path], expected, atol=1e-6, err_msg=f'{scaled} {"/".join(path)}'
+      )
 
 
 @pytest.mark.slow
@@ -244,8 +244,8 @@ def _classifier(optimizer, *, schedule=lambda _: 0.1, ema=False, **options):
   graphdef, optimizer, abstract = step.abstract_state(create, optimizer, mesh, ema=ema)
   task = ClassifyTask(mean=(0.5,), std=(0.25,), num_classes=5)
   state = step.init_state(create, optimizer, abstract)
-  options = {'seed': 0, 'compiler_options': QUICK} | options
-  return state, step.make_train_step(graphdef, task, optimizer, schedule, **options), graphdef
+  train_step = step.make_train_step(graphdef, task, optimizer, schedule, seed=0, **options)
+  return state, train_step, graphdef
 
 
 def _labelled(seed: int = 0) -> dict:
@@ -324,7 +324,7 @@ def test_statistics_inside_any_model_follow_the_batch_and_are_averaged():
     state = step.init_state(create, optimizer, abstract)
     train_step = step.make_train_step(
       graphdef, task, optimizer, lambda _: 0.1, seed=0,
-      accumulate_steps=parts, ema_decay=0.8, compiler_options=QUICK,
+      accumulate_steps=parts, ema_decay=0.8,
     )  # fmt: skip
     state, _ = train_step(state, {'image': images, 'segmentation': labels})
     groups = [stem[i::parts].reshape(-1, stem.shape[-1]) for i in range(parts)]

@@ -40,8 +40,8 @@ def draw(
     colour = tuple(map(int, colours[one['category_id']]))
     left, top, across, down = (scale * value for value in one['bbox'])
     pen.rectangle((left, top, left + across, top + down), outline=colour, width=2)
-    text = names[one['category_id']]
-    text += f' {one["score"]:.2f}' if 'score' in one else ''
+    score = f' {one["score"]:.2f}' if 'score' in one else ''
+    text = f'{names[one["category_id"]]}{score}'
     length = font.getlength(text)
     x = min(max(left, 0), max(canvas.width - length - 4, 0))
     y = min(max(top, 0), canvas.height - _LINE)

@@ -1,6 +1,6 @@
 """Detections of a set on the host: pasted into their images, and measured as on COCO."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -169,7 +169,7 @@ class Truth:
 
 
 def rows(
-  detections: Sequence[list[Object]],
+  detections: Iterable[list[Object]],
   image_ids: Sequence[int],
   category_ids: Sequence[int] | None,
   kind: str,

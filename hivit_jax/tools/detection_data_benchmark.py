@@ -46,7 +46,7 @@ def measure(images: int = 64) -> dict[str, Any]:
   files = data_benchmark.photo_files((SIZE[1], SIZE[0]))
   rng = generator(0, 0)
   task = DetectTask((0.5,) * 3, (0.5,) * 3, num_classes=80)
-  transform: transforms.TrainTransform = task.input(train=True)
+  transform: Any = task.input(train=True)
   times: dict[str, list[float]] = {stage: [] for stage in STAGES}
   for i in range(images + 1):
     polygons, boxes = _objects(rng)

@@ -13,7 +13,7 @@ configs/demo.py:detect_overfit  eight scenes until it knows them by heart: does 
 configs/demo.py:debug     two steps
 """
 
-from configs import base, recipes
+from configs import base, recipes, variants
 from hivit_jax.errors import UserError
 
 _VARIANTS = (
@@ -39,7 +39,7 @@ def get_config(variant: str | None = None):
   config = _small(base.get_config())
   config.model.name = 'mae_hivit_tiny'
   if variant == 'debug':
-    return recipes.debug(config)
+    return variants.debug(config)
   if variant:
     raise UserError(f'unknown variant ":{variant}"; known: {_VARIANTS}')
   config.epochs = 8.0

@@ -10,14 +10,14 @@ model, image size and pixel statistics; of files of other code the model is infe
 Variants: :knn for the k-NN accuracy alone, which autoencoders have too; :debug.
 """
 
-from configs import recipes
+from configs import recipes, variants
 from hivit_jax.errors import UserError
 
 
 def get_config(variant: str | None = None):
   config = recipes.classify('hivit_base')
   if variant == 'debug':
-    return recipes.debug(config)
+    return variants.debug(config)
   config.model.name = None
   if variant == 'knn':
     config.evaluation.every_epochs = 0.0

@@ -4,7 +4,7 @@ To compare HiViT with. The numbers are those of mmsegmentation's config. Its win
 patches, those of 8 here divide all maps, so its results are not to be expected exactly.
 """
 
-from configs import recipes
+from configs import recipes, variants
 
 
 def get_config(variant: str | None = None):
@@ -12,4 +12,4 @@ def get_config(variant: str | None = None):
   config.init = 'workdirs/supervised_swin_b'
   config.model.update(drop_path_rate=0.3, head_channels=512, window_size=8)
   config.optim.update(lr=6e-5, warmup_start_lr=6e-11, layer_decay=None, weight_decay=0.01)
-  return recipes.with_variant(config, variant)
+  return variants.with_variant(config, variant)

@@ -4,7 +4,7 @@ To compare HiViT with. The numbers are those of mmsegmentation's config for MAE.
 relative position bias and LayerScale as well, so its results are not to be expected exactly.
 """
 
-from configs import recipes
+from configs import recipes, variants
 
 
 def get_config(variant: str | None = None):
@@ -12,4 +12,4 @@ def get_config(variant: str | None = None):
   config.init = 'workdirs/mae_vit_b'
   config.model.head_channels = 768
   config.optim.update(lr=1e-4, warmup_start_lr=1e-10, layer_decay=0.65)
-  return recipes.with_variant(config, variant)
+  return variants.with_variant(config, variant)

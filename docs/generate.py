@@ -176,7 +176,7 @@ def _groups() -> dict[str, list[str]]:
   names = sorted(file.stem for file in (ROOT / 'configs').glob('*.py'))
   groups: dict[str, list[str]] = {title: [] for title in titles.values()}
   for name in names:
-    if name not in ('base', 'recipes', '__init__'):
+    if name not in ('base', 'recipes', 'variants', '__init__'):
       groups.setdefault(titles.get(name.partition('_')[0], 'Others'), []).append(name)
   sizes = 'tsbl'  # as the last letter of a name
   for found in groups.values():

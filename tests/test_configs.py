@@ -25,7 +25,8 @@ from hivit_jax.train import assemble, hints, validate
 from hivit_jax.train.run import train
 
 ROOT = pathlib.Path(__file__).parents[1]
-NAMES = sorted({file.stem for file in (ROOT / 'configs').glob('*.py')} - {'base', 'recipes'})
+FILES = {file.stem for file in (ROOT / 'configs').glob('*.py')}
+NAMES = sorted(FILES - {'base', 'recipes', 'variants'})
 
 # Parameters of each config's model, all of them counted, the fixed position embedding too.
 PARAMETERS = {

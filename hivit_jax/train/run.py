@@ -7,7 +7,7 @@ import logging
 import pathlib
 import shlex
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -29,22 +29,17 @@ from hivit_jax.train import (
   hints,
   initialise,
   loop,
+  resume,
   sharding,
   step,
   validate,
   weights,
 )
-from hivit_jax.train.checkpoint import Checkpoints, Restored
-from hivit_jax.train.manifest import Misfit
+from hivit_jax.train.checkpoint import Checkpoints
 from hivit_jax.train.setup import Setup, check_local, has_head, set_up
-from hivit_jax.train.steps import Steps
 
 _log = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_ORDER = {  # settings that decide who is next
-  *('seed', 'batch_size', 'data.name', 'data.train_split'),
-  *(f'detect.{key}' for key in ('buckets', 'short_sides', 'long_side', 'crop_first', 'crop_sides')),
-}
 
 
 def train(config: ml_collections.ConfigDict, workdir: str, given: Collection[str] = ()) -> None:
@@ -221,11 +216,11 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
   )
   distributed.check_shared(directory)
   changes = config_changes(directory, config.to_dict())
-  restored = _restore(checkpoints, training.abstract, changes)
+  restored = resume.restore(checkpoints, training.abstract, changes)
   start = restored.step if restored else 0
   evaluated = restored is not None and restored.metadata['evaluated']
   if restored:
-    _warn_of_changes(restored, changes, steps, total)
+    resume.warn_of_changes(restored, changes, steps, total)
   finished = start >= total and evaluated
   best.warn_of_change(keep_best, checkpoints.best, finished=finished)
   if finished:
@@ -290,45 +285,6 @@ def _initial_state(setup: Setup, training: assemble.Training) -> step.State:
   state = step.init_state(create, training.optimizer, training.abstract)
   _log_overview(state['params'])
   return state
-
-
-def _restore(
-  checkpoints: Checkpoints, abstract: Any, changes: Mapping[str, tuple[Any, Any]]
-) -> Restored | None:
-  try:
-    return checkpoints.restore(abstract)
-  except Misfit as error:
-    if changes:
-      raise UserError(
-        f'{error}. Changed since then: {"; ".join(_pairs(changes))}; to undo that: '
-        f'{hints.as_before(changes)}'
-      ) from error
-    raise
-
-
-def _pairs(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
-  return [f'{key}: {old} -> {new}' for key, (old, new) in changes.items()]
-
-
-def _warn_of_changes(
-  restored: Restored, changes: Mapping[str, tuple[Any, Any]], steps: Steps, total: int
-) -> None:
-  """Says what differs from the run that saved the checkpoint, and what that does."""
-  for pair in _pairs(changes):
-    _log.warning('changed since this run was started: %s', pair)
-  reasons = sorted(_ORDER & changes.keys())
-  before = restored.metadata['examples']
-  if before != steps.examples:
-    reasons.append(f'number of training examples ({before} -> {steps.examples})')
-  if reasons and restored.step < total:
-    _log.warning(
-      'THE ORDER OF IMAGES CHANGES from here on, because of a new %s: the run differs from '
-      'an uninterrupted one. Step %d was epoch %.2f and now counts as epoch %.2f',
-      ', '.join(reasons),
-      restored.step,
-      restored.metadata['epoch'],
-      restored.step * steps.epochs_per_step,
-    )
 
 
 def _log_overview(params: Any) -> None:

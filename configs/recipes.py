@@ -255,9 +255,8 @@ def detect(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
   config.model.update(name=f'detect_{model}', drop_path_rate=drop_path)
   config.data.update(name='coco', eval_split='validation')
   config.image_size = (1344, 1344)  # for data whose sizes are not known before they are read
-  wide = {'buckets': ((544, 832), (672, 1024), (800, 1088), (800, 1344))}
-  wide['eval_buckets'] = (800, 1088), (800, 1216), (800, 1344)
-  config.detect.update({k: (*sizes, *(s[::-1] for s in sizes)) for k, sizes in wide.items()})
+  config.detect.buckets = _and_upright((544, 832), (672, 1024), (800, 1088), (800, 1344))
+  config.detect.eval_buckets = _and_upright((800, 1088), (800, 1216), (800, 1344))
   config.epochs = 36.0
   config.batch_size = 16
   config.optim.update(lr=1e-4, warmup_start_lr=1e-7, warmup_epochs=0.0, warmup_steps=500, b2=0.999)
@@ -271,6 +270,11 @@ def detect(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
   elif variant and variant != 'debug':
     raise UserError(f'unknown variant ":{variant}"; known: cascade, debug')
   return debug(config) if variant == 'debug' else config
+
+
+def _and_upright(*wide: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+  """Canvases (height, width), and the same with their sides exchanged."""
+  return (*wide, *((width, height) for height, width in wide))
 
 
 def _short(model: str) -> str:

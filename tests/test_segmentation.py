@@ -50,6 +50,7 @@ def test_it_leaves_metrics_tables_and_pictures(trained):
     assert (trained / name / f'step_{STEPS:08}.png').exists()
 
 
+@pytest.mark.slow
 def test_killed_in_a_save_and_in_a_step_it_ends_with_the_same_bits(runs, trained, tmp_path):
   workdir = tmp_path / 'run'
   command = _command(workdir, **LONG)
@@ -133,6 +134,7 @@ def test_any_devices_and_processes_measure_the_same(runs, trained):
   assert json.loads(line) == pytest.approx(own, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(runs, trained, tmp_path):
   """Four devices that share parameters and BatchNorm's statistics; later, rounding adds up."""
   workdir = tmp_path / 'run'

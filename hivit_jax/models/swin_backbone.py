@@ -1,4 +1,4 @@
-"""Swin as a backbone (arXiv 2103.14030), to compare HiViT with."""
+"""Swin as a backbone (arXiv 2103.14030), to compare HiViT with; its windows divide its maps."""
 
 import jax
 from flax import nnx

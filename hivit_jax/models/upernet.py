@@ -19,9 +19,10 @@ from hivit_jax.models.backbone import BackboneSettings, HiViTBackbone
 from hivit_jax.models.convolutions import ConvModule, PixelClassifier
 from hivit_jax.models.encoder import Settings
 from hivit_jax.models.hivit import HiViTSettings
-from hivit_jax.models.plain_backbones import Neck, SwinBackbone, ViTBackbone
 from hivit_jax.models.swin import SwinSettings
+from hivit_jax.models.swin_backbone import SwinBackbone
 from hivit_jax.models.vit import ViTSettings
+from hivit_jax.models.vit_pyramid import Neck, ViTBackbone
 from hivit_jax.ops.choice import FAST, Ops
 from hivit_jax.ops.modules import batch_norm
 

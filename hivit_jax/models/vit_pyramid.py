@@ -1,8 +1,7 @@
-"""ViT and Swin as backbones of a segmenter, to compare HiViT with.
+"""ViT with four maps and their pyramid, for a segmenter, to compare HiViT with.
 
-They follow the segmenters of MAE and BEiT (arXiv 2111.06377, 2106.08254) and of Swin (arXiv
-2103.14030), but are not theirs: this ViT has no relative position bias and no LayerScale, and the
-windows of this Swin have to divide its maps.
+It follows the segmenters of MAE and BEiT (arXiv 2111.06377, 2106.08254) without their relative
+position bias and LayerScale.
 """
 
 from collections.abc import Sequence
@@ -13,11 +12,9 @@ from flax import nnx
 
 from hivit_jax.models.convolutions import BatchNorm, Upsample
 from hivit_jax.models.encoder import FeatureInfo
-from hivit_jax.models.swin import LAYER_NORM_EPS, SwinEncoder, SwinSettings
 from hivit_jax.models.units import max_pool
 from hivit_jax.models.vit import ViTEncoder, ViTSettings
 from hivit_jax.ops.gelu import gelu
-from hivit_jax.ops.modules import layer_norm
 
 
 class ViTBackbone(ViTEncoder):
@@ -45,25 +42,6 @@ class ViTBackbone(ViTEncoder):
   def feature_info(self) -> tuple[FeatureInfo, ...]:
     """Channels and strides of the maps as `Neck` gives them."""
     return tuple(FeatureInfo(i + 1, self.settings.embed_dim, 4 * 2**i) for i in range(4))
-
-
-class SwinBackbone(SwinEncoder):
-  """Swin whose maps are the outputs of its stages, each with a LayerNorm."""
-
-  def __init__(self, settings: SwinSettings, *, rngs: nnx.Rngs):
-    super().__init__(settings, rngs=rngs)
-    options = {'epsilon': LAYER_NORM_EPS, 'rngs': rngs, 'dtype': settings.dtype}
-    self.norms = nnx.List(
-      layer_norm(settings.channels_of(stage), **options)
-      for stage in range(len(settings.depths) - 1)
-    )
-
-  def __call__(
-    self, images: jax.Array, *, drop_path_noise: jax.Array | None = None
-  ) -> tuple[jax.Array, ...]:
-    """(B, H, W, channels) of this model's image size -> (B, h, w, c) of each stage."""
-    *maps, last = self.stages(images, drop_path_noise)
-    return (*(norm(x) for norm, x in zip(self.norms, maps, strict=True)), last)
 
 
 class Neck(nnx.Module):

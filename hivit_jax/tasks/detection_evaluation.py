@@ -11,7 +11,7 @@ from flax import nnx
 from hivit_jax.data import scenes
 from hivit_jax.data.decode import BrokenImage
 from hivit_jax.tasks import detection_pictures, detection_results, segmentation_pictures
-from hivit_jax.tasks.evaluators import Collected, Context, Evaluator, Metrics, of_model
+from hivit_jax.tasks.evaluators import Collected, Context, Evaluator, Metrics, of_model, of_sets
 
 SHOWN_SCORE = 0.3  # of detections in pictures, at least
 _SIDES = 128  # pixels: canvases of single images have sides that are multiples of it
@@ -78,16 +78,7 @@ class Measured:
 
 def evaluators(context: Context, task: Any) -> list[Evaluator]:
   """What a `DetectTask` measures and draws."""
-  every, found = context.every('evaluation'), []
-  if every is not None:
-    found = [
-      Evaluator(every, Measured(context, task, source, name))
-      for name, source in context.sets.items()
-    ]
-  every = context.every('pictures')
-  if every is not None and context.draws:
-    found.append(Evaluator(every, _pictures(context, task)))
-  return found
+  return of_sets(context, task, Measured, _pictures)
 
 
 def _pictures(context: Context, task: Any) -> Callable[[int, Any], Metrics]:

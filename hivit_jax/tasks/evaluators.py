@@ -232,6 +232,31 @@ class Collected:
     return _named(self._name, metrics)
 
 
+def of_sets(
+  context: Context,
+  task: Any,
+  measure: Callable[[Context, Any, Any, str], Callable[[int, Any], Metrics]],
+  pictures: Callable[[Context, Any], Callable[[int, Any], Metrics]],
+) -> list[Evaluator]:
+  """A measurement of every evaluation set, and pictures, as often as the config says.
+
+  Args:
+    context: see `Context`.
+    task: whose evaluators they are.
+    measure: `(context, task, source, name) -> run` for a set and the beginning of its metrics.
+    pictures: `(context, task) -> run`.
+  """
+  found = []
+  if (every := context.every('evaluation')) is not None:
+    found += [
+      Evaluator(every, measure(context, task, source, name))
+      for name, source in context.sets.items()
+    ]
+  if (every := context.every('pictures')) is not None and context.draws:
+    found.append(Evaluator(every, pictures(context, task)))
+  return found
+
+
 def rows(
   context: Context,
   function: Callable[..., Any],

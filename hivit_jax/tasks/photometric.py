@@ -1,4 +1,7 @@
-"""mmsegmentation's photometric distortion, on the device and exact to the last bit of uint8.
+"""mmsegmentation's photometric distortion, on the device.
+
+The pixels are equal to OpenCV's as XLA compiles this for CPUs; a compiler that rounds otherwise
+may change one in thousands by one.
 
 Brightness, contrast, saturation and hue change one after the other, the last two through an HSV of
 8 bits, and every step cuts and truncates to uint8. PIL's HSV and contrast are other operations.

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax.tasks import miou, pixels, segmentation_pictures, views
-from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics, of_model
+from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics, of_model, of_sets
 from hivit_jax.tasks.images import normalize
 
 Example = Mapping[str, np.ndarray]
@@ -183,16 +183,7 @@ def rows(batch: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
 
 def evaluators(context: Context, task: Any) -> list[Evaluator]:
   """What a `SegmentTask` measures and draws."""
-  every, found = context.every('evaluation'), []
-  if every is not None:
-    found = [
-      Evaluator(every, MeanIoU(context, task, source, name))
-      for name, source in context.sets.items()
-    ]
-  every = context.every('pictures')
-  if every is not None and context.draws:
-    found.append(Evaluator(every, _pictures(context, task)))
-  return found
+  return of_sets(context, task, MeanIoU, _pictures)
 
 
 def _pictures(context: Context, task: Any) -> Callable[[int, Any], Metrics]:

@@ -39,7 +39,8 @@ MODELS = {
   'simmim_swin_tiny': TINY_SWIN | {'mask_ratio': 0.5},
   'backbone_itpn_base': TINY | {'stem_blocks': (1, 2), 'fpn_dim': 16, 'fpn_depth': 1},
   'segment_hivit_tiny': DENSE | {'head_channels': 8, 'auxiliary_channels': 0},
-  'detect_hivit_tiny': DENSE | {'neck_channels': 8, 'hidden': 16, 'global_blocks': (1,)},
+  'detect_hivit_tiny': DENSE
+  | {'neck_channels': 8, 'hidden': 16, 'global_blocks': (1,), 'cascade': True},
 }
 # Where it is not ours and what differs from its defaults: timm's architecture and arguments.
 CONFIGS = {

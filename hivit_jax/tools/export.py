@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import logging
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
-from jax import export
+from jax import core, export
 
 from hivit_jax import cli, settings
 from hivit_jax.errors import UserError
@@ -36,11 +36,13 @@ _OUTPUT = flags.DEFINE_enum(
   'prediction',
   ['prediction', 'pooled', 'tokens', 'kept'],
   "prediction: the model's own output, of autoencoders for given noise; pooled: a vector of "
-  'features for an image; tokens: what the last stage gives; kept: the same of the units that are '
-  'named, the others are never computed.',
+  'features for an image; tokens: what the last stage gives; kept: the same for the given units '
+  'only; the others are never computed.',
 )
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.')
-_PLATFORMS = flags.DEFINE_list('platforms', ['cpu', 'cuda', 'tpu'], 'That the file is for.')
+_PLATFORMS = flags.DEFINE_list(
+  'platforms', ['cpu', 'cuda', 'tpu'], 'Platforms that the file can run on.'
+)
 _BESIDE = flags.DEFINE_bool(
   'beside', False, 'Write the weights into a .safetensors file next to it; they are an argument.'
 )
@@ -79,7 +81,7 @@ def main(argv: list[str]) -> None:
     None, argv[1], ema=_EMA.value, dtype=_DTYPE.value, ops='plain', **overrides
   )  # fmt: skip
   what = forward(model, _OUTPUT.value)
-  content, said = (_onnx if _FORMAT.value == 'onnx' else _artifact)(model, what, out)
+  content, said = _onnx(model, what) if _FORMAT.value == 'onnx' else _artifact(model, what, out)
   with cli.writing('out', out):
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(content)
@@ -131,6 +133,9 @@ def exported(
     what: from `forward`.
     platforms: of `PLATFORMS`.
     beside: whether weights are an argument, a dict by name; else they are part of the function.
+
+  Raises:
+    UserError: something in the model depends on how many images or units there are.
   """
   graphdef, state = nnx.split(model)
   weights = {
@@ -147,12 +152,18 @@ def exported(
     jax.ShapeDtypeStruct(export.symbolic_shape(', '.join(map(str, shape)), scope=scope), dtype)
     for shape, dtype in what.inputs.values()
   ]
-  if beside:
-    abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in weights.items()}
-    return export.export(jax.jit(call), platforms=platforms)(abstract, *inputs), weights
-  constants = {name: jnp.asarray(value) for name, value in weights.items()}
-  alone = jax.jit(lambda *inputs: call(constants, *inputs))
-  return export.export(alone, platforms=platforms)(*inputs), {}
+  try:
+    if beside:
+      abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in weights.items()}
+      return export.export(jax.jit(call), platforms=platforms)(abstract, *inputs), weights
+    constants = {name: jnp.asarray(value) for name, value in weights.items()}
+    alone = jax.jit(lambda *inputs: call(constants, *inputs))
+    return export.export(alone, platforms=platforms)(*inputs), {}
+  except (core.InconclusiveDimensionOperation, TypeError) as error:
+    reason = next(iter(str(error).splitlines()), '')
+    raise UserError(
+      f'{type(model).__name__} cannot be exported with this output for any batch: {reason}'
+    ) from error
 
 
 def _artifact(model: nnx.Module, what: Forward, out: pathlib.Path) -> tuple[bytes, str]:
@@ -160,20 +171,30 @@ def _artifact(model: nnx.Module, what: Forward, out: pathlib.Path) -> tuple[byte
   if importlib.util.find_spec('flatbuffers') is None:
     raise UserError('the format of jax.export needs flatbuffers: pip install flatbuffers')
   done, weights = exported(model, what, _PLATFORMS.value, beside=_BESIDE.value)
-  takes = [f'{name} {dtype}{list(shape)}' for name, (shape, dtype) in what.inputs.items()]
+  takes = _takes(what)
   if weights:
     files.write(out.with_suffix('.safetensors'), weights)
     takes.insert(0, f'weights of {out.with_suffix(".safetensors")}')
-  gives = [f'{aval.dtype}[{", ".join(map(str, aval.shape))}]' for aval in done.out_avals]
+  gives = [_shaped(aval.dtype, aval.shape) for aval in done.out_avals]
   said = f'for {", ".join(done.platforms)}: {"; ".join(takes)} -> {"; ".join(gives)}'
   return bytes(done.serialize()), said
 
 
-def _onnx(model: nnx.Module, what: Forward, out: pathlib.Path) -> tuple[bytes, str]:
-  """An ONNX model, and what it takes."""
-  del out
-  if _DTYPE.value != 'float32' or _BESIDE.value:
-    raise UserError('--format=onnx is float32 with its weights inside: omit --dtype and --beside')
+def _takes(what: Forward) -> list[str]:
+  return [f'{name} {_shaped(dtype, shape)}' for name, (shape, dtype) in what.inputs.items()]
+
+
+def _shaped(dtype: Any, shape: Sequence[Any]) -> str:
+  return f'{dtype}[{", ".join(map(str, shape))}]'
+
+
+def _onnx(model: nnx.Module, what: Forward) -> tuple[bytes, str]:
+  """An ONNX model, and what it takes and gives."""
+  if _DTYPE.value != 'float32' or _BESIDE.value or _PLATFORMS.present:
+    raise UserError(
+      '--format=onnx is float32 with its weights inside, for every platform: omit --dtype, '
+      '--beside and --platforms'
+    )
   for noisy in ('jax2onnx', 'onnx_ir'):  # of examples that it cannot import, of shapes it computes
     logging.getLogger(noisy).setLevel(logging.ERROR)
   if importlib.util.find_spec('jax2onnx') is None:
@@ -190,7 +211,8 @@ def _onnx(model: nnx.Module, what: Forward, out: pathlib.Path) -> tuple[bytes, s
   except Exception as error:  # whatever it cannot convert, with internal errors of all kinds
     reason = f'{type(error).__name__}: {error}'
     raise UserError(f'jax2onnx cannot convert this forward pass, {reason}') from error
-  return done.SerializeToString(), f'for ONNX: images float32{list(inputs[0])}'
+  gives = ', '.join(output.name for output in done.graph.output)
+  return done.SerializeToString(), f'for ONNX: {"; ".join(_takes(what))} -> {gives}'
 
 
 if __name__ == '__main__':

@@ -38,7 +38,10 @@ def image_paths(named: Sequence[str]) -> list[str]:
 
 
 def read(paths: Sequence[str], decode: Any, failed: list[str]) -> Iterator[tuple[str, Any]]:
-  """Path and `decode(bytes)` of the images that can be read; others are told and go to `failed`."""
+  """Path and `decode(bytes)` of the images that can be read.
+
+  The others are reported and added to `failed`.
+  """
   for path in paths:
     try:
       yield path, decode(read_file(path))

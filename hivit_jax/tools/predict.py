@@ -6,7 +6,7 @@
 A segmenter prints the largest classes, and --save is a folder: of NAME.jpg it gets NAME.png with
 the classes themselves, NAME_colour.png, NAME_overlay.png, and legend.png for all. A detector prints
 the best objects, with --json all of them with boxes (left, top, width, height) and masks as run
-lengths; of NAME.jpg its folder gets NAME_objects.png, with the objects of a score from 0.3 on.
+lengths; of NAME.jpg its folder gets NAME_objects.png, with the objects whose score is at least 0.3.
 
 IMAGES are files, or folders of them. Those that cannot be read are reported and skipped, and the
 exit status is 2.
@@ -141,12 +141,34 @@ def _predictor(
 def _dense(paths: list[str], state: files.StateDict, described: infer.Described) -> list[str]:
   """What a segmenter or detector says; the images that could not be read."""
   tool = _DENSE[infer.family(state.arrays)]
+  if _SAVE.value is not None:
+    _check_pictures(paths, pathlib.Path(_SAVE.value), tool.pictures)
   model: Any = loaded.model(state, described)
   task = tool.task_of(state.metadata, model, **carried.statistics(state, described))
   labels = _labels(state, model.num_classes, getattr(tool, 'known_names', None))
   return tool.predict(
     paths, model, task, labels, top=_TOP.value, as_json=_JSON.value, folder=_SAVE.value
   )
+
+
+def _check_pictures(
+  paths: Sequence[str], folder: pathlib.Path, pictures: Callable[[str], list[str]]
+) -> None:
+  """UserError where a picture would replace an image, or that of another image."""
+  images = {pathlib.Path(path).resolve() for path in paths}
+  image_of = {'legend.png': 'the legend'}
+  for path in paths:
+    for name in pictures(path):
+      if (folder / name).resolve() in images:
+        raise UserError(
+          f'--save={folder}: the picture {name} would overwrite an image; name another folder'
+        )
+      other = image_of.setdefault(name, path)
+      if other != path:
+        raise UserError(
+          f'--save={folder}: {other} and {path} would both be {name}; run them one at a time, '
+          'with two folders'
+        )
 
 
 def _to_text(path: str, predictions: Sequence[dict[str, Any]]) -> str:

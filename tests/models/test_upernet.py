@@ -22,7 +22,6 @@ from tests.helpers import (
   assert_close,
   golden_params,
   load_golden,
-  quick_jit,
   random_images,
   random_model,
   torch_gradients,
@@ -314,7 +313,7 @@ def test_every_encoder_takes_either_head(name):
     assert head.items() <= described.arguments.items()
   graphdef, params = random_model(name, **ENCODERS[name] | HEADS[0] | {'image_size': 64})
 
-  @quick_jit
+  @jax.jit
   def gradients(params):
     return jax.grad(lambda p: sum(map(jnp.sum, nnx.merge(graphdef, p).heads(images))))(params)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
-from jax import core, export
+from jax import errors, export
 
 from hivit_jax import cli, settings
 from hivit_jax.errors import UserError
@@ -159,7 +159,7 @@ def exported(
     constants = {name: jnp.asarray(value) for name, value in weights.items()}
     alone = jax.jit(lambda *inputs: call(constants, *inputs))
     return export.export(alone, platforms=platforms)(*inputs), {}
-  except (core.InconclusiveDimensionOperation, TypeError) as error:
+  except errors.InconclusiveDimensionOperation as error:
     reason = next(iter(str(error).splitlines()), '')
     raise UserError(
       f'{type(model).__name__} cannot be exported with this output for any batch: {reason}'

@@ -20,7 +20,7 @@ exit status is 2.
 import pathlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,6 +37,7 @@ from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tools import components, feature_sheets, loaded, neighbours
+from hivit_jax.tools.feature_sheets import Looked
 from hivit_jax.train import weights
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Workdir of a model, or a checkpoint.')
@@ -53,24 +54,6 @@ _FOLDER = flags.DEFINE_string('folder', None, 'Folder of images to find the near
 _COUNT = flags.DEFINE_integer('count', 5, 'How many nearest images are shown.', lower_bound=1)
 
 _STEP = 32  # pixels: the coarsest stride
-
-
-class Looked(NamedTuple):
-  """An image and what a model computed of it.
-
-  Attributes:
-    path: of the file.
-    own: (height, width) of the image in it.
-    pixels: (H, W, channels) uint8, as the model got them.
-    maps: (h, w, C) of each level.
-    attention: (heads, units, class tokens + rows * columns) of the chosen block and units.
-  """
-
-  path: str
-  own: tuple[int, int]
-  pixels: np.ndarray
-  maps: list[np.ndarray]
-  attention: np.ndarray | None
 
 
 def main(argv: list[str]) -> None:
@@ -239,18 +222,24 @@ def _neighbours(
   model: Any,
   statistics: dict[str, Any],
   failed: list[str],
-) -> list[list[neighbours.Neighbour]]:
+) -> list[list[feature_sheets.Neighbour]]:
   """Of each image the nearest in a folder; all in the model's own size."""
   size = inside.encoder_of(model).image_size
 
   def decode(data: bytes) -> np.ndarray:
     return _pixels(decode_image(data, channels=model.channels), size)
 
-  bank = list(loaded.read(paths, decode, failed))
-  if not bank:
-    raise UserError(f'--folder={_FOLDER.value}: none of its {len(paths)} images could be read')
   queries = [image for _, image in loaded.read([one.path for one in looked], decode, [])]
-  return neighbours.nearest(queries, bank, model, statistics, _COUNT.value)
+  bank = loaded.read(paths, decode, failed)
+  found = neighbours.nearest(queries, bank, model, statistics, _COUNT.value)
+  if not found:
+    raise UserError(f'--folder={_FOLDER.value}: none of its {len(paths)} images could be read')
+  # Of a folder of any size only what is drawn is in memory.
+  drawn = dict(loaded.read(sorted({path for row in found for path, _ in row}), decode, failed))
+  return [
+    [feature_sheets.Neighbour(path, drawn[path], alike) for path, alike in row if path in drawn]
+    for row in found
+  ]
 
 
 def _write(out: pathlib.Path, sheets: dict[str, Image.Image], arrays: dict[str, Any]) -> None:

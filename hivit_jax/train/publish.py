@@ -53,7 +53,8 @@ def save_pretrained(
   directory = pathlib.Path(directory).expanduser()
   if (directory / 'checkpoints').exists() or (directory / 'metrics.jsonl').exists():
     raise UserError(
-      f'{directory} is the workdir of a run, whose config.json would be lost: name another directory'
+      f'{directory} is the workdir of a run, whose config.json would be lost: name another '
+      'directory'
     )
   state, described = _model(model, ema, arguments)
   data = carried.pixels(state, described)

@@ -91,6 +91,13 @@ CASES = [
   ('mae_vit_base', TINY_VIT | {'decoder_embed_dim': 16, 'decoder_depth': 1,
                                'decoder_num_heads': 2, 'mask_ratio': 0.5}, 'prediction', 3),
   ('swin_tiny', TINY_SWIN | {'num_classes': 3}, 'pooled', 1),
+  ('hivit_tiny', TINY, 'tokens', 1),
+  ('backbone_hivit_tiny', TINY | {'window_size': 2, 'global_blocks': (1,)}, 'prediction', 4),
+  ('segment_hivit_tiny', {'image_size': 32, 'position_image_size': 32, 'embed_dim': 16,
+                          'depths': (1, 1, 1), 'num_heads': 2, 'num_classes': 3,
+                          'head_channels': 8, 'auxiliary_channels': 4}, 'prediction', 1),
+  ('simmim_swin_tiny', TINY_SWIN | {'mask_ratio': 0.5}, 'prediction', 3),
+  ('vit_base', VIT | {'dtype': 'bfloat16'}, 'prediction', 1),
 ]  # fmt: skip
 
 
@@ -109,6 +116,15 @@ def test_every_output_equals_the_models_for_any_batch(name, settings, output, re
     assert len(actual) == len(expected) == results
     for one, other in zip(actual, expected, strict=True):
       assert_close(one, other, relative=1e-6)
+
+
+def test_what_depends_on_the_batch_is_refused_in_one_line():
+  model = nnx.merge(*random_model('vit_base', ops='plain', **VIT))
+  images = export.forward(model, 'prediction').inputs
+  what = export.Forward(lambda model, x: model(x) if x.shape[0] > 2 else x.sum(), images)
+  with pytest.raises(UserError, match=r'^ViT cannot be exported .* for any batch: .*') as caught:
+    export.exported(model, what, ['cpu'])
+  assert '\n' not in str(caught.value)
 
 
 def test_no_kernel_of_one_platform_is_in_the_file():

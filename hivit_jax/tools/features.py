@@ -36,13 +36,11 @@ from hivit_jax.models import inside
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks.images import normalize
-from hivit_jax.tools import components, feature_sheets, loaded, neighbours
+from hivit_jax.tools import components, feature_sheets, image_flags, loaded, neighbours
 from hivit_jax.tools.feature_sheets import Looked
 from hivit_jax.train import weights
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Workdir of a model, or a checkpoint.')
-_WEIGHTS = flags.DEFINE_string('weights', None, 'A .pth or .safetensors file instead.')
-_EMA = flags.DEFINE_bool('ema', False, 'Use the averaged weights (EMA).')
+flags.adopt_module_key_flags(image_flags)
 _OUT = flags.DEFINE_string('out', 'features', 'Folder for the pictures and arrays.')
 _IMAGE_SIZE = flags.DEFINE_string(
   'image_size', None, 'HEIGHTxWIDTH, or "own": that of each image; default: that of the model.'
@@ -57,10 +55,7 @@ _STEP = 32  # pixels: the coarsest stride
 
 
 def main(argv: list[str]) -> None:
-  if (_WORKDIR.value is None) == (_WEIGHTS.value is None):
-    raise UserError("which model? Either a run's --workdir=DIRECTORY or --weights=FILE")
-  if not argv[1:]:
-    raise UserError('which images? Name files or folders of them')
+  source = image_flags.checked(argv)
   units = [_two_numbers('units', text, 'row,column of a unit') for text in _UNITS.value]
   if _BLOCK.value is not None and not units:
     raise UserError(f'--block={_BLOCK.value}: attention of which units? Give --units=ROW,COLUMN')
@@ -69,7 +64,7 @@ def main(argv: list[str]) -> None:
   bank_paths = loaded.image_paths([_FOLDER.value]) if _FOLDER.value else []
   setup_logging()
   compilation_cache.turn_on()
-  state = weights.read(_WORKDIR.value or _WEIGHTS.value or '', ema=_EMA.value)
+  state = weights.read(source, ema=image_flags.EMA.value)
   described = carried.model_of(state)
   model: Any = loaded.model(state, described)
   statistics = carried.statistics(state, described)

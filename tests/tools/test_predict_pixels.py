@@ -9,7 +9,7 @@ from PIL import Image
 
 from hivit_jax.data import class_lists
 from hivit_jax.errors import UserError
-from hivit_jax.tools import predict, predict_pixels
+from hivit_jax.tools import loaded, predict_pixels
 from tests.helpers import random_model
 
 MODEL = {
@@ -37,8 +37,8 @@ def model():
 def test_no_picture_replaces_another(tmp_path, names, folder, said):
   paths = [str(tmp_path / 'photos' / name) for name in names]
   with pytest.raises(UserError, match=f'^--save=.*{said}'):
-    predict._check_pictures(paths, tmp_path / folder, predict_pixels.pictures)
-  predict._check_pictures(paths[:1] * 2, tmp_path / 'out', lambda path: [f'{path}_objects.png'])
+    loaded.check_pictures(paths, tmp_path / folder, predict_pixels.pictures)
+  loaded.check_pictures(paths[:1] * 2, tmp_path / 'out', lambda path: [f'{path}_objects.png'])
 
 
 def test_pictures_shares_and_broken_images(model, tmp_path, capsys):

@@ -150,7 +150,7 @@ def _to_hub(path: str, out: pathlib.Path) -> None:
   from hivit_jax.train import publish
 
   for flag in (_LAYOUT, _PREFIX, _MODEL, _PARTIAL):
-    if flag.present:
+    if flag.value != flag.default:
       raise UserError(f'to-hub has no --{flag.name}: it publishes the whole model as it is')
   setup_logging()
   options = {'ema': _EMA.value, **_known()}

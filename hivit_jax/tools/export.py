@@ -54,6 +54,14 @@ def main(argv: list[str]) -> None:
   for platform in _PLATFORMS.value:
     if platform not in PLATFORMS:
       raise UserError(f'--platforms: "{platform}" is not one of {", ".join(PLATFORMS)}')
+  inside = _DTYPE.value == 'float32' and not _BESIDE.value and not _PLATFORMS.present
+  if _FORMAT.value == 'onnx' and not inside:
+    raise UserError(
+      '--format=onnx is float32 with its weights inside, for every platform: omit --dtype, '
+      '--beside and --platforms'
+    )
+  if _FORMAT.value == 'onnx' and importlib.util.find_spec('jax2onnx') is None:
+    raise UserError('--format=onnx needs jax2onnx: see "Export" in docs/guide/weights.md')
   overrides: dict[str, Any] = {}
   if _IMAGE_SIZE.value is not None:
     overrides['image_size'] = settings.image_size(_IMAGE_SIZE.value, '--image_size')
@@ -93,15 +101,8 @@ def _shaped(dtype: Any, shape: Sequence[Any]) -> str:
 
 def _onnx(model: nnx.Module, what: Forward) -> tuple[bytes, str]:
   """An ONNX model, and what it takes and gives."""
-  if _DTYPE.value != 'float32' or _BESIDE.value or _PLATFORMS.present:
-    raise UserError(
-      '--format=onnx is float32 with its weights inside, for every platform: omit --dtype, '
-      '--beside and --platforms'
-    )
   for noisy in ('jax2onnx', 'onnx_ir'):  # of examples that it cannot import, of shapes it computes
     logging.getLogger(noisy).setLevel(logging.ERROR)
-  if importlib.util.find_spec('jax2onnx') is None:
-    raise UserError('--format=onnx needs jax2onnx: see "Export" in docs/guide/weights.md')
   jax2onnx = importlib.import_module('jax2onnx')  # in no requirements.txt: it would contradict
   inputs = [
     tuple(size.upper() if isinstance(size, str) else size for size in shape)

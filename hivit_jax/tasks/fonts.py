@@ -1,10 +1,14 @@
 """The font of all pictures."""
 
-from PIL import ImageFont
+import importlib.util
+import pathlib
 
-from hivit_jax.data.builders.packages import package_file
+from PIL import ImageFont
 
 
 def default_font() -> ImageFont.FreeTypeFont:
   """DejaVu Sans, which comes with matplotlib: Pillow's own font has no letters but English ones."""
-  return ImageFont.truetype(package_file('matplotlib', 'mpl-data/fonts/ttf/DejaVuSans.ttf'), 12)
+  package = importlib.util.find_spec('matplotlib')  # importing it takes a second
+  assert package and package.origin
+  file = pathlib.Path(package.origin).with_name('mpl-data') / 'fonts/ttf/DejaVuSans.ttf'
+  return ImageFont.truetype(file, 12)

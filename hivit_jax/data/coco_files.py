@@ -20,7 +20,7 @@ _SHOWN = 3  # examples in a message
 
 @dataclasses.dataclass(frozen=True)
 class Annotations:
-  """All that a file tells: n images in the order of their file names, and their objects.
+  """The contents of a file of annotations: n images by file name, and their objects.
 
   Attributes:
     class_names: names of the categories in the order of their ids; labels are indices into it.

@@ -63,7 +63,7 @@ def _has_label_maps(source: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-  """What is told of an example by its neighbours, in one row or several.
+  """What the neighbours predict for an example: its class, or the class of each unit.
 
   Attributes:
     describe: `(model, batch) -> (B, rows, D) features, (B, rows, ...) truth`.

@@ -11,7 +11,7 @@ from hivit_jax.train.manifest import Misfit
 from hivit_jax.train.steps import Steps
 
 _log = logging.getLogger(__name__)
-_ORDER = {  # settings that decide who is next
+_ORDER = {  # settings that decide the order of examples
   *('seed', 'batch_size', 'data.name', 'data.train_split'),
   *(f'detect.{key}' for key in ('buckets', 'short_sides', 'long_side', 'crop_first', 'crop_sides')),
 }

@@ -35,8 +35,8 @@ def smallest(sizes: np.ndarray, canvases: Canvases) -> np.ndarray:
     height, width = sizes[int(np.argmin(fits.any(axis=1)))]
     known = ', '.join(f'{h}x{w}' for h, w in canvases)
     raise UserError(
-      f'an image would become {height}x{width} pixels, which fits on none of the canvases {known} of '
-      'config.detect.buckets or eval_buckets; add a larger one, or reduce the sides that images '
+      f'an image would become {height}x{width} pixels, which fits on none of the canvases {known} '
+      'of config.detect.buckets or eval_buckets; add a larger one, or reduce the sides that images '
       'are resized to'
     )
   return np.where(fits, table.prod(axis=1), np.iinfo(np.int64).max).argmin(axis=1)

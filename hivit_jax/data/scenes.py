@@ -100,8 +100,10 @@ def pixels(example: Mapping[str, Any], channels: int = 3) -> np.ndarray:
   known = example.get('size')
   if known is not None and (image.height, image.width) != tuple(known):
     height, width = known
+    turned = ' (EXIF turns it)' if (image.width, image.height) == (height, width) else ''
     raise BrokenImage(
-      f'the image has {image.width}x{image.height} pixels, by its annotations {width}x{height}'
+      f'the image has {image.width}x{image.height} pixels{turned}, by its annotations '
+      f'{width}x{height}'
     )
   array = np.asarray(image)
   return array[..., None] if array.ndim == 2 else array

@@ -4,16 +4,22 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import ml_collections
+
 from hivit_jax.errors import UserError
+from hivit_jax.settings import get
 from hivit_jax.train import hints
 from hivit_jax.train.checkpoint import Checkpoints, Restored
 from hivit_jax.train.manifest import Misfit
 from hivit_jax.train.steps import Steps
 
 _log = logging.getLogger(__name__)
-_ORDER = {  # settings that decide the order of examples
-  *('seed', 'batch_size', 'data.name', 'data.train_split'),
-  *(f'detect.{key}' for key in ('buckets', 'short_sides', 'long_side', 'crop_first', 'crop_sides')),
+# Settings that decide the order of examples, in any case and with buckets.
+_ORDER = {'seed', 'batch_size', 'data.name', 'data.train_split'}
+_BUCKETS = 'detect.buckets'
+_BUCKETED = {
+  _BUCKETS,
+  *(f'detect.{key}' for key in ('short_sides', 'long_side', 'crop_first', 'crop_sides')),
 }
 
 
@@ -46,12 +52,17 @@ def _pairs(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 
 def warn_of_changes(
-  restored: Restored, changes: Mapping[str, tuple[Any, Any]], steps: Steps, total: int
+  restored: Restored,
+  changes: Mapping[str, tuple[Any, Any]],
+  config: ml_collections.FrozenConfigDict,
+  steps: Steps,
+  total: int,
 ) -> None:
   """Says what differs from the run that saved the checkpoint, and what that does."""
   for pair in _pairs(changes):
     _log.warning('changed since this run was started: %s', pair)
-  reasons = sorted(_ORDER & changes.keys())
+  bucketed = _BUCKETS in changes or get(config, _BUCKETS)
+  reasons = sorted((_ORDER | _BUCKETED if bucketed else _ORDER) & changes.keys())
   before = restored.metadata['examples']
   if before != steps.examples:
     reasons.append(f'number of training examples ({before} -> {steps.examples})')

@@ -133,7 +133,8 @@ def test_a_broken_example_that_is_alone_in_its_bucket_ends_nothing():
   options = {'batch_size': 2, 'seed': 0, 'num_steps': 12, 'max_broken_fraction': 1.0}
   with train_loader(source, transform, order=order, **options) as loader:
     places = [batch['place'].tolist() for batch in loader if (batch['canvas'] == 64).all()]
-  assert places and all(place > 0 for pair in places for place in pair)
+  assert places
+  assert all(place > 0 for pair in places for place in pair)
   order = buckets.BucketedPass.of(source.sizes, canvases, 2)
   with eval_loader(source, transform, batch_size=2, order=order, max_broken_fraction=1.0) as loader:
     first, *others = loader

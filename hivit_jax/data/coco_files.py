@@ -86,7 +86,7 @@ def read(path: str, text: str | bytes | None = None) -> Annotations:
   for annotation in content['annotations']:
     for key, known in (('image_id', images), ('category_id', label_of)):
       number = annotation.get(key)
-      if not _whole(number) or number not in known:
+      if not _finite(number) or number not in known:
         kind = 'images' if key == 'image_id' else 'categories'
         raise _wrong(path, annotation, key, f'which is not among the {kind}')
     image = images[annotation['image_id']]

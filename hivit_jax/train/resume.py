@@ -4,10 +4,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import ml_collections
-
 from hivit_jax.errors import UserError
-from hivit_jax.settings import get
 from hivit_jax.train import hints
 from hivit_jax.train.checkpoint import Checkpoints, Restored
 from hivit_jax.train.manifest import Misfit
@@ -54,15 +51,24 @@ def _pairs(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
 def warn_of_changes(
   restored: Restored,
   changes: Mapping[str, tuple[Any, Any]],
-  config: ml_collections.FrozenConfigDict,
   steps: Steps,
   total: int,
+  *,
+  bucketed: bool,
 ) -> None:
-  """Says what differs from the run that saved the checkpoint, and what that does."""
+  """Says what differs from the run that saved the checkpoint, and what that does.
+
+  Args:
+    restored: the checkpoint.
+    changes: see `run_info.config_changes`.
+    steps: of the training examples.
+    total: steps of the run.
+    bucketed: the examples are in buckets now.
+  """
   for pair in _pairs(changes):
     _log.warning('changed since this run was started: %s', pair)
-  bucketed = _BUCKETS in changes or get(config, _BUCKETS)
-  reasons = sorted((_ORDER | _BUCKETED if bucketed else _ORDER) & changes.keys())
+  known = _ORDER | _BUCKETED if bucketed or _BUCKETS in changes else _ORDER
+  reasons = sorted(known & changes.keys())
   before = restored.metadata['examples']
   if before != steps.examples:
     reasons.append(f'number of training examples ({before} -> {steps.examples})')

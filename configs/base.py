@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.score_threshold = config_dict.placeholder(float)  # that a detection exceeds
   config.model.head_channels = config_dict.placeholder(int)  # of UPerNet
   config.model.auxiliary_channels = config_dict.placeholder(int)  # of its second head; 0: none
-  # Of the encoder's levels, from 1, fine, to 4: those that a linear head takes instead of UPerNet.
+  # Levels of the encoder, 1 (finest) to 4, for a linear head instead of UPerNet.
   config.model.linear_levels = config_dict.placeholder(tuple)
   config.model.dropout_rate = config_dict.placeholder(float)  # before the classifiers of pixels
   config.model.dtype = 'auto'  # of computations: float32 or bfloat16; auto: float32 on CPUs

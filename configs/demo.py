@@ -14,12 +14,10 @@ configs/demo.py:debug     two steps
 """
 
 from configs import base, recipes, variants
-from hivit_jax.errors import UserError
 
 _VARIANTS = (
-  'finetune, scratch, segment, segment_scratch, segment_linear, detect, detect_scratch, '
-  'detect_overfit, digits, '
-  'debug'
+  *('finetune', 'scratch', 'segment', 'segment_scratch', 'segment_linear'),
+  *('detect', 'detect_scratch', 'detect_overfit', 'digits', 'debug'),
 )
 
 
@@ -41,7 +39,7 @@ def get_config(variant: str | None = None):
   if variant == 'debug':
     return variants.debug(config)
   if variant:
-    raise UserError(f'unknown variant ":{variant}"; known: {_VARIANTS}')
+    raise variants.unknown(variant, *_VARIANTS)
   config.epochs = 8.0
   config.model.update(decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4)
   config.model.update(mask_ratio=0.75, norm_pix_loss=True, hifeat=True)

@@ -11,7 +11,6 @@ Variants: :knn for the k-NN accuracy alone, which autoencoders have too; :debug.
 """
 
 from configs import recipes, variants
-from hivit_jax.errors import UserError
 
 
 def get_config(variant: str | None = None):
@@ -23,5 +22,5 @@ def get_config(variant: str | None = None):
     config.evaluation.every_epochs = 0.0
     config.knn.every_epochs = 1.0
   elif variant:
-    raise UserError(f'unknown variant ":{variant}"; known: knn, debug')
+    raise variants.unknown(variant, 'knn', 'debug')
   return config

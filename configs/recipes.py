@@ -7,8 +7,7 @@ number comes from is in docs/results/reproduce.md.
 import ml_collections
 
 from configs import base
-from configs.variants import debug, with_variant
-from hivit_jax.errors import UserError
+from configs.variants import debug, unknown, with_variant
 
 # Model -> settings of its finetuning. Of HiViT only B is published: T and S have B's recipe with
 # less drop path, L has MAE's of ViT-L.
@@ -179,7 +178,7 @@ def segment(model: str, variant: str | None = None) -> ml_collections.ConfigDict
   linear segmentation (arXiv 2304.07193), and MAE's weights.
 
   Args:
-    model: a HiViT, such as hivit_base.
+    model: a HiViT, ViT or Swin, such as hivit_base.
     variant: '512', 'linear', 'debug' or None.
   """
   config = base.get_config()
@@ -202,7 +201,7 @@ def segment(model: str, variant: str | None = None) -> ml_collections.ConfigDict
     _crops_of_512(config, steps=40_000, lr=1e-3)
     config.optim.update(weight_decay=1e-4, layer_decay=None)
   elif variant and variant != 'debug':
-    raise UserError(f'unknown variant ":{variant}"; known: 512 (pixels of a crop), linear, debug')
+    raise unknown(variant, '512 (pixels of a crop)', 'linear', 'debug')
   config.checkpoint.keep_every_epochs = 0.0
   config.evaluation.update(every_epochs=12.5, batch_size=16)  # about 8000 steps of 32
   config.knn.every_epochs = 0.0
@@ -241,11 +240,11 @@ def linear(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
 def detect(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
   """Mask R-CNN on COCO, 36 epochs ("3x") of DETR's augmentation, after MAE.
 
-  Published is HiViT-B; the others have its recipe but for the table above. A batch is on one of
-  eight canvases; the official runs pad each pair of images to its own.
+  Only HiViT-B is published; the others use its recipe, except for the numbers in the table above.
+  A batch is on one of eight canvases; the official runs pad each pair of images to its own.
 
   Args:
-    model: one of the table above.
+    model: a HiViT, ViT or Swin, such as hivit_base.
     variant: 'cascade' (arXiv 1712.00726), 'debug' or None.
   """
   config = base.get_config()
@@ -268,7 +267,7 @@ def detect(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
   if variant == 'cascade':
     config.model.cascade = True
   elif variant and variant != 'debug':
-    raise UserError(f'unknown variant ":{variant}"; known: cascade, debug')
+    raise unknown(variant, 'cascade', 'debug')
   return debug(config) if variant == 'debug' else config
 
 

@@ -21,11 +21,16 @@ def with_variant(
   if variant == 'debug':
     return debug(config)
   if variant and variant not in lengths:
-    known = f'{", ".join(sorted(lengths, key=int))} (epochs), debug' if lengths else 'debug'
-    raise UserError(f'unknown variant ":{variant}"; known: {known}')
+    epochs = [f'{", ".join(sorted(lengths, key=int))} (epochs)'] if lengths else []
+    raise unknown(variant, *epochs, 'debug')
   if lengths:
     config.epochs = float(variant or lengths[0])
   return config
+
+
+def unknown(variant: str, *known: str) -> UserError:
+  """The error for a variant that a file does not have."""
+  return UserError(f'unknown variant ":{variant}"; known: {", ".join(known)}')
 
 
 def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -33,11 +38,11 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
   Numbers that differ between recipes become the same, so that all compile to one program.
   """
+  from hivit_jax import models  # here: it is slow to import
+
   config.image_size = (32, 32)
   config.max_steps = 2
   config.batch_size = 16
-  from hivit_jax import models  # here: it is slow to import
-
   own = models.settings_of(config.model.name)
   if 'mlp_stages' in own:  # Swin
     # 64 pixels have room for windows that shift.

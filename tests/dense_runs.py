@@ -1,4 +1,4 @@
-"""What the runs of dense tasks are asked alike: real processes of `:debug` configs, killed."""
+"""Checks shared by the runs of dense tasks: real processes of `:debug` configs, killed."""
 
 import random
 import signal

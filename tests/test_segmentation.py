@@ -126,6 +126,10 @@ def test_two_processes_train_as_one(runs, trained, tmp_path):
     ({'model__num_classes': 5}, 'config.model.num_classes=5, but photo_scenes (train[:32]) has 16'),
     ({'evaluation__more': 'd=test[:4]@digits'}, 'digits (test[:4]) has other classes (10) than'),
     ({'model__linear_levels': '(3,5)'}, 'config.model.linear_levels=(3, 5): expected some of 1, 2'),
+    (
+      {'task': 'segment_linear'},
+      'task=segment_linear needs config.model.linear_levels, such as (1',
+    ),
     ({'model__name': 'hivit_tiny'}, 'is not a segmenter, which config.task="segment" needs'),
   ],
 )

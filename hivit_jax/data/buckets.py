@@ -19,6 +19,7 @@ from hivit_jax.errors import UserError
 Canvases = Sequence[tuple[int, int]]
 
 _LOCK = threading.Lock()  # threads wait for a plan, instead of making it several times
+_OWN = 0.9  # share of replacements that are of the same bucket
 _STREAM = 3 << 62  # of random numbers; examples and shuffles have others, see `order`
 
 
@@ -34,8 +35,8 @@ def smallest(sizes: np.ndarray, canvases: Canvases) -> np.ndarray:
     height, width = sizes[int(np.argmin(fits.any(axis=1)))]
     known = ', '.join(f'{h}x{w}' for h, w in canvases)
     raise UserError(
-      f'an image becomes {height}x{width} pixels, which fit on none of the canvases {known} of '
-      'config.detect.buckets or eval_buckets; add a larger one, or reduce the sides that images '
+      f'an image would become {height}x{width} pixels, which fits on none of the canvases {known} '
+      'of config.detect.buckets or eval_buckets; add a larger one, or reduce the sides that images '
       'are resized to'
     )
   return np.where(fits, table.prod(axis=1), np.iinfo(np.int64).max).argmin(axis=1)
@@ -52,7 +53,7 @@ class Bucketed:
   """Epoch after epoch, each a permutation of all examples; a step has those of one bucket.
 
   Examples that do not fill a batch of their bucket wait for the next epoch: none is left out or
-  repeated. To plan an epoch, those before it have to be counted, milliseconds each.
+  repeated. To plan an epoch, those before it have to be counted.
   """
 
   def __init__(
@@ -86,7 +87,12 @@ class Bucketed:
 
   def replacement(self, position: int, rng: np.random.Generator) -> int:
     epoch, bucket, _ = self._find(position)
-    return int(rng.choice(_epoch(self, epoch).members[bucket]))
+    plan = _epoch(self, epoch)
+    # A bucket may have no other, so now and then any example that fits has its chance.
+    if rng.random() < _OWN:
+      return int(rng.choice(plan.members[bucket]))
+    fits = (self._augmented(self._sizes, plan.draws) <= self._canvases[bucket]).all(axis=1)
+    return int(rng.choice(np.flatnonzero(fits)))
 
   def given(self, position: int, index: int) -> dict[str, Any]:
     epoch, bucket, _ = self._find(position)
@@ -127,8 +133,9 @@ class Bucketed:
     return np.array(rows, np.int64).reshape(-1, 2)[order]
 
 
-_epoch = functools.lru_cache(maxsize=4)(Bucketed.plan)
-_steps = functools.lru_cache(maxsize=4)(Bucketed.steps)
+# Members of rare buckets wait for many epochs.
+_epoch = functools.lru_cache(maxsize=16)(Bucketed.plan)
+_steps = functools.lru_cache(maxsize=16)(Bucketed.steps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,12 +143,14 @@ class BucketedPass:
   """One pass over all examples, bucket by bucket, each filled up to whole batches.
 
   Attributes:
+    sizes: (n, 2) that all examples become.
     indices: (positions,) of examples, -1: padding.
     buckets: (steps,) indices of canvases.
     canvases: of the buckets.
     batch_size: over all hosts.
   """
 
+  sizes: np.ndarray
   indices: np.ndarray
   buckets: np.ndarray
   canvases: Canvases
@@ -157,7 +166,7 @@ class BucketedPass:
       padding = -len(members) % batch_size
       parts.append(np.concatenate([members, np.full(padding, -1)]))
       buckets += [k] * (len(parts[-1]) // batch_size)
-    return cls(np.concatenate(parts), np.array(buckets), canvases, batch_size)
+    return cls(sizes, np.concatenate(parts), np.array(buckets), canvases, batch_size)
 
   @property
   def steps(self) -> int:
@@ -169,7 +178,8 @@ class BucketedPass:
   def alike(self, position: int) -> Sequence[int]:
     bucket = self.buckets[position // self.batch_size]
     own = self.indices.reshape(-1, self.batch_size)[self.buckets == bucket]
-    return own[own >= 0].tolist()
+    fits = np.flatnonzero((self.sizes <= self.canvases[bucket]).all(axis=1))
+    return [*own[own >= 0].tolist(), *np.setdiff1d(fits, own).tolist()]
 
   def given(self, position: int) -> dict[str, Any]:
     height, width = self.canvases[self.buckets[position // self.batch_size]]

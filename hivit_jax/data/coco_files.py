@@ -16,11 +16,12 @@ _log = logging.getLogger(__name__)
 
 _LISTS = ('images', 'annotations', 'categories')
 _SHOWN = 3  # examples in a message
+_LEARNT = 'masks are learnt from it'
 
 
 @dataclasses.dataclass(frozen=True)
 class Annotations:
-  """All that a file tells: n images in the order of their file names, and their objects.
+  """The contents of a file of annotations: n images by file name, and their objects.
 
   Attributes:
     class_names: names of the categories in the order of their ids; labels are indices into it.
@@ -83,16 +84,19 @@ def read(path: str, text: str | bytes | None = None) -> Annotations:
   _by_id(path, content, 'annotations', ())  # pycocotools finds them by id, too
   useless: list[str] = []
   for annotation in content['annotations']:
-    image = images.get(annotation.get('image_id'))
-    if image is None:
-      raise _wrong(path, annotation, 'image_id', 'which is not among the images')
-    if annotation.get('category_id') not in label_of:
-      raise _wrong(path, annotation, 'category_id', 'which is not among the categories')
+    for key, known in (('image_id', images), ('category_id', label_of)):
+      number = annotation.get(key)
+      if not _finite(number) or number not in known:
+        kind = 'images' if key == 'image_id' else 'categories'
+        raise _wrong(path, annotation, key, f'which is not among the {kind}')
+    image = images[annotation['image_id']]
     own = _object(path, annotation, image)
     if own is None:
       useless.append(f'annotation {annotation["id"]} of {image["file_name"]}')
     else:
       owned[image['id']].append({**own, 'classes': label_of[annotation['category_id']]})
+  if useless and not any(annotation['segmentation'] for annotation in content['annotations']):
+    raise UserError(f'{path}: no object has a mask (segmentation is empty), and {_LEARNT}')
   if useless:
     _log.warning(
       '%s: %d of %d objects have no area within their image and are left out: %s',
@@ -203,9 +207,7 @@ def _mask(path: str, annotation: Mapping[str, Any], size: tuple[int, int]) -> An
   ):
     return [part for part in segmentation if len(part) >= 6 and len(part) % 2 == 0] or None
   if segmentation is None:
-    raise UserError(
-      f'{path}: annotation {annotation["id"]} has no segmentation, and masks are learnt from it'
-    )
+    raise UserError(f'{path}: annotation {annotation["id"]} has no segmentation, and {_LEARNT}')
   raise _wrong(path, annotation, 'segmentation', 'expected polygons [[x, y, ...], ...] or RLE')
 
 

@@ -25,7 +25,7 @@ def fitted_sizes(sizes: np.ndarray, short: Any, long: Any) -> np.ndarray:
 
 
 def fitted(size: Size, short: int, long: int) -> Size:
-  """The size of an image whose shorter and longer side may be so long, its shape kept.
+  """The size of an image after it is resized to fit these bounds, with its aspect ratio kept.
 
   No side becomes less than a pixel.
   """

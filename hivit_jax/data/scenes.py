@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from PIL import ExifTags
 
 from hivit_jax.data import coco
 from hivit_jax.data.decode import BrokenImage, decode_image, decode_label_map
@@ -100,8 +101,11 @@ def pixels(example: Mapping[str, Any], channels: int = 3) -> np.ndarray:
   known = example.get('size')
   if known is not None and (image.height, image.width) != tuple(known):
     height, width = known
+    swapped = (image.width, image.height) == (height, width)
+    turned = ' (EXIF turns it)' if swapped and ExifTags.Base.Orientation in image.getexif() else ''
     raise BrokenImage(
-      f'the image has {image.width}x{image.height} pixels, by its annotations {width}x{height}'
+      f'the image has {image.width}x{image.height} pixels{turned}, by its annotations '
+      f'{width}x{height}'
     )
   array = np.asarray(image)
   return array[..., None] if array.ndim == 2 else array

@@ -9,7 +9,9 @@ from flax import nnx
 from hivit_jax.models.backbone import Backbone
 from hivit_jax.models.encoder import Encoder
 from hivit_jax.models.itpn import ITPNBackbone
+from hivit_jax.models.swin_backbone import SwinBackbone
 from hivit_jax.models.units import UNIT
+from hivit_jax.models.vit_pyramid import ViTBackbone
 from hivit_jax.ops import attention
 
 
@@ -76,7 +78,7 @@ def look(model: Any, images: jax.Array) -> Inside:
 
 
 def _maps(encoder: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-  if isinstance(encoder, Backbone | ITPNBackbone):
+  if isinstance(encoder, Backbone | ITPNBackbone | SwinBackbone | ViTBackbone):
     return encoder(images)  # with its windows and norms
   if hasattr(encoder, 'features'):
     return encoder.features(images)

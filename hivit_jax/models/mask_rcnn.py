@@ -95,6 +95,7 @@ class MaskRCNN(nnx.Module):
 
   backbone_class: ClassVar[type[HiViTBackbone | ViTDetBackbone | SwinBackbone]] = HiViTBackbone
   neck_class: ClassVar[type[FPN | SimplePyramid]] = FPN
+  any_canvas: ClassVar[bool] = True  # False: only one of `image_size`
 
   def __init__(self, settings: DetectorSettings, *, rngs: nnx.Rngs):
     self.settings = settings
@@ -226,7 +227,7 @@ class MaskRCNN(nnx.Module):
   def detect(
     self, images: jax.Array, sizes: jax.Array, canvases: jax.Array | None = None
   ) -> Detections:
-    """Finds objects; the arguments are those that the class tells."""
+    """Finds objects; the class describes the arguments."""
     maps = self.pyramid(images, canvases)
     logits, deltas = self.rpn(maps, canvases)
     shapes = [(x.shape[1], x.shape[2]) for x in maps]
@@ -274,6 +275,7 @@ class SwinMaskRCNN(MaskRCNN):
   """
 
   backbone_class = SwinBackbone
+  any_canvas = False
 
   def maps(
     self, images: jax.Array, canvases: jax.Array | None, drop_path_noise: jax.Array | None

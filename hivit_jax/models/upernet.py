@@ -28,6 +28,7 @@ from hivit_jax.ops.modules import batch_norm
 
 POOL_SCALES = (1, 2, 3, 6)  # cells a side of the pooling pyramid
 _AUXILIARY_LEVEL = 3
+_STRIDE = 4  # pixels of an image along a side of what logits are for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,14 +227,22 @@ class LinearHead(nnx.Module):
     inputs: channels of all maps, finest first.
     levels: maps that are used, counted from 1.
     classes: of a pixel.
+    scale: logits for each cell of the finest map, along a side.
   """
 
   ops: Ops = FAST
 
   def __init__(
-    self, inputs: Sequence[int], levels: Sequence[int], classes: int, *, rngs: nnx.Rngs, dtype: Any
+    self,
+    inputs: Sequence[int],
+    levels: Sequence[int],
+    classes: int,
+    *,
+    scale: int,
+    rngs: nnx.Rngs,
+    dtype: Any,
   ):
-    self.levels = tuple(sorted(levels))
+    self.levels, self.scale = tuple(sorted(levels)), scale
     widths = [inputs[level - 1] for level in self.levels]
     for level, width in zip(self.levels, widths, strict=True):
       setattr(self, f'norm{level}', batch_norm(width, rngs=rngs))
@@ -242,8 +251,10 @@ class LinearHead(nnx.Module):
   def __call__(
     self, maps: Sequence[jax.Array], dropout_noise: jax.Array | None = None, *, train: bool
   ) -> jax.Array:
-    """Logits at the resolution of the finest map; arguments as for `UPerHead`, but no dropout."""
+    """(B, h, w, classes) float32; arguments as for `UPerHead`, but no dropout."""
     del dropout_noise
+    _, height, width, _ = maps[0].shape
+    size = height * self.scale, width * self.scale
     kernel, logits, start = self.conv_seg.kernel[...][0, 0], self.conv_seg.bias[...], 0
     for level in self.levels:
       x = getattr(self, f'norm{level}')(maps[level - 1], use_running_average=not train)
@@ -251,7 +262,7 @@ class LinearHead(nnx.Module):
       own = kernel[start : start + x.shape[-1]]
       start += x.shape[-1]
       part = self.ops.linear(x.reshape(-1, x.shape[-1]), own, None).reshape(*x.shape[:-1], -1)
-      logits = logits + resize.bilinear(part, maps[0].shape[1:3])
+      logits = logits + resize.bilinear(part, size)
     return logits
 
 
@@ -268,11 +279,12 @@ class Segmenter(nnx.Module):
     self.backbone = settings.make_encoder(rngs)
     inputs = [info.channels for info in self.backbone.feature_info]
     options = {'rngs': rngs, 'dtype': settings.dtype}
-    plain = isinstance(self.backbone, ViTBackbone)  # its maps are alike
-    self.neck = Neck(inputs[0], **options) if plain else None
     classes, levels, rate = settings.num_classes, settings.linear_levels, settings.dropout_rate
+    plain = isinstance(self.backbone, ViTBackbone)  # its maps are alike
+    self.neck = Neck(inputs[0], **options) if plain and not levels else None
     if levels:
-      self.decode_head = LinearHead(inputs, levels, classes, **options)
+      scale = self.backbone.feature_info[0].stride // _STRIDE
+      self.decode_head = LinearHead(inputs, levels, classes, scale=scale, **options)
     else:
       self.decode_head = UPerHead(inputs, settings.head_channels, classes, rate=rate, **options)
     width, second = inputs[_AUXILIARY_LEVEL - 1], 0 if levels else settings.auxiliary_channels

@@ -12,7 +12,7 @@ from flax import nnx
 
 from hivit_jax.models.convolutions import BatchNorm, Upsample
 from hivit_jax.models.encoder import FeatureInfo
-from hivit_jax.models.units import max_pool
+from hivit_jax.models.units import UNIT, max_pool
 from hivit_jax.models.vit import ViTEncoder, ViTSettings
 from hivit_jax.ops.gelu import gelu
 
@@ -40,8 +40,8 @@ class ViTBackbone(ViTEncoder):
 
   @property
   def feature_info(self) -> tuple[FeatureInfo, ...]:
-    """Channels and strides of the maps as `Neck` gives them."""
-    return tuple(FeatureInfo(i + 1, self.settings.embed_dim, 4 * 2**i) for i in range(4))
+    """Channels and strides of the maps."""
+    return tuple(FeatureInfo(i + 1, self.settings.embed_dim, UNIT) for i in range(4))
 
 
 class Neck(nnx.Module):

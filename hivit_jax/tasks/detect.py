@@ -27,7 +27,7 @@ from hivit_jax.models.mask_rcnn import BOX_SIZE, MASK_CELLS, MASK_SIZE, MaskRCNN
 from hivit_jax.tasks import detection_losses as losses
 from hivit_jax.tasks import detection_targets as targets
 from hivit_jax.tasks.evaluators import Context, Evaluator
-from hivit_jax.tasks.images import normalize
+from hivit_jax.tasks.images import normalize_padded
 from hivit_jax.tasks.task import Batch, ImageTask
 
 _log = logging.getLogger(__name__)
@@ -286,10 +286,7 @@ class DetectTask(ImageTask):
 
   def padded_images(self, batch: Batch) -> jax.Array:
     """Normalised images with zeros, not black, around the pictures."""
-    images = normalize(batch['image'], self.mean, self.std)
-    size = batch['size'][:, :, None]
-    rows, columns = (jnp.arange(n) < size[:, i] for i, n in enumerate(images.shape[1:3]))
-    return jnp.where((rows[:, :, None] & columns[:, None])[..., None], images, 0)
+    return normalize_padded(batch['image'], batch['size'], self.mean, self.std)
 
 
 def _tell(what: str, size: tuple[int, ...], canvases: tuple[tuple[int, int], ...]) -> None:

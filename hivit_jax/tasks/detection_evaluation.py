@@ -10,6 +10,7 @@ from flax import nnx
 
 from hivit_jax.data import scenes
 from hivit_jax.data.decode import BrokenImage
+from hivit_jax.data.stream import UNREADABLE
 from hivit_jax.tasks import detection_pictures, detection_results, segmentation_pictures
 from hivit_jax.tasks.evaluators import Collected, Context, Evaluator, Metrics, of_model, of_sets
 
@@ -27,14 +28,18 @@ class Detector:
   """
 
   def __init__(self, graphdef: nnx.GraphDef, task: Any):
-    self._transform = task.input(train=False)
+    self._graphdef, self._transform = graphdef, task.input(train=False)
     self._found = jax.jit(of_model(graphdef, task.detections))
 
   def __call__(self, params: Any, image: np.ndarray) -> list[detection_results.Object]:
     """(H, W, channels) uint8 -> the objects, best first; see `detection_results.of_batch`."""
-    size = self._transform.size(image.shape[:2])
-    # Few canvases, so that few programs are compiled; the result does not depend on them.
-    height, width = (-(-side // _SIDES) * _SIDES for side in size)
+    model = nnx.merge(self._graphdef, params)
+    if model.any_canvas:
+      # Few canvases, so that few programs are compiled; the result does not depend on them.
+      size = self._transform.size(image.shape[:2])
+      height, width = (-(-side // _SIDES) * _SIDES for side in size)
+    else:
+      height, width = model.image_size
     row = self._transform({'image': image}, shape=(height, width))
     found = self._found(params, {key: value[None] for key, value in row.items()})
     return detection_results.of_batch(jax.device_get(found))[0]
@@ -43,8 +48,8 @@ class Detector:
 class Measured:
   """COCO's numbers of a set, as metrics, as text and JSON, and the detections in results files.
 
-  Metrics are NAME/box_ap, NAME/mask_ap50, ...; those that there is nothing to measure for, such as
-  of large objects where there are none, are left out.
+  Metrics are NAME/box_ap, NAME/mask_ap50, ... Numbers with nothing to measure, such as those for
+  large objects in a set without any, are left out.
   """
 
   def __init__(self, context: Context, task: Any, source: Any, name: str):
@@ -98,7 +103,7 @@ def _pictures(context: Context, task: Any) -> Callable[[int, Any], Metrics]:
       try:
         image = scenes.pixels(source[i], task.channels)
         objects = truth.of_example(i)[1]
-      except (BrokenImage, OSError):  # an evaluation counts and names it
+      except (BrokenImage, *UNREADABLE):  # an evaluation counts and names it
         continue
       found = [one for one in detect(params, image) if one['score'] >= SHOWN_SCORE]
       shown = np.broadcast_to(image, (*image.shape[:2], 3))

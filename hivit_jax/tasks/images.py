@@ -19,6 +19,15 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
   return images.astype(jnp.float32) * (1 / (255 * s)) - m / s
 
 
+def normalize_padded(
+  images: jax.Array, sizes: jax.Array, mean: Sequence[float], std: Sequence[float]
+) -> jax.Array:
+  """`normalize` of (B, H, W, C), and 0 around pictures: `sizes` (B, 2) are rows and columns."""
+  x = normalize(images, mean, std)
+  rows, columns = (jnp.arange(side) < sizes[:, i : i + 1] for i, side in enumerate(x.shape[1:3]))
+  return jnp.where((rows[:, :, None] & columns[:, None])[..., None], x, 0)
+
+
 def denormalize(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
   """Inverse of `normalize`, rounded and cut to uint8."""
   m, s = (_broadcast(statistic, images.shape[-1]) for statistic in (mean, std))

@@ -63,7 +63,7 @@ def _has_label_maps(source: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-  """What is told of an example by its neighbours, in one row or several.
+  """What the neighbours predict for an example: its class, or the class of each unit.
 
   Attributes:
     describe: `(model, batch) -> (B, rows, D) features, (B, rows, ...) truth`.
@@ -110,8 +110,10 @@ def _of_units(context: Context, features: Callable[[Any, jax.Array], jax.Array])
     return found.reshape(b, rows * columns, width), pixels
 
   def score(pixels: np.ndarray, predicted: np.ndarray) -> Metrics:
-    confusion = np.stack([pixels[predicted == i].sum(axis=0) for i in range(count)], axis=1)
-    return {'knn_miou': miou.means(confusion)['miou']}
+    confusion = np.zeros((count + 1, count + 1), np.int64)
+    for i in range(-1, count):  # -1, no prediction, is a class that no pixel has
+      confusion[:count, i] = pixels[predicted == i].sum(axis=0)
+    return {'knn_miou': float(np.nanmean(miou.scores(confusion)['iou'][:count]))}
 
   return _Kind(
     describe=describe,

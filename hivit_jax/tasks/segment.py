@@ -11,6 +11,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.models.upernet import Segmenter
 from hivit_jax.tasks import photometric, pixels, segmentation
 from hivit_jax.tasks.evaluators import Context, Evaluator
+from hivit_jax.tasks.images import normalize_padded
 from hivit_jax.tasks.task import Batch, Task
 from hivit_jax.tasks.views import Views
 
@@ -153,7 +154,7 @@ class SegmentTask(Task):
 
   def loss(self, model: Segmenter, batch: Batch) -> tuple[jax.Array, dict]:
     """Cross entropy of both heads; `pixel_accuracy` is that of the main one."""
-    images = segmentation.normalised(batch['image'], batch['extent'], self.mean, self.std)
+    images = normalize_padded(batch['image'], batch['extent'], self.mean, self.std)
     logits = model.heads(
       images,
       drop_path_noise=batch.get('drop_path_noise'),
@@ -183,4 +184,4 @@ class SegmentTask(Task):
 
   def logits(self, model: Segmenter, windows: jax.Array, extent: jax.Array) -> jax.Array:
     """(n, height, width, 3) uint8 windows and their (n, 2) extents -> (n, h, w, classes)."""
-    return model(segmentation.normalised(windows, extent, self.mean, self.std))
+    return model(normalize_padded(windows, extent, self.mean, self.std))

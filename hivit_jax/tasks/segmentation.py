@@ -13,22 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax.tasks import miou, pixels, segmentation_pictures, views
 from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics, of_model, of_sets
-from hivit_jax.tasks.images import normalize
 
 Example = Mapping[str, np.ndarray]
 _NAME = 'segmentations'  # of the pictures' directory
 _CONFUSION = 'confusion'
-
-
-def normalised(
-  images: jax.Array, extent: jax.Array | None, mean: Sequence[float], std: Sequence[float]
-) -> jax.Array:
-  """(B, H, W, C) uint8 -> float32, 0 beyond `extent` (B, 2), the rows and columns of the image."""
-  x = normalize(images, mean, std)
-  if extent is None:
-    return x
-  rows, columns = (jnp.arange(side) < extent[:, i : i + 1] for i, side in enumerate(x.shape[1:3]))
-  return jnp.where((rows[:, :, None] & columns[:, None])[..., None], x, 0)
 
 
 class Segmentation:

@@ -11,9 +11,12 @@ from hivit_jax.train.manifest import Misfit
 from hivit_jax.train.steps import Steps
 
 _log = logging.getLogger(__name__)
-_ORDER = {  # settings that decide who is next
-  *('seed', 'batch_size', 'data.name', 'data.train_split'),
-  *(f'detect.{key}' for key in ('buckets', 'short_sides', 'long_side', 'crop_first', 'crop_sides')),
+# Settings that decide the order of examples, in any case and with buckets.
+_ORDER = {'seed', 'batch_size', 'data.name', 'data.train_split'}
+_BUCKETS = 'detect.buckets'
+_BUCKETED = {
+  _BUCKETS,
+  *(f'detect.{key}' for key in ('short_sides', 'long_side', 'crop_first', 'crop_sides')),
 }
 
 
@@ -46,12 +49,26 @@ def _pairs(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 
 def warn_of_changes(
-  restored: Restored, changes: Mapping[str, tuple[Any, Any]], steps: Steps, total: int
+  restored: Restored,
+  changes: Mapping[str, tuple[Any, Any]],
+  steps: Steps,
+  total: int,
+  *,
+  bucketed: bool,
 ) -> None:
-  """Says what differs from the run that saved the checkpoint, and what that does."""
+  """Says what differs from the run that saved the checkpoint, and what that does.
+
+  Args:
+    restored: the checkpoint.
+    changes: see `run_info.config_changes`.
+    steps: of the training examples.
+    total: steps of the run.
+    bucketed: the examples are in buckets now.
+  """
   for pair in _pairs(changes):
     _log.warning('changed since this run was started: %s', pair)
-  reasons = sorted(_ORDER & changes.keys())
+  known = _ORDER | _BUCKETED if bucketed or _BUCKETS in changes else _ORDER
+  reasons = sorted(known & changes.keys())
   before = restored.metadata['examples']
   if before != steps.examples:
     reasons.append(f'number of training examples ({before} -> {steps.examples})')

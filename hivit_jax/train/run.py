@@ -220,7 +220,7 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
   start = restored.step if restored else 0
   evaluated = restored is not None and restored.metadata['evaluated']
   if restored:
-    resume.warn_of_changes(restored, changes, steps, total)
+    resume.warn_of_changes(restored, changes, steps, total, bucketed=bool(config.detect.buckets))
   finished = start >= total and evaluated
   best.warn_of_change(keep_best, checkpoints.best, finished=finished)
   if finished:

@@ -66,7 +66,7 @@ class Setup:
     """
     size = len(source) if alone else self.config.evaluation.batch_size
     transform = transform or self.task.input(train=False)
-    order = self.task.eval_order(source, size)
+    order = None if alone else self.task.eval_order(source, size)
     return inputs.eval_batches(
       self.config, source, transform, size, order=order, alone=alone, told=self._told
     )

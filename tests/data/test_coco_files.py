@@ -167,6 +167,11 @@ def twice(kind, key):
 
 MISTAKES = {
   'image_id=7, which is not among the images': change(image_id=7),
+  r'image_id=\[1000\], which is not among the images': change(image_id=[1000]),
+  r"category_id=\{'id': 1\}, which is not among the categories": change(category_id={'id': 1}),
+  r'no object has a mask \(segmentation is empty\), and masks are learnt from it': (
+    lambda content: [one.update(segmentation=[]) for one in content['annotations']]
+  ),
   'category_id=12, which is not among the categories': change(category_id=12),
   r'annotation 1 has bbox=\[1, 2\], expected \[left, top': change(bbox=[1, 2]),
   r'annotation 1 has bbox=\[1, 2, nan': change(bbox=[1, 2, float('nan'), 4]),
@@ -196,6 +201,15 @@ def test_what_is_wrong_in_a_file_is_one_line(message):
   with pytest.raises(UserError, match=rf'here\.json.*{message}') as error:
     coco_files.read('here.json', json.dumps(content))
   assert '\n' not in str(error.value)
+
+
+def test_a_folder_may_begin_with_digits_and_a_version_is_the_prepared_set(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  put(tmp_path / '2024_birds', on_disk.official())
+  assert len(open_source('coco:2024_birds', 'train')) == 5
+  for version in ('1.0.0', '1.*.*'):
+    with pytest.raises(UserError, match='is not prepared'):
+      open_source(f'coco:{version}', 'train', str(tmp_path))
 
 
 def test_files_that_are_wrong_or_missing(root, tmp_path):

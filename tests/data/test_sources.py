@@ -313,6 +313,24 @@ class LabelledScenes(Scenes, skip_registration=True):
       yield i, {**example, 'label': i % 2}
 
 
+class TextIds(Pictures, skip_registration=True):
+  """Features that have names of ours, and are of other kinds."""
+
+  FEATURES = tfds.features.FeaturesDict(
+    {
+      'image': tfds.features.Image(),
+      'label': tfds.features.ClassLabel(names=['x', 'y']),
+      'image_id': tfds.features.Text(),
+      'size': tfds.features.Scalar(np.int64),
+    }
+  )
+  KEYS = None
+
+  def _generate_examples(self, numbers):
+    for i in numbers:
+      yield i, {'image': image_bytes(i), 'label': 0, 'image_id': 'a', 'size': 3}
+
+
 def prepare_with_tfds(builder_class, folder, **options) -> Path:
   builder = builder_class(data_dir=folder, file_format='array_record', **options)
   builder.download_and_prepare()
@@ -329,6 +347,11 @@ def test_keys_come_from_the_supervised_keys_of_the_set(tmp_path):
   assert [len(s) for s in slices] == [5, 15]
   assert [s[i] for s in slices for i in range(len(s))] == [source[i] for i in range(20)]
   assert len(open_source('pictures', 'train+test', str(tmp_path))) == 21
+
+
+def test_ids_and_sizes_of_other_kinds_are_left_out(tmp_path):
+  prepare_with_tfds(TextIds, tmp_path)
+  assert open_source('text_ids', 'train', str(tmp_path))[0].keys() == {'image', 'label'}
 
 
 @pytest.mark.parametrize('builder', [Scenes, LabelledScenes])

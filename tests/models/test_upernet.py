@@ -311,6 +311,9 @@ def test_every_encoder_takes_either_head(name):
     described = infer.describe(exporter.named_arrays(params), 'it', image_size=64, **heads)
     assert described.name.rsplit('_', 1)[0] == name.rsplit('_', 1)[0]
     assert head.items() <= described.arguments.items()
+    # A linear head is the only part that is not the encoder's.
+    parts = {path[0] for path in torch_names.flatten(params)}
+    assert ('linear_levels' in head) == (parts == {'backbone', 'decode_head'})
   graphdef, params = random_model(name, **ENCODERS[name] | HEADS[0] | {'image_size': 64})
 
   @jax.jit

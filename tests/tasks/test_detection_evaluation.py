@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hivit_jax.data import coco
 from hivit_jax.errors import UserError
 from hivit_jax.tasks import detect, detection_evaluation
 from hivit_jax.train import inputs
+from tests.helpers import quick_jit, random_model
 from tests.tasks.test_detection_results import BOXES, SIZE, OwnIds, found
 
 TASK = detect.DetectTask((0.5,) * 3, (0.5,) * 3, num_classes=2)
@@ -44,7 +46,7 @@ class Context:
     self.graphdef, self.kept, self.stored = graphdef, {}, {}
 
   @contextlib.contextmanager
-  def batches(self, source):
+  def batches(self, source, transform=None):
     yield iter(
       [
         {'mask': np.array([False, True]), 'index': np.array([-1, 1])},
@@ -92,6 +94,25 @@ def test_parameters_and_their_average_leave_tables_and_results_in_the_ids_of_the
   assert context.stored['eval_ema_boxes.json'][0]['bbox'][0] == left + 3  # of half the size
   mask = coco.decode(context.stored['eval_masks.json'][0]['segmentation'], SIZE)
   assert mask[int(top) : int(bottom), int(left) : int(right)].all()
+
+
+def test_swin_takes_images_of_any_size_on_the_canvas_of_the_model(monkeypatch):
+  monkeypatch.setattr(jax, 'jit', quick_jit)
+  graphdef, params = random_model(
+    'detect_swin_tiny', image_size=64, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1),
+    window_size=2, num_classes=2, neck_channels=8, hidden=16, nms_pre=(32, 32), proposals=16,
+    detections=4, candidates=64,
+  )  # fmt: skip
+  task = dataclasses.replace(TASK, image_size=(64, 64), eval_short_side=40, long_side=64)
+  detect = detection_evaluation.Detector(graphdef, task)
+  found = 0
+  for height, width in ((40, 50), (90, 20)):
+    objects = detect(params, np.full((height, width, 3), 77, np.uint8))
+    found += len(objects)
+    for left, top, across, down in (one['bbox'] for one in objects):
+      assert 0 <= left <= left + across <= width + 1e-2
+      assert 0 <= top <= top + down <= height + 1e-2
+  assert found > 0
 
 
 class Sizes:

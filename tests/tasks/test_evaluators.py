@@ -29,7 +29,7 @@ class _Model(nnx.Module):
 
 def _context():
   @contextlib.contextmanager
-  def batches(source):
+  def batches(source, transform=None):
     yield (
       {
         'x': jnp.asarray([source[i] if i >= 0 else 1e9 for i in rows], jnp.float32),

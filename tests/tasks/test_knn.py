@@ -255,6 +255,16 @@ def test_pixels_that_do_not_count_and_units_without_any():
   assert _segmented([*bank, scene]) == {'eval/knn_miou': 1.0}
 
 
+def test_units_without_a_prediction_are_wrong(monkeypatch):
+  predict = knn.Neighbours.predict
+  monkeypatch.setattr(
+    knn.Neighbours, 'predict', lambda self, **options: np.array([-1, *predict(self, **options)[1:]])
+  )
+  bank = [_scene([0, 1, 2, 0]), _scene([1, 1, 2, 2])]
+  found = _segmented([*bank, _scene([2, 2, 0, 1])])
+  assert found == {'eval/knn_miou': pytest.approx((1 / 2 + 1 + 1) / 3)}
+
+
 def test_label_maps_of_other_classes():
   scenes = [_scene([0, 1, 2, 2]), _scene([1, 1, 2, 2])]
   context = types.SimpleNamespace(

@@ -8,7 +8,7 @@ from PIL import Image
 
 from hivit_jax.data.segmentation_transforms import ClassMap
 from hivit_jax.errors import UserError
-from hivit_jax.tasks import segmentation, views
+from hivit_jax.tasks import images, segmentation, views
 from hivit_jax.tasks.segment import SegmentTask
 from tests.helpers import abstract_model, assert_close, golden_params, load_golden
 
@@ -179,7 +179,7 @@ def test_images_smaller_than_the_crop_and_their_padding():
   assert made['windows'].shape == (1, 64, 64, 3)
   assert made['extent'].tolist() == [[32, 64]]
   assert made['label_map'].shape == (30, 60)
-  shown = segmentation.normalised(made['windows'], made['extent'], MEAN, STD)
+  shown = images.normalize_padded(made['windows'], made['extent'], MEAN, STD)
   assert np.abs(shown[0, 32:]).max() == 0
   assert np.abs(shown[0, :32]).min() > 0.5
 

@@ -146,6 +146,7 @@ def test_signs_do_not_depend_on_chance():
   [
     ('vit_base', TINY_VIT | {'num_classes': 3}, 1, 5),
     ('simmim_swin_tiny', TINY_SWIN, 2, 16),
+    ('segment_vit_base', TINY_VIT | {'num_classes': 3, 'head_channels': 8}, 4, 5),
     ('segment_hivit_tiny', TINY | {'num_classes': 3, 'head_channels': 8}, 4, 16),
   ],
 )

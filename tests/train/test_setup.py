@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from configs import finetune_hivit_t, mae_hivit_t
+from hivit_jax.data.order import InOrder
 from hivit_jax.errors import UserError
 from hivit_jax.interop.files import StateDict
 from hivit_jax.train import validate
@@ -62,14 +63,15 @@ class _InTurn:
   def replacement(self, position, rng):
     return 0
 
-  def shape(self, step):
-    return None
+  def given(self, position, index):
+    return {}
 
 
 def test_order_and_transforms_are_the_tasks(config):
   setup = set_up(validate.checked(config))
   task = types.SimpleNamespace(
-    order=lambda source, seed: _InTurn(),
+    order=lambda source, seed, batch_size: _InTurn(),
+    eval_order=lambda source, batch_size: None,
     input=lambda train: setup.task.input(train) if train else lambda example: {'x': np.ones(3)},
   )
   own = dataclasses.replace(setup, task=task)
@@ -77,6 +79,11 @@ def test_order_and_transforms_are_the_tasks(config):
     assert [list(batch['label']) for batch in batches] == [[0, 1]] * 3
   (batch,) = own.eval_batches(setup.eval_source)
   assert batch['x'].shape == (2, 3)
+  task.eval_order = lambda source, batch_size: InOrder(1, batch_size)  # one of the two
+  (batch,) = own.eval_batches(setup.eval_source)
+  assert batch['mask'].tolist() == [True, False]
+  (batch,) = own.eval_batches(setup.eval_source, alone=True)
+  assert batch['mask'].tolist() == [True, True]
 
 
 def test_pretraining_has_no_classes(config, tmp_path):

@@ -3,12 +3,14 @@
 import difflib
 import inspect
 import logging
+import re
 from typing import Any, Protocol
 
 from hivit_jax import settings
 from hivit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
+_COCO_VERSION = re.compile(r'coco:[\d*]+(\.[\d*]+){2}')  # of the prepared data set
 _MEMBERS = (
   *('name', 'split', 'class_names', 'num_classes', 'example_name', '__len__', '__getitem__'),
 )
@@ -100,7 +102,7 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
       if paired is None:
         raise
       raise UserError(f'{error}; {paired} has images with label maps: folder:{paired}') from error
-  if name.startswith('coco:') and not name[5:6].isdigit():  # coco:1.0.0 is the prepared one
+  if name.startswith('coco:') and not _COCO_VERSION.fullmatch(name):
     from hivit_jax.data.sources.coco import CocoSource
 
     return CocoSource(name.removeprefix('coco:'), split)

@@ -12,7 +12,9 @@ from hivit_jax.data.sources import splits
 from hivit_jax.data.sources.folder import folder_names
 from hivit_jax.errors import UserError
 
-LAYOUT = '<root>/annotations/instances_<split>.json, and images in <root>/<split> or <root>/images'
+LAYOUT = (
+  '<root>/annotations/instances_<split>.json, and images in <root>/<split>, <root>/images or <root>'
+)
 _INSTANCES = re.compile(r'(?:instances_)?(.+)\.json')
 _BESIDE = '_annotations.coco.json'  # in the folder of the images, as Roboflow exports them
 
@@ -41,10 +43,8 @@ class CocoSource:
     """
     self.name, self.split = f'coco:{root}', split
     self._root = os.path.abspath(os.path.expanduser(root))
-    try:
+    with splits.readable(self._root):
       files = find_files(self._root)
-    except OSError as error:
-      raise UserError(f'cannot read {error.filename}: {error.strerror}') from error
     if not files:
       raise UserError(f'{self._root} holds no annotations; expected {LAYOUT}')
     opened: dict[str, _Split] = {}

@@ -202,7 +202,8 @@ class TfdsSource:
     self.category_ids = (info.metadata or {}).get('category_ids')
     self.palette = None if palette is None else np.array(palette, np.uint8)
     self._has_instances = isinstance(dict(features).get('instances'), tfds.features.Image)
-    self._facts = [key for key in ('image_id', 'size') if key in features]
+    shapes = {'image_id': (), 'size': (2,)}
+    self._facts = [key for key in shapes if _is_whole(dict(features).get(key), shapes[key])]
     sizes = {key: value.num_examples for key, value in info.splits.items()}
     self.scenes = _scenes(folder, splits.parse_split(name, split, sizes, sizes.__getitem__))
     ranges = [
@@ -263,6 +264,15 @@ class TfdsSource:
     return name
 
 
+def _is_whole(feature: Any, shape: tuple[int, ...]) -> bool:
+  """Whether a feature is integers of a shape."""
+  return (
+    isinstance(feature, tfds.features.Tensor)
+    and feature.shape == shape
+    and np.issubdtype(feature.np_dtype, np.integer)
+  )
+
+
 def _object_keys(feature: Any) -> tuple[str, ...]:
   """Names of what is known of each object, where boxes are in the form of ours."""
   if not isinstance(feature, tfds.features.Sequence) or 'boxes' not in feature:
@@ -307,8 +317,8 @@ def _image_and_label(
     return image, label
   listing = ', '.join(f'{key} ({type(value).__name__})' for key, value in features.items())
   raise UserError(
-    f'{name} is not an image classification data set: it needs one Image and one ClassLabel or a '
-    f'label map ({", ".join(LABEL_MAPS)}), and has {listing}'
+    f'{name} is not an image classification data set: it needs one Image and one ClassLabel, a '
+    f'label map ({", ".join(LABEL_MAPS)}), or objects with boxes, and has {listing}'
   )
 
 

@@ -75,6 +75,11 @@ PARAMETERS = {
   'segment_hivit_small': 147_876_868,
   'segment_hivit_base': 178_869_324,
   'segment_hivit_large': 407_362_636,
+  'segment_swin_tiny': 143_368_678,
+  'segment_swin_small': 164_686_582,
+  'segment_swin_base': 206_525_156,
+  'segment_vit_base': 211_284_268,
+  'segment_vit_large': 439_077_676,
   # As published, with the fixed position embeddings of the autoencoders.
   'vit_base': 86_567_656,
   'vit_large': 304_326_632,

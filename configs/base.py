@@ -175,7 +175,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.log_every_steps = 50  # steps between rows of metrics, which are means since the last row
   # Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, or package.module:Name.
-  config.trackers = ('tensorboard',)
+  config.trackers = ('tensorboard',)  # several: wandb,mlflow
 
   config.evaluation = ml_collections.ConfigDict()  # of classifiers on the evaluation set
   config.evaluation.every_epochs = 1.0  # 0: never

@@ -74,8 +74,6 @@ def create_model(
       detections, candidates, score_threshold.
     segment_hivit_*: as hivit_* up to scan; position_image_size, num_classes (of a pixel),
       head_channels, auxiliary_channels (0: no second head), linear_levels, dropout_rate.
-    segment_vit_*, segment_swin_*: as vit_* up to scan and swin_* up to global_stages; num_classes
-      and what follows it of segment_hivit_*.
     mae_hivit_*: as hivit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
       mask_ratio, norm_pix_loss, target, hifeat.
     backbone_itpn_*: as hivit_* up to scan; fpn_dim, fpn_depth, join_stages.
@@ -88,12 +86,16 @@ def create_model(
     detect_vit_*: as vit_* up to scan; position_image_size, window_size, global_blocks, num_classes,
       neck_channels, hidden, cascade, anchor_scale, nms_pre, proposals, detections, candidates,
       score_threshold.
+    segment_vit_*: as vit_* up to scan; num_classes, head_channels, auxiliary_channels,
+      linear_levels, dropout_rate.
     mae_vit_*: as vit_* up to scan; decoder_embed_dim, decoder_depth, decoder_num_heads,
       mask_ratio, norm_pix_loss, target.
     swin_*: embed_dim, depths, num_heads, window_size, mlp_ratio, mlp_stages, global_stages,
       num_classes, head_std, head_batch_norm.
     detect_swin_*: as swin_* up to global_stages; num_classes, neck_channels, hidden, cascade,
       anchor_scale, nms_pre, proposals, detections, candidates, score_threshold.
+    segment_swin_*: as swin_* up to global_stages; num_classes, head_channels,
+      auxiliary_channels, linear_levels, dropout_rate.
     simmim_swin_*: as swin_* up to global_stages; mask_ratio.
 
   Returns:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import pytest
 
+from tests import slowest
 from tests.runs import STEPS, Forks, Runs
 
 # Compiles to slower code in half the time, here and in the processes that tests start: nearly every
@@ -30,10 +31,11 @@ _TRAINED = {'finished', 'longer'}
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Marks as slow the tests that start training runs or need one that has ended."""
+  """Marks as slow the tests that start training runs, need one that has ended, or took long."""
+  took_long = slowest.listed()
   for item in items:
     asked = inspect.signature(item.function).parameters
-    if 'runs' in asked or _TRAINED & set(item.fixturenames):
+    if 'runs' in asked or _TRAINED & set(item.fixturenames) or item.nodeid in took_long:
       item.add_marker(pytest.mark.slow)
 
 

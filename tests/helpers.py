@@ -28,13 +28,11 @@ TINY_SWIN = {
 }  # fmt: skip
 TINY_MAE = TINY | {'decoder_embed_dim': 16, 'decoder_depth': 2, 'decoder_num_heads': 2}
 
-# Compiles to slower code in half the time, for programs that run once.
-quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-
 
 @contextlib.contextmanager
 def optimized() -> Iterator[None]:
-  """What is compiled here is what users run: the compiler does all it can, unlike elsewhere."""
+  """Compiles inside the block with all optimisations, as for users."""
+  jax.clear_caches()  # what is compiled already is not compiled again: no key has the setting
   jax.config.update('jax_disable_most_optimizations', False)
   try:
     yield
@@ -43,7 +41,7 @@ def optimized() -> Iterator[None]:
 
 
 def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
-  """Marks of a test that needs the shapes of a model as published: a second for those not tiny."""
+  """Marks for a test that needs a model's published shapes: `slow` unless the model is tiny."""
   return () if 'tiny' in name else (pytest.mark.slow,)
 
 

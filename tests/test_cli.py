@@ -168,7 +168,7 @@ def test_a_workdir_in_a_bucket(main, mode):
   assert not (ROOT / 'gs:').exists()
 
 
-def test_the_default_workdir_is_named_after_config_and_variant(main, tmp_path):
+def test_the_default_workdir_is_named_after_config_and_variant(runs, finished, tmp_path):
   # Two variants in one directory would be one run that changes its mind.
   (tmp_path / 'workdirs').write_text('in the way')
   (tmp_path / 'main.py').write_text((ROOT / 'main.py').read_text())
@@ -176,7 +176,7 @@ def test_the_default_workdir_is_named_after_config_and_variant(main, tmp_path):
   done = subprocess.run(
     [sys.executable, 'main.py', DEBUG],
     cwd=tmp_path,
-    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    env=runs.environment | {'PYTHONPATH': str(ROOT)},  # its data are prepared
     capture_output=True,
     text=True,
     timeout=patience.limit(120),

@@ -213,7 +213,8 @@ def test_every_import_is_declared_in_requirements_txt():
   lines = (ROOT / 'requirements.txt').read_text().splitlines()
   declared = {_normal(re.split('[<>=!~;[ ]', line)[0]) for line in lines if line[:1].isalnum()}
   distributions = importlib.metadata.packages_distributions()
-  optional = {'torch', 'wandb', 'mlflow', 'huggingface_hub'}  # asked for by name where needed
+  # Asked for by name where they are needed.
+  optional = {'torch', 'wandb', 'mlflow', 'huggingface_hub', 'faster_coco_eval'}
   known = set(sys.stdlib_module_names) | {'hivit_jax', 'configs'} | optional
   for file in OURS:
     for package in {i.split('.')[0] for i in imports(file)} - known:

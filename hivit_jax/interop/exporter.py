@@ -1,5 +1,6 @@
 """State dicts that load into PyTorch code with `strict=True`."""
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -43,6 +44,7 @@ _NEEDED = {
   'segmenter': 'segmenter',
   'detector': 'detector',
 }
+_log = logging.getLogger(__name__)
 _TABLE, _INDEX, _MASK = 'relative_position_bias_table', 'relative_position_index', 'attn_mask'
 
 
@@ -117,6 +119,8 @@ def in_layout(
   if layout == 'segmenter':
     return _openmmlab(arrays, segmenter.HEADS)
   if layout == 'detector':
+    if detector.CASCADE in arrays:
+      _log.warning("mmdetection's cascade has a mask head per stage and does not load this one")
     return _openmmlab(arrays, detector.HEADS)
   if layout == 'mmpretrain':
     return _mmpretrain(arrays)

@@ -1,7 +1,8 @@
 """Models on the Hugging Face Hub, through the optional package `huggingface_hub`.
 
-Its settings hold: `HF_HOME` and `HF_HUB_CACHE` for the cache, `HF_HUB_OFFLINE`, `HF_ENDPOINT`,
-`HF_TOKEN` or the token of `hf auth login`. Only safetensors and JSON are ever downloaded.
+The client's own settings apply: `HF_HOME` and `HF_HUB_CACHE` for the cache, `HF_HUB_OFFLINE`,
+`HF_ENDPOINT`, `HF_TOKEN` or the token of `hf auth login`. Only safetensors and JSON are ever
+downloaded.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ def is_name(path: str | os.PathLike[str]) -> bool:
 
 
 def read(name: str, *, ema: bool = False) -> StateDict:
-  """Reads the model of a repository, from the cache where it is there already.
+  """Reads the model of a repository, from the cache if it is already there.
 
   Args:
     name: `hf-hub:OWNER/NAME`, or `hf-hub:OWNER/NAME@REVISION` for a branch, a tag, or a commit,
@@ -42,7 +43,10 @@ def read(name: str, *, ema: bool = False) -> StateDict:
   with _explained(name):
     weights = api.hf_hub_download(repo, pretrained.WEIGHTS, revision=revision)
   folder = pathlib.Path(weights).parent  # its name is that of the commit
-  with _explained(name), contextlib.suppress(_errors().EntryNotFoundError):
+  absent = [_errors().RemoteEntryNotFoundError]
+  if _offline():  # else it is a connection that failed
+    absent.append(_errors().LocalEntryNotFoundError)
+  with _explained(name), contextlib.suppress(*absent):
     api.hf_hub_download(repo, pretrained.CONFIG, revision=folder.name)
   state = pretrained.read(folder, ema=ema)
   return state._replace(source=f'{PREFIX}{repo}@{folder.name}')
@@ -63,9 +67,9 @@ def upload(folder: pathlib.Path, name: str, *, message: str, private: bool | Non
     The name with the commit as its revision, for `read`.
 
   Raises:
-    UserError: no permission, no connection, or HF_HUB_OFFLINE is set.
+    UserError: see `check_upload`; no permission, no connection, or HF_HUB_OFFLINE is set.
   """
-  repo, branch = _parts(name)
+  repo, branch = check_upload(name)
   api = _api(name)
   with _explained(name):
     api.create_repo(repo, private=private, exist_ok=True)
@@ -80,6 +84,19 @@ def upload(folder: pathlib.Path, name: str, *, message: str, private: bool | Non
       ignore_patterns=kept,
     )
   return f'{PREFIX}{repo}@{done.oid}'
+
+
+def check_upload(name: str) -> tuple[str, str | None]:
+  """Repository and branch of a name for `upload`.
+
+  Raises:
+    UserError: it is no such name, it names a commit, or `huggingface_hub` is absent.
+  """
+  repo, branch = _parts(name)
+  if branch and re.fullmatch(r'[0-9a-f]{40}', branch):
+    raise UserError(f'{name}: a commit never changes; name a branch, or none')
+  _api(name)
+  return repo, branch
 
 
 def _parts(name: str) -> tuple[str, str | None]:
@@ -103,6 +120,12 @@ def _errors() -> Any:
   return errors
 
 
+def _offline() -> bool:
+  from huggingface_hub import constants
+
+  return constants.HF_HUB_OFFLINE
+
+
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
   """One line for what can go wrong between here and the Hub."""
@@ -111,7 +134,7 @@ def _explained(name: str) -> Iterator[None]:
     yield
   except errors.GatedRepoError:
     raise UserError(
-      f'{name} asks for consent: give it on the website, then hf auth login'
+      f'{name} is gated: accept its terms on the website, then hf auth login'
     ) from None
   except errors.RevisionNotFoundError:
     raise UserError(f'{name}: the repository has no such revision') from None

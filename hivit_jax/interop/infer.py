@@ -97,7 +97,8 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
     if sides != (patch, patch):
       raise KeyError('patches')
     size = told['image_size']
-    own = known.pop('position_image_size', None) if kind in ('segmenter', 'detector') else size
+    resized = kind in ('segmenter', 'detector') and base != 'swin'
+    own = known.pop('position_image_size', None) if resized else size
     arguments = tell(shape, source, told['num_heads'], own)
     if kind == 'classifier':
       arguments['num_classes'] = shape['head.weight'][0]
@@ -134,8 +135,9 @@ def describe(arrays: Mapping[str, np.ndarray], source: str, **known: Any) -> Des
     guessed.append('num_heads')
   if kind == 'mae' and not told['decoder_num_heads']:
     guessed.append('decoder_num_heads')
-  if kind == 'detector':
+  if kind == 'detector' and base != 'swin':
     guessed += [key for key in detector.GUESSED if key not in known]
+    arguments = {key: defaults(name)[key] for key in detector.GUESSED} | arguments
   invisible = {key: value for key, value in defaults(name).items() if key in INVISIBLE}
   guessed += [key for key in invisible if key not in known]
   return Described(name, arguments | invisible | known, tuple(guessed))

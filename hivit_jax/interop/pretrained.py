@@ -78,8 +78,9 @@ def read(directory: pathlib.Path, *, ema: bool = False) -> StateDict:
     return state
   path = directory / CONFIG
   try:
-    content = json.loads(path.read_bytes())
-    return state._replace(metadata=_metadata(content))
+    return state._replace(metadata=_metadata(json.loads(path.read_bytes())))
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {error.strerror}') from error
   except (ValueError, TypeError, AttributeError) as error:
     raise UserError(f'{path} is not the config.json of a model: {error}') from None
 
@@ -89,7 +90,8 @@ def _config(state: StateDict, described: Described, num_features: int) -> dict[s
   architecture, own, head = _architecture(described)
   classes = arguments.get('num_classes', 0)
   size = arguments['image_size']
-  # As evaluations here crop where nothing is set.
+  dense = infer.family(state.arrays) in ('segmenter', 'detector')  # they take whole images
+  # The default crop of evaluations here.
   crop = carried.pixels(state, described).get('eval_crop') or (0.875 if max(size) <= 224 else 1.0)
   names = state.metadata.get('class_names')
   return {
@@ -102,9 +104,7 @@ def _config(state: StateDict, described: Described, num_features: int) -> dict[s
     'pretrained_cfg': {
       'input_size': [arguments['channels'], *size],
       'fixed_input_size': True,
-      'interpolation': 'bicubic',
-      'crop_pct': crop,
-      'crop_mode': 'center',
+      **({} if dense else {'interpolation': 'bicubic', 'crop_pct': crop, 'crop_mode': 'center'}),
       **carried.statistics(state, described),
       'num_classes': classes,
       'first_conv': 'patch_embed.proj',

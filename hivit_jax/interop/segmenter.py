@@ -19,17 +19,20 @@ def arguments(
   Args:
     shape: of every parameter.
     encoder: what is inferred of the encoder, `image_size` that of its position embedding.
-    size: (height, width) of the crops; None: the square that the bias tables are for.
+    size: (height, width) of the crops; None: the square that HiViT's bias tables are for, or
+      that of the position embedding.
   """
   classes, channels, *_ = shape[CLASSIFIER]
-  tables = [s for name, s in shape.items() if name.endswith('relative_position_bias_table')]
-  if size is None and tables:
-    side = math.isqrt(tables[0][0])
-    if side * side == tables[0][0]:
-      size = (8 * (side + 1), 8 * (side + 1))
-  found = {**encoder, 'image_size': size or encoder['image_size'], 'num_classes': classes}
-  if 'absolute_pos_embed' in shape:
+  found = {**encoder, 'num_classes': classes}
+  if 'absolute_pos_embed' in shape:  # HiViT
     found['position_image_size'] = encoder['image_size']
+    tables = [s for name, s in shape.items() if name.endswith('relative_position_bias_table')]
+    if size is None and tables:
+      side = math.isqrt(tables[0][0])
+      if side * side == tables[0][0]:
+        size = (8 * (side + 1), 8 * (side + 1))
+  if size:
+    found['image_size'] = size
   levels = [level for level in (1, 2, 3, 4) if f'decode_head.norm{level}.running_mean' in shape]
   if levels:
     return found | {'linear_levels': tuple(levels)}

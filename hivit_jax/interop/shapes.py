@@ -39,7 +39,7 @@ def family(arrays: Mapping[str, Any]) -> str:
     return 'simmim'
   if segmenter.CLASSIFIER in arrays:
     return 'segmenter'
-  if detector.CLASSIFIER in arrays:
+  if detector.CLASSIFIER in arrays or detector.CASCADE in arrays:
     return 'detector'
   return 'classifier' if 'head.weight' in arrays else 'backbone'
 

@@ -81,10 +81,10 @@ class ViTEncoder(Encoder):
     Raises:
       UserError: images of another size, type or other channels.
     """
-    x = self._embed(images, ids)
+    x = self._first_tokens(images, ids)
     return self._run(self.blocks, 0, x, drop_path_noise, scan=self.settings.scan)
 
-  def _embed(self, images: jax.Array, ids: jax.Array | None = None) -> jax.Array:
+  def _first_tokens(self, images: jax.Array, ids: jax.Array | None = None) -> jax.Array:
     """What the first block gets, (B, 1 + K, C); arguments as for `forward_features`."""
     self._check(images)
     units, position = split_units(images), self.pos_embed[...]

@@ -29,7 +29,7 @@ class ViTBackbone(ViTEncoder):
     self, images: jax.Array, *, drop_path_noise: jax.Array | None = None
   ) -> tuple[jax.Array, ...]:
     """(B, H, W, channels) of this model's image size -> four times (B, H/16, W/16, C)."""
-    x, maps, start = self._embed(images), [], 0
+    x, maps, start = self._first_tokens(images), [], 0
     for end in self.ends:
       if end > start:
         blocks = self.blocks[start:end]

@@ -64,8 +64,8 @@ class MetricWriter:
   def __enter__(self) -> 'MetricWriter':
     return self
 
-  def __exit__(self, *_) -> None:
-    self.close()
+  def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    self.close(error)
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Writes numbers, and sees that they are in the files before it returns.
@@ -97,10 +97,10 @@ class MetricWriter:
     for writer in self._writers:
       writer.write_image(step, tag, image)
 
-  def close(self) -> None:
-    """Closes the files; nothing can be written any more."""
+  def close(self, error: BaseException | None = None) -> None:
+    """Closes the files; nothing can be written any more. Trackers show a run with an error so."""
     for writer in self._writers:
-      writer.close()
+      writer.close(error)
 
 
 class JsonLines:
@@ -136,7 +136,7 @@ class JsonLines:
   def write_image(self, step: int, tag: str, image: Any) -> None:
     """Does nothing: pictures do not go into this file."""
 
-  def close(self) -> None:
+  def close(self, error: BaseException | None = None) -> None:
     self._file.close()
 
 

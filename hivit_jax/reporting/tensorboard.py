@@ -60,7 +60,7 @@ class EventFile:
     )
     self._write(step=step, summary=self._summary(value=[{'tag': tag, 'image': picture}]))
 
-  def close(self) -> None:
+  def close(self, error: BaseException | None = None) -> None:
     self._records.close()
 
   def _write(self, **fields: Any) -> None:

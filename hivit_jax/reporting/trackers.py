@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hivit_jax import settings
-from hivit_jax.errors import UserError
+from hivit_jax.errors import Stopped, UserError
 from hivit_jax.reporting.files import replace
 from hivit_jax.reporting.tensorboard import EventFile
 from hivit_jax.reporting.writer import Writer
 
 _log = logging.getLogger(__name__)
 _PROJECT = 'hivit_jax'
+_IDS = 'trackers.json'
+_GONE = ('RESOURCE_DOES_NOT_EXIST', 'INVALID_PARAMETER_VALUE')  # MLflow of a run that was deleted
 
 
 def opened(
@@ -39,7 +41,8 @@ def opened(
     OSError: a file in the workdir cannot be written.
   """
   for name in listed(names):
-    yield _factory(name)(workdir, start_step, config)
+    writer = _factory(name)(workdir, start_step, config)
+    yield writer if name == 'tensorboard' else _Careful(name, writer)
 
 
 def known(names: Sequence[str]) -> bool:
@@ -76,10 +79,11 @@ def wandb(workdir: pathlib.Path, start_step: int, config: Mapping[str, Any]) -> 
     import wandb as package
   except ImportError as error:
     raise _absent('wandb', 'wandb') from error
+  own = _ids(workdir).get('wandb') or uuid.uuid4().hex[:12]
   try:
     run = package.init(
       project=os.environ.get('WANDB_PROJECT', _PROJECT),
-      id=_run_id(workdir, 'wandb', lambda: uuid.uuid4().hex[:12]),
+      id=own,
       name=os.environ.get('WANDB_NAME', workdir.name),
       resume='allow',
       dir=str(workdir),
@@ -92,10 +96,11 @@ def wandb(workdir: pathlib.Path, start_step: int, config: Mapping[str, Any]) -> 
       f'trackers=wandb: {_first_line(error)}; log in with `wandb login` or WANDB_API_KEY, or set '
       'WANDB_MODE=offline'
     ) from error
+  _keep_id(workdir, 'wandb', own)
   # W&B's own steps never go back; those of a run that was killed and resumed do.
   run.define_metric('step')
   run.define_metric('*', step_metric='step')
-  return _Careful('wandb', _Wandb(run, package.Image))
+  return _Wandb(run, package.Image)
 
 
 class _Wandb:
@@ -108,8 +113,8 @@ class _Wandb:
   def write_image(self, step: int, tag: str, image: Any) -> None:
     self._run.log({'step': step, tag: self._image_type(image)})
 
-  def close(self) -> None:
-    self._run.finish()
+  def close(self, error: BaseException | None = None) -> None:
+    self._run.finish(exit_code=0 if error is None else 1)
 
 
 def mlflow(workdir: pathlib.Path, start_step: int, config: Mapping[str, Any]) -> Writer:
@@ -121,23 +126,21 @@ def mlflow(workdir: pathlib.Path, start_step: int, config: Mapping[str, Any]) ->
   Raises:
     UserError: the package is absent, or the server or file cannot be used.
   """
-  # Asked for a server that is away, MLflow tries for minutes, in which no step is done.
+  # If its server cannot be reached, MLflow retries for minutes, and training waits.
   os.environ.setdefault('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '1')
+  os.environ.setdefault('MLFLOW_HTTP_REQUEST_TIMEOUT', '10')
   try:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
   except ImportError as error:
     raise _absent('mlflow', 'mlflow') from error
   name = os.environ.get('MLFLOW_EXPERIMENT_NAME', _PROJECT)
+  own = _ids(workdir).get('mlflow')
   try:
     client = MlflowClient()
     experiment = client.get_experiment_by_name(name)
     where = experiment.experiment_id if experiment else client.create_experiment(name)
-
-    def create() -> str:
-      return client.create_run(where, run_name=workdir.name).info.run_id
-
-    run = _run_id(workdir, 'mlflow', create)
+    run = own or client.create_run(where, run_name=workdir.name).info.run_id
     client.update_run(run, status='RUNNING')
     known = client.get_run(run).data.params  # MLflow refuses another value
     flat = {key: str(value)[:500] for key, value in settings.dotted(config).items()}
@@ -146,10 +149,13 @@ def mlflow(workdir: pathlib.Path, start_step: int, config: Mapping[str, Any]) ->
       client.log_batch(run, params=params[start : start + 100])
   except Exception as error:
     uri = os.environ.get('MLFLOW_TRACKING_URI', 'not set')
+    gone = own and getattr(error, 'error_code', '') in _GONE
+    instead = f', or delete {workdir}/{_IDS} to begin a new run' if gone else ''
     raise UserError(
-      f'trackers=mlflow: {_first_line(error)} (MLFLOW_TRACKING_URI is {uri})'
+      f'trackers=mlflow: {_first_line(error)} (MLFLOW_TRACKING_URI is {uri}){instead}'
     ) from error
-  return _Careful('mlflow', _Mlflow(client, run, Metric))
+  _keep_id(workdir, 'mlflow', run)
+  return _Mlflow(client, run, Metric)
 
 
 class _Mlflow:
@@ -164,8 +170,9 @@ class _Mlflow:
   def write_image(self, step: int, tag: str, image: Any) -> None:
     self._client.log_image(self._run, image, artifact_file=f'{tag}/step_{step:08d}.png')
 
-  def close(self) -> None:
-    self._client.set_terminated(self._run)
+  def close(self, error: BaseException | None = None) -> None:
+    failed = 'KILLED' if isinstance(error, Stopped) else 'FAILED'
+    self._client.set_terminated(self._run, 'FINISHED' if error is None else failed)
 
 
 TRACKERS = {'tensorboard': tensorboard, 'wandb': wandb, 'mlflow': mlflow}
@@ -184,8 +191,8 @@ class _Careful:
   def write_image(self, step: int, tag: str, image: Any) -> None:
     self._try(lambda: self._writer.write_image(step, tag, image))
 
-  def close(self) -> None:
-    self._try(self._writer.close)
+  def close(self, error: BaseException | None = None) -> None:
+    self._try(lambda: self._writer.close(error))
 
   def _try(self, action: Callable[[], None]) -> None:
     try:
@@ -201,14 +208,22 @@ class _Careful:
       self._failing = True
 
 
-def _run_id(workdir: pathlib.Path, tracker: str, create: Callable[[], str]) -> str:
-  """The id that this run has with a tracker: of `WORKDIR/trackers.json`, or a new one."""
-  path = workdir / 'trackers.json'
-  known = json.loads(path.read_bytes()) if path.exists() else {}
-  if tracker not in known:
-    known[tracker] = create()
-    replace(path, json.dumps(known, indent=2).encode() + b'\n')
-  return known[tracker]
+def _ids(workdir: pathlib.Path) -> dict[str, str]:
+  """The ids that this run has with trackers."""
+  path = workdir / _IDS
+  try:
+    known = json.loads(path.read_bytes()) if path.exists() else {}
+    if isinstance(known, dict):
+      return known
+  except ValueError:
+    pass
+  raise UserError(f'{path} is damaged: delete it to begin a new run with the trackers')
+
+
+def _keep_id(workdir: pathlib.Path, tracker: str, run: str) -> None:
+  known = _ids(workdir)
+  if known.get(tracker) != run:
+    replace(workdir / _IDS, json.dumps(known | {tracker: run}, indent=2).encode() + b'\n')
 
 
 def _absent(tracker: str, package: str) -> UserError:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from hivit_jax.data import coco
+from hivit_jax.tasks.fonts import default_font
 
 _SIDE = 320  # pixels: a shorter side below is enlarged by a whole factor
 _MARGIN, _LINE = 8, 20
@@ -35,7 +36,7 @@ def draw(
   large = mixed.astype(np.uint8).repeat(scale, axis=0).repeat(scale, axis=1)
   canvas = Image.fromarray(large)
   pen = ImageDraw.Draw(canvas)
-  font = ImageFont.load_default(size=13)
+  font = default_font()
   for one in reversed(objects):
     colour = tuple(map(int, colours[one['category_id']]))
     left, top, across, down = (scale * value for value in one['bbox'])
@@ -58,7 +59,7 @@ def sheet(
   top = _MARGIN + 2 * _LINE
   height = top + sum(max(one.height for one in pair) + _MARGIN for pair in pairs)
   canvas = Image.new('RGB', (sum(widths) + _MARGIN, height), 'white')
-  pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
+  pen, font = ImageDraw.Draw(canvas), default_font()
   pen.text((_MARGIN, _MARGIN // 2), title, 'black', font)
   for i, head in enumerate(heads):
     pen.text((_MARGIN + i * widths[0], top - _LINE), head, 'black', font)

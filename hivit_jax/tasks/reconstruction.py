@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from hivit_jax.errors import UserError
 from hivit_jax.models import targets
@@ -18,6 +18,7 @@ from hivit_jax.models.masking import NORM_PIX_EPS, unit_moments
 from hivit_jax.models.simmim import SimMIM
 from hivit_jax.models.units import join_units, split_units
 from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics
+from hivit_jax.tasks.fonts import default_font
 from hivit_jax.tasks.images import denormalize, normalize
 
 _HIDDEN = 128  # grey level of units that a panel leaves out
@@ -119,7 +120,7 @@ def draw(result: Reconstruction, *, title: str = '') -> Image.Image:
   b, h, w, _ = result.original.shape
   scale = max(1, -(-_MIN_SIDE // min(h, w)))
   cell_h, cell_w = h * scale + _MARGIN, w * scale + _MARGIN
-  font = ImageFont.load_default(size=13)
+  font = default_font()
   line = 20
   head = _MARGIN + line * (1 + bool(title))
   width = max(4 * cell_w + _MARGIN, int(max(map(font.getlength, (title, *notes)))) + 2 * _MARGIN)

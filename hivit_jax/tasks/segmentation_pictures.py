@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from hivit_jax.tasks.fonts import default_font
 
 _UNKNOWN = (255, 255, 255)  # colour of ignored pixels, which is none of a palette
 _MIN_SIDE = 144  # pixels: smaller images are enlarged by a whole factor
@@ -45,7 +47,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.nd
 
 def legend(names: Sequence[str], colours: np.ndarray, chosen: Sequence[int]) -> Image.Image:
   """The colours of some classes, with their names."""
-  font = ImageFont.load_default(size=13)
+  font = default_font()
   columns = max(1, math.ceil(len(chosen) / 30))
   width = 40 + int(max((font.getlength(names[i]) for i in chosen), default=0))
   lines = math.ceil(len(chosen) / columns)
@@ -87,7 +89,7 @@ def draw(
   heights = [row[0].height + _MARGIN for row in panels]
   size = (max(sum(widths) + _MARGIN, key.width), head + sum(heights) + key.height)
   canvas = Image.new('RGB', size, 'white')
-  pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
+  pen, font = ImageDraw.Draw(canvas), default_font()
   pen.text((_MARGIN, _MARGIN // 2), title, 'black', font)
   for i, label in enumerate(('image', 'truth (white: ignored)', 'prediction', 'overlay')):
     left = _MARGIN + sum(widths[:i])
@@ -114,7 +116,7 @@ def confusion(matrix: np.ndarray, names: Sequence[str]) -> Image.Image:
   levels = (255 * (1 - np.sqrt(shares))).astype(np.uint8)  # a root, so that few are seen as well
   tinted = np.stack([levels, levels, np.maximum(levels, 96)], axis=-1)
   grid = Image.fromarray(tinted.repeat(cell, axis=0).repeat(cell, axis=1))
-  font = ImageFont.load_default(size=13)
+  font = default_font()
   named = len(names) <= _NAMED
   longest = int(max(map(font.getlength, names))) + 2 if named else 0
   left = 2 * _MARGIN + longest

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hivit_jax.tools.panels import default_font, fit
+from hivit_jax.tasks.fonts import default_font
+from hivit_jax.tools.panels import fit
 
 _COLUMNS = 5
 _SIDE = 192  # pixels: smaller images are enlarged about so far, by a whole factor

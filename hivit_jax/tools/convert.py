@@ -22,8 +22,9 @@ _OUT = flags.DEFINE_string('out', None, 'Where to write: a directory, a file or 
 _LAYOUT = flags.DEFINE_string(
   'layout',
   None,
-  'Whose names: official (classifier), mae, simmim, backbone (dense tasks), mmpretrain. Default: '
-  'official for a classifier, mae for an MAE, simmim for a SimMIM, backbone for the rest.',
+  'Whose names: official (classifier), mae, simmim, segmenter (mmsegmentation), detector '
+  '(mmdetection), backbone (an encoder for dense tasks), mmpretrain. Default: that of the kind of '
+  'model.',
 )
 _PREFIX = flags.DEFINE_string('prefix', None, "Prefix of every name, instead of the layout's.")
 _MODEL = flags.DEFINE_string('model', None, 'Name of the model; default: what the weights are for.')
@@ -136,6 +137,8 @@ def _to_torch(path: str, out: pathlib.Path) -> None:
     sorted(set(state.arrays) & {'fc_norm.weight', 'fc_norm.bias'}) if layout == 'mmpretrain' else []
   )
   note = f'; left out, because mmpretrain has no such parameter: {", ".join(lost)}' if lost else ''
+  if layout == 'backbone' and any(name.startswith('norms.') for name in state.arrays):
+    note += '; left out, the norms of the stages, norms.*: they belong to the dense model'
   if layout == 'mae' and described.arguments.get('target') == targets.SARATRX_V2:
     note += '; left out, constants of its code: hogs.SAR_Lay*, load with strict=False'
   print(f'wrote {len(arrays)} arrays, {_size(arrays)}, for {what} to {out}{note}')
@@ -146,12 +149,16 @@ def _to_hub(path: str, out: pathlib.Path) -> None:
   from hivit_jax.reporting.console import setup_logging
   from hivit_jax.train import publish
 
+  for flag in (_LAYOUT, _PREFIX, _MODEL, _PARTIAL):
+    if flag.value != flag.default:
+      raise UserError(f'to-hub has no --{flag.name}: it publishes the whole model as it is')
   setup_logging()
+  options = {'ema': _EMA.value, **_known()}
   if hub.is_name(out):
-    name = publish.push_to_hub(path, str(out), ema=_EMA.value)
+    name = publish.push_to_hub(path, str(out), **options)
     print(f'uploaded; to pin this version: hivit_jax.create_model({name!r})')
   else:
-    publish.save_pretrained(path, out, ema=_EMA.value)
+    publish.save_pretrained(path, out, **options)
     print(f'wrote {out}; read and complete {out / hub.CARD} before you publish it')
 
 

@@ -24,14 +24,12 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from hivit_jax.data import segmentation_transforms
-from hivit_jax.data.builders.packages import package_file
 from hivit_jax.data.loader import train_loader, usable_cores
 from hivit_jax.data.order import generator
 from hivit_jax.data.transforms import RandomResizedCrop, train_transform
+from hivit_jax.tools import detection_data_benchmark
+from hivit_jax.tools.photographs import PHOTO_SIZE, photo_files
 
-PHOTO_SIZE = (500, 375)  # Width and height: the most frequent ones in ImageNet.
-JPEG_QUALITY = 95
-PHOTOS = ('astronaut.png', 'coffee.png', 'motorcycle_left.png', 'ihc.png', 'rocket.jpg')
 BATCH_SIZE = 64
 SEGMENTED_BATCH_SIZE = 16  # that of the recipe for crops of 512
 RAND_AUGMENT = 'rand-m9-mstd0.5-inc1'
@@ -68,22 +66,6 @@ class MemorySource:
 
   def example_name(self, index: int) -> str:
     return f'{self.name}[{index}]'
-
-
-def photo_files(size: tuple[int, int] = PHOTO_SIZE) -> list[bytes]:
-  """Returns photographs that scikit-image carries, as JPEG files of a width and height.
-
-  Raises:
-    UserError: scikit-image is not installed.
-  """
-  files = []
-  for name in PHOTOS:
-    with Image.open(package_file('skimage', f'data/{name}')) as image:
-      photo = image.convert('RGB').resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    photo.save(buffer, 'JPEG', quality=JPEG_QUALITY)
-    files.append(buffer.getvalue())
-  return files
 
 
 def label_map(file: bytes) -> bytes:
@@ -225,8 +207,6 @@ def main(*, as_json: bool = False, detected: int = 64, **options: Any) -> dict[s
     detected: Images of `detection_data_benchmark`, whose report is under `detection`.
     **options: Those of `measure`.
   """
-  from hivit_jax.tools import detection_data_benchmark  # here: it takes its photographs from us
-
   report = measure(**options)
   report['detection'] = detection_data_benchmark.measure(detected)
   if as_json:

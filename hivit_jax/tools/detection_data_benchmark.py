@@ -15,7 +15,7 @@ from hivit_jax.data import coco, scenes
 from hivit_jax.data import detection_transforms as transforms
 from hivit_jax.data.order import generator
 from hivit_jax.tasks.detect import DetectTask
-from hivit_jax.tools import data_benchmark
+from hivit_jax.tools.photographs import photo_files
 
 SIZE = (480, 640)  # height and width, the most frequent ones in COCO
 OBJECTS = 7  # of an image: COCO has 7.3
@@ -43,7 +43,7 @@ def measure(images: int = 64) -> dict[str, Any]:
   Raises:
     UserError: scikit-image, which has the photographs, is not installed.
   """
-  files = data_benchmark.photo_files((SIZE[1], SIZE[0]))
+  files = photo_files((SIZE[1], SIZE[0]))
   rng = generator(0, 0)
   task = DetectTask((0.5,) * 3, (0.5,) * 3, num_classes=80)
   transform: Any = task.input(train=True)

@@ -8,27 +8,21 @@ FILE is for `jax.export.deserialize`, of any batch size. What it takes and gives
 docs/guide/weights.md has the program that runs it.
 """
 
-import dataclasses
 import importlib
 import importlib.util
 import logging
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from flax import nnx
-from jax import export
 
 from hivit_jax import cli, settings
 from hivit_jax.errors import UserError
-from hivit_jax.interop import files, torch_names
+from hivit_jax.interop import files
+from hivit_jax.tools.exporting import PLATFORMS, Forward, exported, forward
 from hivit_jax.train import weights as reader
-
-PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
 _OUT = flags.DEFINE_string('out', None, 'File to write.')
 _OUTPUT = flags.DEFINE_enum(
@@ -36,30 +30,19 @@ _OUTPUT = flags.DEFINE_enum(
   'prediction',
   ['prediction', 'pooled', 'tokens', 'kept'],
   "prediction: the model's own output, of autoencoders for given noise; pooled: a vector of "
-  'features for an image; tokens: what the last stage gives; kept: the same of the units that are '
-  'named, the others are never computed.',
+  'features for an image; tokens: what the last stage gives; kept: the same for the given units '
+  'only; the others are never computed.',
 )
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of the computation.')
-_PLATFORMS = flags.DEFINE_list('platforms', ['cpu', 'cuda', 'tpu'], 'That the file is for.')
+_PLATFORMS = flags.DEFINE_list(
+  'platforms', ['cpu', 'cuda', 'tpu'], 'Platforms that the file can run on.'
+)
 _BESIDE = flags.DEFINE_bool(
   'beside', False, 'Write the weights into a .safetensors file next to it; they are an argument.'
 )
 _FORMAT = flags.DEFINE_enum('format', 'jax', ['jax', 'onnx'], 'onnx needs jax2onnx.')
 _EMA = flags.DEFINE_bool('ema', False, 'Use the averaged weights (EMA).')
 _IMAGE_SIZE = flags.DEFINE_string('image_size', None, "HEIGHTxWIDTH, if not the weights' own.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Forward:
-  """What is exported.
-
-  Attributes:
-    function: (model, *inputs) -> output.
-    inputs: name -> shape, with names for the sizes that stay open, and dtype.
-  """
-
-  function: Callable[..., Any]
-  inputs: Mapping[str, tuple[tuple[str | int, ...], str]]
 
 
 def main(argv: list[str]) -> None:
@@ -71,6 +54,14 @@ def main(argv: list[str]) -> None:
   for platform in _PLATFORMS.value:
     if platform not in PLATFORMS:
       raise UserError(f'--platforms: "{platform}" is not one of {", ".join(PLATFORMS)}')
+  inside = _DTYPE.value == 'float32' and not _BESIDE.value and not _PLATFORMS.present
+  if _FORMAT.value == 'onnx' and not inside:
+    raise UserError(
+      '--format=onnx is float32 with its weights inside, for every platform: omit --dtype, '
+      '--beside and --platforms'
+    )
+  if _FORMAT.value == 'onnx' and importlib.util.find_spec('jax2onnx') is None:
+    raise UserError('--format=onnx needs jax2onnx: see "Export" in docs/guide/weights.md')
   overrides: dict[str, Any] = {}
   if _IMAGE_SIZE.value is not None:
     overrides['image_size'] = settings.image_size(_IMAGE_SIZE.value, '--image_size')
@@ -79,80 +70,11 @@ def main(argv: list[str]) -> None:
     None, argv[1], ema=_EMA.value, dtype=_DTYPE.value, ops='plain', **overrides
   )  # fmt: skip
   what = forward(model, _OUTPUT.value)
-  content, said = (_onnx if _FORMAT.value == 'onnx' else _artifact)(model, what, out)
+  content, said = _onnx(model, what) if _FORMAT.value == 'onnx' else _artifact(model, what, out)
   with cli.writing('out', out):
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(content)
   print(f'wrote {out} {said}')
-
-
-def forward(model: Any, output: str) -> Forward:
-  """The forward pass of a model that gives an output.
-
-  Args:
-    model: from `create_model` with `ops='plain'`.
-    output: 'prediction', 'pooled', 'tokens' or 'kept'.
-
-  Raises:
-    UserError: the model has no such output.
-  """
-  height, width = model.image_size
-  images = {'images': (('b', height, width, model.channels), 'float32')}
-  if output == 'prediction' and hasattr(model, 'masking_noise'):
-    units = model.grid[0] * model.grid[1]
-    return Forward(_reconstruction, images | {'noise': (('b', units), 'float32')})
-  if output == 'prediction':
-    if hasattr(model, 'detect'):
-      raise UserError('detectors are not exported: each of their images has its own size')
-    return Forward(lambda model, images: model(images), images)
-  if not hasattr(model, 'forward_features'):
-    raise UserError(f'--output={output}: {type(model).__name__} only has --output=prediction')
-  if output == 'kept':
-    return Forward(
-      lambda model, images, ids: model.forward_features(images, ids),
-      images | {'ids': (('b', 'k'), 'int32')},
-    )
-  method = 'pooled' if output == 'pooled' else 'forward_features'
-  return Forward(lambda model, images: getattr(model, method)(images), images)
-
-
-def _reconstruction(model: Any, images: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
-  out = model(images, noise=noise)
-  return {'loss': out.loss, 'pred': out.pred, 'mask': out.mask}
-
-
-def exported(
-  model: nnx.Module, what: Forward, platforms: list[str], *, beside: bool = False
-) -> tuple[export.Exported, dict[str, np.ndarray]]:
-  """The function for `jax.export`, and the weights that it takes as its first argument.
-
-  Args:
-    model: from `create_model` with `ops='plain'`.
-    what: from `forward`.
-    platforms: of `PLATFORMS`.
-    beside: whether weights are an argument, a dict by name; else they are part of the function.
-  """
-  graphdef, state = nnx.split(model)
-  weights = {
-    '.'.join(path): np.asarray(value)
-    for path, value in torch_names.flatten(nnx.to_pure_dict(state)).items()
-  }
-
-  def call(weights, *inputs):
-    params = torch_names.unflatten({tuple(k.split('.')): v for k, v in weights.items()})
-    return what.function(nnx.merge(graphdef, params), *inputs)
-
-  scope = export.SymbolicScope()
-  inputs = [
-    jax.ShapeDtypeStruct(export.symbolic_shape(', '.join(map(str, shape)), scope=scope), dtype)
-    for shape, dtype in what.inputs.values()
-  ]
-  if beside:
-    abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in weights.items()}
-    return export.export(jax.jit(call), platforms=platforms)(abstract, *inputs), weights
-  constants = {name: jnp.asarray(value) for name, value in weights.items()}
-  alone = jax.jit(lambda *inputs: call(constants, *inputs))
-  return export.export(alone, platforms=platforms)(*inputs), {}
 
 
 def _artifact(model: nnx.Module, what: Forward, out: pathlib.Path) -> tuple[bytes, str]:
@@ -160,24 +82,27 @@ def _artifact(model: nnx.Module, what: Forward, out: pathlib.Path) -> tuple[byte
   if importlib.util.find_spec('flatbuffers') is None:
     raise UserError('the format of jax.export needs flatbuffers: pip install flatbuffers')
   done, weights = exported(model, what, _PLATFORMS.value, beside=_BESIDE.value)
-  takes = [f'{name} {dtype}{list(shape)}' for name, (shape, dtype) in what.inputs.items()]
+  takes = _takes(what)
   if weights:
     files.write(out.with_suffix('.safetensors'), weights)
     takes.insert(0, f'weights of {out.with_suffix(".safetensors")}')
-  gives = [f'{aval.dtype}[{", ".join(map(str, aval.shape))}]' for aval in done.out_avals]
+  gives = [_shaped(aval.dtype, aval.shape) for aval in done.out_avals]
   said = f'for {", ".join(done.platforms)}: {"; ".join(takes)} -> {"; ".join(gives)}'
   return bytes(done.serialize()), said
 
 
-def _onnx(model: nnx.Module, what: Forward, out: pathlib.Path) -> tuple[bytes, str]:
-  """An ONNX model, and what it takes."""
-  del out
-  if _DTYPE.value != 'float32' or _BESIDE.value:
-    raise UserError('--format=onnx is float32 with its weights inside: omit --dtype and --beside')
+def _takes(what: Forward) -> list[str]:
+  return [f'{name} {_shaped(dtype, shape)}' for name, (shape, dtype) in what.inputs.items()]
+
+
+def _shaped(dtype: Any, shape: Sequence[Any]) -> str:
+  return f'{dtype}[{", ".join(map(str, shape))}]'
+
+
+def _onnx(model: nnx.Module, what: Forward) -> tuple[bytes, str]:
+  """An ONNX model, and what it takes and gives."""
   for noisy in ('jax2onnx', 'onnx_ir'):  # of examples that it cannot import, of shapes it computes
     logging.getLogger(noisy).setLevel(logging.ERROR)
-  if importlib.util.find_spec('jax2onnx') is None:
-    raise UserError('--format=onnx needs jax2onnx: see "Export" in docs/guide/weights.md')
   jax2onnx = importlib.import_module('jax2onnx')  # in no requirements.txt: it would contradict
   inputs = [
     tuple(size.upper() if isinstance(size, str) else size for size in shape)
@@ -190,7 +115,8 @@ def _onnx(model: nnx.Module, what: Forward, out: pathlib.Path) -> tuple[bytes, s
   except Exception as error:  # whatever it cannot convert, with internal errors of all kinds
     reason = f'{type(error).__name__}: {error}'
     raise UserError(f'jax2onnx cannot convert this forward pass, {reason}') from error
-  return done.SerializeToString(), f'for ONNX: images float32{list(inputs[0])}'
+  gives = ', '.join(output.name for output in done.graph.output)
+  return done.SerializeToString(), f'for ONNX: {"; ".join(_takes(what))} -> {gives}'
 
 
 if __name__ == '__main__':

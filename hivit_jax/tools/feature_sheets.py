@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -10,11 +10,42 @@ from PIL import Image
 from hivit_jax.models import inside
 from hivit_jax.tools import panels
 from hivit_jax.tools.components import Components
-from hivit_jax.tools.neighbours import Neighbour
 from hivit_jax.tools.panels import Panel
 
 
-def colours(looked: Sequence[Any], levels: Sequence[Components], title: str) -> Image.Image:
+class Looked(NamedTuple):
+  """An image and what a model computed of it.
+
+  Attributes:
+    path: of the file.
+    own: (height, width) of the image in it.
+    pixels: (H, W, channels) uint8, as the model got them.
+    maps: (h, w, C) of each level.
+    attention: (heads, units, class tokens + rows * columns) of the chosen block and units.
+  """
+
+  path: str
+  own: tuple[int, int]
+  pixels: np.ndarray
+  maps: list[np.ndarray]
+  attention: np.ndarray | None
+
+
+class Neighbour(NamedTuple):
+  """An image near another one.
+
+  Attributes:
+    path: of the file.
+    pixels: (H, W, channels) uint8, as the model got them.
+    similarity: cosine of the two images' features.
+  """
+
+  path: str
+  pixels: np.ndarray
+  similarity: float
+
+
+def colours(looked: Sequence[Looked], levels: Sequence[Components], title: str) -> Image.Image:
   """Each image, and the principal components of each level as colours."""
   rows = []
   for i, one in enumerate(looked):
@@ -28,7 +59,7 @@ def colours(looked: Sequence[Any], levels: Sequence[Components], title: str) -> 
 
 
 def attention(
-  looked: Sequence[Any], units: Sequence[tuple[int, int]], model: Any, title: str
+  looked: Sequence[Looked], units: Sequence[tuple[int, int]], model: Any, title: str
 ) -> Image.Image:
   """A row for each image and unit: where the unit is, the mean over the heads, each head."""
   rows = []
@@ -51,7 +82,7 @@ def attention(
 
 
 def similarity(
-  looked: Sequence[Any],
+  looked: Sequence[Looked],
   maps: Sequence[Sequence[np.ndarray]],
   point: tuple[int, int],
   title: str,
@@ -75,7 +106,7 @@ def similarity(
 
 
 def neighbours(
-  looked: Sequence[Any], near: Sequence[Sequence[Neighbour]], title: str
+  looked: Sequence[Looked], near: Sequence[Sequence[Neighbour]], title: str
 ) -> Image.Image:
   """Each image, and the nearest ones with their similarity."""
   rows = []

@@ -20,7 +20,7 @@ exit status is 2.
 import pathlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,12 +36,11 @@ from hivit_jax.models import inside
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks.images import normalize
-from hivit_jax.tools import components, feature_sheets, loaded, neighbours
+from hivit_jax.tools import components, feature_sheets, image_flags, loaded, neighbours
+from hivit_jax.tools.feature_sheets import Looked
 from hivit_jax.train import weights
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Workdir of a model, or a checkpoint.')
-_WEIGHTS = flags.DEFINE_string('weights', None, 'A .pth or .safetensors file instead.')
-_EMA = flags.DEFINE_bool('ema', False, 'Use the averaged weights (EMA).')
+flags.adopt_module_key_flags(image_flags)
 _OUT = flags.DEFINE_string('out', 'features', 'Folder for the pictures and arrays.')
 _IMAGE_SIZE = flags.DEFINE_string(
   'image_size', None, 'HEIGHTxWIDTH, or "own": that of each image; default: that of the model.'
@@ -55,29 +54,8 @@ _COUNT = flags.DEFINE_integer('count', 5, 'How many nearest images are shown.', 
 _STEP = 32  # pixels: the coarsest stride
 
 
-class Looked(NamedTuple):
-  """An image and what a model computed of it.
-
-  Attributes:
-    path: of the file.
-    own: (height, width) of the image in it.
-    pixels: (H, W, channels) uint8, as the model got them.
-    maps: (h, w, C) of each level.
-    attention: (heads, units, class tokens + rows * columns) of the chosen block and units.
-  """
-
-  path: str
-  own: tuple[int, int]
-  pixels: np.ndarray
-  maps: list[np.ndarray]
-  attention: np.ndarray | None
-
-
 def main(argv: list[str]) -> None:
-  if (_WORKDIR.value is None) == (_WEIGHTS.value is None):
-    raise UserError("which model? Either a run's --workdir=DIRECTORY or --weights=FILE")
-  if not argv[1:]:
-    raise UserError('which images? Name files or folders of them')
+  source = image_flags.checked(argv)
   units = [_two_numbers('units', text, 'row,column of a unit') for text in _UNITS.value]
   if _BLOCK.value is not None and not units:
     raise UserError(f'--block={_BLOCK.value}: attention of which units? Give --units=ROW,COLUMN')
@@ -86,7 +64,7 @@ def main(argv: list[str]) -> None:
   bank_paths = loaded.image_paths([_FOLDER.value]) if _FOLDER.value else []
   setup_logging()
   compilation_cache.turn_on()
-  state = weights.read(_WORKDIR.value or _WEIGHTS.value or '', ema=_EMA.value)
+  state = weights.read(source, ema=image_flags.EMA.value)
   described = carried.model_of(state)
   model: Any = loaded.model(state, described)
   statistics = carried.statistics(state, described)
@@ -239,18 +217,24 @@ def _neighbours(
   model: Any,
   statistics: dict[str, Any],
   failed: list[str],
-) -> list[list[neighbours.Neighbour]]:
+) -> list[list[feature_sheets.Neighbour]]:
   """Of each image the nearest in a folder; all in the model's own size."""
   size = inside.encoder_of(model).image_size
 
   def decode(data: bytes) -> np.ndarray:
     return _pixels(decode_image(data, channels=model.channels), size)
 
-  bank = list(loaded.read(paths, decode, failed))
-  if not bank:
-    raise UserError(f'--folder={_FOLDER.value}: none of its {len(paths)} images could be read')
   queries = [image for _, image in loaded.read([one.path for one in looked], decode, [])]
-  return neighbours.nearest(queries, bank, model, statistics, _COUNT.value)
+  bank = loaded.read(paths, decode, failed)
+  found = neighbours.nearest(queries, bank, model, statistics, _COUNT.value)
+  if not found:
+    raise UserError(f'--folder={_FOLDER.value}: none of its {len(paths)} images could be read')
+  # Of a folder of any size only what is drawn is in memory.
+  drawn = dict(loaded.read(sorted({path for row in found for path, _ in row}), decode, failed))
+  return [
+    [feature_sheets.Neighbour(path, drawn[path], alike) for path, alike in row if path in drawn]
+    for row in found
+  ]
 
 
 def _write(out: pathlib.Path, sheets: dict[str, Image.Image], arrays: dict[str, Any]) -> None:

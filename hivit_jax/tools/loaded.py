@@ -3,8 +3,9 @@
 import functools
 import itertools
 import os
+import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -13,6 +14,7 @@ from flax import nnx
 from hivit_jax import models
 from hivit_jax.data.decode import BrokenImage, read_file
 from hivit_jax.data.sources import folder
+from hivit_jax.errors import UserError
 from hivit_jax.interop import files, importer, infer
 from hivit_jax.train import assemble
 
@@ -38,10 +40,33 @@ def image_paths(named: Sequence[str]) -> list[str]:
 
 
 def read(paths: Sequence[str], decode: Any, failed: list[str]) -> Iterator[tuple[str, Any]]:
-  """Path and `decode(bytes)` of the images that can be read; others are told and go to `failed`."""
+  """Path and `decode(bytes)` of the images that can be read.
+
+  The others are reported and added to `failed`.
+  """
   for path in paths:
     try:
       yield path, decode(read_file(path))
     except BrokenImage as error:
       print(f'cannot read the image {path}: {error}', file=sys.stderr)
       failed.append(path)
+
+
+def check_pictures(
+  paths: Sequence[str], directory: pathlib.Path, pictures: Callable[[str], list[str]]
+) -> None:
+  """UserError where a picture would replace an image, or that of another image."""
+  images = {pathlib.Path(path).resolve() for path in paths}
+  image_of = {'legend.png': 'the legend'}
+  for path in paths:
+    for name in pictures(path):
+      if (directory / name).resolve() in images:
+        raise UserError(
+          f'--save={directory}: the picture {name} would overwrite an image; name another folder'
+        )
+      other = image_of.setdefault(name, path)
+      if other != path:
+        raise UserError(
+          f'--save={directory}: {other} and {path} would both be {name}; run them one at a time, '
+          'with two folders'
+        )

@@ -1,7 +1,8 @@
 """The images that are nearest to others in a model's features."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,38 +18,27 @@ from hivit_jax.tools import components
 _BATCH = 16  # images at a time
 
 
-class Neighbour(NamedTuple):
-  """An image near another one.
-
-  Attributes:
-    path: of the file.
-    pixels: (H, W, channels) uint8, as the model got them.
-    similarity: cosine of the two images' features.
-  """
-
-  path: str
-  pixels: np.ndarray
-  similarity: float
-
-
 def nearest(
   queries: Sequence[np.ndarray],
-  bank: Sequence[tuple[str, np.ndarray]],
+  bank: Iterable[tuple[str, np.ndarray]],
   model: nnx.Module,
   statistics: dict[str, Any],
   count: int,
-) -> list[list[Neighbour]]:
-  """For each query its `count` neighbours in a bank, the nearest first.
+) -> list[list[tuple[str, float]]]:
+  """For each query the paths of its `count` neighbours in a bank, the nearest first.
 
   What is compared is the mean over the last stage, or over all stages of an autoencoder, as in the
   k-NN evaluation of its training.
 
   Args:
     queries: (H, W, channels) uint8, of the encoder's image size.
-    bank: path and pixels of images, at least one.
+    bank: path and pixels of images; few are in memory at a time.
     model: see `inside.encoder_of`.
     statistics: `mean` and `std` of its pixels.
     count: of neighbours; fewer where the bank has fewer.
+
+  Returns:
+    Path and cosine of each neighbour; nothing where the bank is empty.
   """
   graphdef, params = nnx.split(model)
 
@@ -60,19 +50,21 @@ def nearest(
       return pooled_stages(encoder.stages(images))
     return encoder.pooled(images)
 
-  def described(images: Sequence[np.ndarray]) -> np.ndarray:
-    found = []
-    for start in range(0, len(images), _BATCH):
-      part = images[start : start + _BATCH]
-      batch = np.zeros((_BATCH, *part[0].shape), np.uint8)  # of one size: compiled once
-      batch[: len(part)] = part
+  def described(images: Iterable[tuple[str, np.ndarray]]) -> tuple[list[str], np.ndarray]:
+    paths, found, images = [], [], iter(images)
+    while part := list(itertools.islice(images, _BATCH)):
+      batch = np.zeros((_BATCH, *part[0][1].shape), np.uint8)  # of one size: compiled once
+      batch[: len(part)] = [pixels for _, pixels in part]
+      paths += [path for path, _ in part]
       found.append(np.asarray(describe(params, batch), np.float32)[: len(part)])
-    return np.concatenate(found)
+    return paths, np.concatenate(found) if found else np.empty((0, 0))
 
-  features = described([pixels for _, pixels in bank])
+  paths, features = described(bank)
+  if not paths:
+    return []
   result = []
-  for query in described(queries):
+  for query in described(('', pixels) for pixels in queries)[1]:
     alike = components.cosine(features, query)
     best = np.argsort(-alike, kind='stable')[:count]
-    result.append([Neighbour(*bank[i], similarity=float(alike[i])) for i in best])
+    result.append([(paths[i], float(alike[i])) for i in best])
   return result

@@ -7,6 +7,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from hivit_jax.tasks.fonts import default_font
+
 SIDE = 192  # pixels: larger images are reduced to it, smaller ones enlarged by a whole factor
 _MARGIN, _LINE = 8, 20
 
@@ -77,11 +79,6 @@ def sheet(rows: Sequence[Sequence[Panel]], title: str) -> Image.Image:
       pen.text((left, top + panel.picture.height + 2), text, 'black', font)
     top += height + _LINE + _MARGIN
   return canvas
-
-
-def default_font() -> ImageFont.FreeTypeFont:
-  """The font of all sheets: not Pillow's own, which has no letters but English ones."""
-  return ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf', 12)
 
 
 def fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:

@@ -6,7 +6,7 @@
 A segmenter prints the largest classes, and --save is a folder: of NAME.jpg it gets NAME.png with
 the classes themselves, NAME_colour.png, NAME_overlay.png, and legend.png for all. A detector prints
 the best objects, with --json all of them with boxes (left, top, width, height) and masks as run
-lengths; of NAME.jpg its folder gets NAME_objects.png, with the objects of a score from 0.3 on.
+lengths; of NAME.jpg its folder gets NAME_objects.png, with the objects whose score is at least 0.3.
 
 IMAGES are files, or folders of them. Those that cannot be read are reported and skipped, and the
 exit status is 2.
@@ -32,12 +32,10 @@ from hivit_jax.interop import carried, files, infer
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.tasks.images import normalize
-from hivit_jax.tools import contact_sheet, loaded, predict_objects, predict_pixels
+from hivit_jax.tools import contact_sheet, image_flags, loaded, predict_objects, predict_pixels
 from hivit_jax.train import weights
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Workdir of a model, or a checkpoint.')
-_WEIGHTS = flags.DEFINE_string('weights', None, 'A .pth or .safetensors file instead.')
-_EMA = flags.DEFINE_bool('ema', False, 'Use the averaged weights (EMA).')
+flags.adopt_module_key_flags(image_flags)
 _TOP = flags.DEFINE_integer('top', 5, 'Classes or objects shown per image.', lower_bound=1)
 _LABELS = flags.DEFINE_string('labels', None, 'File with the class names, one per line.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per image.')
@@ -49,15 +47,11 @@ _RECIPES = ('hivit', 'vit', 'swin')  # that configs/ has to finetune
 
 
 def main(argv: list[str]) -> None:
-  if (_WORKDIR.value is None) == (_WEIGHTS.value is None):
-    raise UserError("which model? Either a run's --workdir=DIRECTORY or --weights=FILE")
-  if not argv[1:]:
-    raise UserError('which images? Name files or folders of them')
+  source = image_flags.checked(argv)
   setup_logging()
   compilation_cache.turn_on()
   paths = loaded.image_paths(argv[1:])
-  source = pathlib.Path(_WORKDIR.value or _WEIGHTS.value or '').expanduser()
-  state = weights.read(source, ema=_EMA.value)
+  state = weights.read(source, ema=image_flags.EMA.value)
   described = carried.model_of(state)
   if infer.family(state.arrays) in _DENSE:
     failed = _dense(paths, state, described)
@@ -141,6 +135,8 @@ def _predictor(
 def _dense(paths: list[str], state: files.StateDict, described: infer.Described) -> list[str]:
   """What a segmenter or detector says; the images that could not be read."""
   tool = _DENSE[infer.family(state.arrays)]
+  if _SAVE.value is not None:
+    loaded.check_pictures(paths, pathlib.Path(_SAVE.value), tool.pictures)
   model: Any = loaded.model(state, described)
   task = tool.task_of(state.metadata, model, **carried.statistics(state, described))
   labels = _labels(state, model.num_classes, getattr(tool, 'known_names', None))

@@ -37,6 +37,11 @@ def known_names(count: int) -> Sequence[str]:
   return names if len(names) == count else [str(i) for i in range(count)]
 
 
+def pictures(path: str) -> list[str]:
+  """The name of an image's picture."""
+  return [f'{pathlib.Path(path).stem}_objects.png']
+
+
 def predict(
   paths: Sequence[str],
   model: nnx.Module,
@@ -82,7 +87,7 @@ def predict(
       picture = detection_pictures.draw(canvas, shown, names, colours)
       with cli.writing('save', folder):
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        picture.save(pathlib.Path(folder) / f'{pathlib.Path(path).stem}_objects.png')
+        picture.save(pathlib.Path(folder, *pictures(path)))
   if folder is not None and len(failed) < len(paths):
     print(f'wrote pictures to {folder}', file=sys.stderr)  # stdout has the objects
   return failed

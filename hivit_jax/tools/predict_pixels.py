@@ -49,6 +49,12 @@ def colours(names: Sequence[str]) -> np.ndarray:
   return class_lists.distinct_colours(len(names))
 
 
+def pictures(path: str) -> list[str]:
+  """Names of an image's pictures: classes, colours, and colours on the image."""
+  stem = pathlib.Path(path).stem
+  return [f'{stem}.png', f'{stem}_colour.png', f'{stem}_overlay.png']
+
+
 def predict(
   paths: Sequence[str],
   model: nnx.Module,
@@ -113,12 +119,12 @@ def _write(
     indices.putpalette(palette.tobytes())
   else:
     indices = Image.fromarray(labels.astype(np.uint16))
-  pictures = {
-    '': indices,
-    '_colour': Image.fromarray(segmentation_pictures.colour(labels, palette)),
-    '_overlay': Image.fromarray(segmentation_pictures.overlay(image, labels, palette)),
-  }
+  drawn = [
+    indices,
+    Image.fromarray(segmentation_pictures.colour(labels, palette)),
+    Image.fromarray(segmentation_pictures.overlay(image, labels, palette)),
+  ]
   with cli.writing('save', folder):
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    for suffix, picture in pictures.items():
-      picture.save(pathlib.Path(folder) / f'{pathlib.Path(path).stem}{suffix}.png')
+    for name, picture in zip(pictures(path), drawn, strict=True):
+      picture.save(pathlib.Path(folder) / name)

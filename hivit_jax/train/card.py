@@ -67,10 +67,12 @@ def text(
 
 def _images(config: Mapping[str, Any]) -> Iterator[str]:
   mean, std = (', '.join(f'{number:g}' for number in config[key]) for key in ('mean', 'std'))
-  yield (
-    f'Images: pixels in [0, 1], minus {mean}, divided by {std}; {config["interpolation"]}, the '
-    f'central crop keeps {config["crop_pct"]:g} of the sides.'
-  )
+  crop = ''
+  if 'crop_pct' in config:  # not of dense models
+    crop = (
+      f'; {config["interpolation"]}, the central crop keeps {config["crop_pct"]:g} of the sides'
+    )
+  yield f'Images: pixels in [0, 1], minus {mean}, divided by {std}{crop}.'
 
 
 def _training(metadata: Mapping[str, Any]) -> Iterator[str]:

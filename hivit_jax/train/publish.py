@@ -4,7 +4,7 @@ import logging
 import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -27,6 +27,7 @@ def save_pretrained(
   std: Sequence[float] | None = None,
   eval_crop: float | None = None,
   class_names: Sequence[str] | None = None,
+  **arguments: Any,
 ) -> None:
   """Writes a model as a directory: `model.safetensors`, `config.json` and a model card.
 
@@ -43,12 +44,19 @@ def save_pretrained(
     eval_crop: share of the sides that the central crop of an evaluation keeps; default: 7/8 up to
       224 pixels, else 1.
     class_names: in the order of the logits.
+    **arguments: of a path: those of the model that its weights do not say, such as `num_heads`.
 
   Raises:
-    UserError: the model is none of `list_models()`, a value does not fit, weights hold NaN or
-      infinite numbers, or a file cannot be read or written.
+    UserError: the directory is a run's, the model is none of `list_models()`, a value does not
+      fit, weights hold NaN or infinite numbers, or a file cannot be read or written.
   """
-  state, described = _model(model, ema)
+  directory = pathlib.Path(directory).expanduser()
+  if (directory / 'checkpoints').exists() or (directory / 'metrics.jsonl').exists():
+    raise UserError(
+      f'{directory} is the workdir of a run, whose config.json would be lost: name another '
+      'directory'
+    )
+  state, described = _model(model, ema, arguments)
   data = carried.pixels(state, described)
   data |= {k: list(map(float, v)) for k, v in (('mean', mean), ('std', std)) if v is not None}
   if eval_crop is not None:
@@ -58,14 +66,17 @@ def save_pretrained(
   _check(state, described, class_names)
   abstract = nnx.eval_shape(lambda: models.create_model(described.name, **described.arguments))
   width = getattr(abstract, 'backbone', abstract).feature_info[-1].channels
-  directory = pathlib.Path(directory).expanduser()
   config = pretrained.write(directory, state, described, width)
   path = directory / hub.CARD
   if path.exists():
     _log.info('%s stays as it is', path)
     return
   source = None if isinstance(model, nnx.Module) else model
-  path.write_text(card.text(state, described, config, source), 'utf-8')
+  text = card.text(state, described, config, source)
+  try:
+    path.write_text(text, 'utf-8')
+  except OSError as error:
+    raise UserError(f'cannot write {path}: {error.strerror}') from error
 
 
 def push_to_hub(
@@ -92,24 +103,29 @@ def push_to_hub(
     UserError: see `save_pretrained`; or there is no permission or connection, or no
       `huggingface_hub`.
   """
+  name = name.removeprefix(hub.PREFIX)
+  hub.check_upload(hub.PREFIX + name)  # before the work
   with tempfile.TemporaryDirectory() as folder:
     save_pretrained(model, folder, **options)
-    name = name.removeprefix(hub.PREFIX)
     file = pathlib.Path(folder) / hub.CARD
     file.write_text(file.read_text('utf-8').replace(card.ADDRESS, name.split('@')[0]), 'utf-8')
     return hub.upload(pathlib.Path(folder), hub.PREFIX + name, message=message, private=private)
 
 
-def _model(model: Any, ema: bool) -> tuple[StateDict, infer.Described]:
+def _model(
+  model: Any, ema: bool, arguments: Mapping[str, Any]
+) -> tuple[StateDict, infer.Described]:
   if isinstance(model, nnx.Module):
     if ema:
       raise UserError('ema=True takes the averaged weights of a path; the model has one set')
+    if arguments:
+      raise UserError(f'{next(iter(arguments))}=...: the model has its arguments')
     described = carried.of_model(model)
     arrays = exporter.named_arrays(nnx.to_pure_dict(nnx.state(model)))
     state = StateDict(arrays, 'the model', {})
   else:
     state = weights.read(model, ema=ema)
-    described = carried.model_of(state)
+    described = carried.model_of(state, **arguments)
   known = {key: described.arguments.get(key) for key in ('image_size', 'target')}
   return state._replace(metadata=state.metadata | known), described
 

@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 import hivit_jax
-from hivit_jax.interop import exporter, files, importer
+from hivit_jax.interop import carried, exporter, files, importer, infer
 from hivit_jax.interop.files import StateDict
-from tests.helpers import TINY_MAE, load_golden, quick_jit, random_model
+from tests.helpers import TINY_MAE, TINY_SWIN, abstract_model, load_golden, random_model
 from tests.models.test_mask_rcnn import DETECTOR, last
 
 CONFIG, ARRAYS = load_golden('detection_postprocess.npz')
@@ -45,9 +45,43 @@ def test_a_file_tells_its_model_and_the_model_finds_the_published_objects(publis
   assert (settings.num_classes, settings.neck_channels, settings.hidden) == (5, 8, 16)
   images = last(ARRAYS['image_nchw']).astype(np.float32)
   sizes = np.array([CONFIG['img_shape']], np.int32)
-  found = quick_jit(lambda model: model.detect(images, sizes))(model)
+  found = jax.jit(lambda model: model.detect(images, sizes))(model)
   np.testing.assert_array_equal(found.labels[0], ARRAYS['det_labels'])
   np.testing.assert_allclose(found.scores[0], ARRAYS['det_bboxes'][:, 4], atol=1e-4)
+
+
+def test_what_a_file_does_not_say_is_as_published_and_there_is_a_warning(published, caplog):
+  described = carried.model_of(files.read(published), num_heads=4)
+  assert described.guessed == ('window_size', 'global_blocks')
+  assert (described.arguments['window_size'], described.arguments['global_blocks']) == (14, (1,))
+  nnx.eval_shape(lambda: hivit_jax.create_model(described.name, **described.arguments))
+  (warning,) = caplog.messages
+  assert 'does not say window_size (assumed 14), global_blocks (assumed (1,))' in warning
+
+
+SMALL = {'num_classes': 3, 'neck_channels': 8, 'hidden': 16}
+
+
+@pytest.mark.parametrize(
+  ('name', 'settings'),
+  [('hivit_tiny', DETECTOR | {'cascade': True}), ('swin_tiny', TINY_SWIN | SMALL)],
+)
+def test_names_and_shapes_tell_a_cascade_and_a_swin(name, settings, caplog):
+  _, params = abstract_model(f'detect_{name}', **settings)
+  state = StateDict(exporter.named_arrays(jax.tree.map(_zeros, params)), 'the file', {})
+  assert infer.family(state.arrays) == 'detector'
+  heads = {} if name == 'swin_tiny' else {'num_heads': settings['num_heads']}
+  described = infer.describe(state.arrays, 'the file', **heads)
+  assert described.name.startswith('detect_')
+  _, again = abstract_model(described.name, **described.arguments)
+  assert jax.tree.map(np.shape, again) == jax.tree.map(np.shape, params)
+  exported = exporter.in_layout(state._replace(metadata={'image_size': settings['image_size']}))
+  assert files.normal_names(exported).keys() >= state.arrays.keys()
+  assert ('a mask head per stage' in caplog.text) == bool(settings.get('cascade'))
+
+
+def _zeros(leaf):
+  return np.zeros(leaf.shape, np.float32)
 
 
 def test_exported_names_are_the_official_ones_and_values_come_back(published, tmp_path):

@@ -142,6 +142,18 @@ def test_mistakes_have_one_line(convert, saved, tmp_path, arguments, settings, s
 def test_a_bad_name_and_a_missing_package_have_one_line(monkeypatch):
   with pytest.raises(UserError, match='expected hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION'):
     hivit_jax.create_model('hf-hub:small_vit')
+  # Before any weights are read.
+  with pytest.raises(UserError, match='expected hf-hub:OWNER/NAME'):
+    hivit_jax.push_to_hub('nowhere', 'small_vit')
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
   with pytest.raises(UserError, match='needs huggingface_hub: pip install huggingface_hub'):
     hivit_jax.create_model(NAME)
+  with pytest.raises(UserError, match='needs huggingface_hub: pip install huggingface_hub'):
+    hivit_jax.push_to_hub('nowhere', NAME)
+
+
+def test_nothing_is_uploaded_to_a_commit():
+  pytest.importorskip('huggingface_hub')
+  name = f'{NAME}@{"c0ffee" + "0" * 34}'
+  with pytest.raises(UserError, match=f'^{name}: a commit never changes; name a branch'):
+    hivit_jax.push_to_hub('nowhere', name)

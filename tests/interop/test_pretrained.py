@@ -18,7 +18,6 @@ from tests.helpers import (
   TINY,
   TINY_SWIN,
   TINY_VIT,
-  quick_jit,
   random_images,
   random_model,
 )
@@ -39,7 +38,8 @@ MODELS = {
   'simmim_swin_tiny': TINY_SWIN | {'mask_ratio': 0.5},
   'backbone_itpn_base': TINY | {'stem_blocks': (1, 2), 'fpn_dim': 16, 'fpn_depth': 1},
   'segment_hivit_tiny': DENSE | {'head_channels': 8, 'auxiliary_channels': 0},
-  'detect_hivit_tiny': DENSE | {'neck_channels': 8, 'hidden': 16, 'global_blocks': (1,)},
+  'detect_hivit_tiny': DENSE
+  | {'neck_channels': 8, 'hidden': 16, 'global_blocks': (1,), 'cascade': True},
 }
 # Where it is not ours and what differs from its defaults: timm's architecture and arguments.
 CONFIGS = {
@@ -93,6 +93,9 @@ def test_a_saved_model_comes_back_with_every_bit_and_argument(name, tmp_path):
   config = json.loads((tmp_path / 'config.json').read_text())
   assert config['pretrained_cfg']['input_size'] == [model.channels, *model.image_size]
   assert config.get('label_names') == names
+  cropped = not name.startswith(('segment', 'detect'))
+  assert ('crop_pct' in config['pretrained_cfg']) == cropped
+  assert ('central crop' in _card(tmp_path)) == cropped
   if name in ('hivit_base', 'swin_tiny'):
     images = jax.ShapeDtypeStruct((1, *model.image_size, model.channels), 'float32')
     assert config['num_features'] == jax.eval_shape(model.pooled, images).shape[1]
@@ -199,7 +202,7 @@ def test_a_workdir_becomes_a_directory_that_predicts_the_same(workdir, tmp_path,
   )
   assert done.status == 0, done.stderr
   images = random_images(2, 32, 32, 3)
-  forward = quick_jit(lambda model, images: model(images))
+  forward = jax.jit(lambda model, images: model(images))
   expected = forward(hivit_jax.create_model(weights=workdir, ema=True), images)
   saved = hivit_jax.create_model(f'local-dir:{tmp_path}')
   assert np.asarray(forward(saved, images)).tobytes() == np.asarray(expected).tobytes()
@@ -209,6 +212,16 @@ def test_a_workdir_becomes_a_directory_that_predicts_the_same(workdir, tmp_path,
   # Once more, from what was saved: nothing is lost.
   hivit_jax.save_pretrained(tmp_path, tmp_path / 'again')
   assert json.loads((tmp_path / 'again' / 'config.json').read_text()) == config
+
+
+@pytest.mark.parametrize('entry', ['checkpoints', 'metrics.jsonl'])
+def test_a_run_is_not_overwritten(entry, tmp_path):
+  (tmp_path / 'config.json').write_text('mine')
+  (tmp_path / entry).mkdir()
+  with pytest.raises(UserError, match=rf'^{tmp_path} is the workdir of a run, whose config\.json'):
+    hivit_jax.save_pretrained(_random('vit_base'), tmp_path)
+  assert (tmp_path / 'config.json').read_text() == 'mine'
+  assert not (tmp_path / 'model.safetensors').exists()
 
 
 def test_mistakes_have_one_line(tmp_path):
@@ -226,6 +239,8 @@ def test_mistakes_have_one_line(tmp_path):
     hivit_jax.create_model('local-dir:here', weights='there.pth')
   with pytest.raises(UserError, match=r'nowhere does not exist'):
     hivit_jax.create_model(f'local-dir:{tmp_path}/nowhere')
+  with pytest.raises(UserError, match=r'num_heads=\.\.\.: the model has its arguments'):
+    hivit_jax.save_pretrained(_random('vit_base'), tmp_path, num_heads=4)
   broken = nnx.clone(_random('vit_base'))
   broken.head.bias[...] = np.nan
   with pytest.raises(UserError, match=r'head\.bias holds NaN'):

@@ -28,7 +28,6 @@ from tests.helpers import (
   abstract_model,
   assert_close,
   load_golden,
-  quick_jit,
   random_images,
   random_model,
 )
@@ -128,7 +127,7 @@ def test_with_a_number_of_classes_an_encoder_alone_is_a_classifier(encoder, tmp_
   options = HEADS | {'image_size': (64, 96)}
   model = hivit_jax.create_model(weights=tmp_path / 'x.safetensors', num_classes=5, **options)
   assert isinstance(model, HiViT)
-  assert quick_jit(lambda x: model(x))(random_images(1, 64, 96, 3)).shape == (1, 5)
+  assert jax.jit(lambda x: model(x))(random_images(1, 64, 96, 3)).shape == (1, 5)
 
 
 @pytest.mark.parametrize(('name', 'own'), [('hivit_tiny', {'rpe': False}), ('fast_itpn_tiny', {})])
@@ -252,7 +251,7 @@ def test_fast_itpn_there_and_back_to_the_bit(tmp_path, suffix):
     files.write(path, state)
   model = hivit_jax.create_model(weights=path, **HEADS)
   _, arrays = load_golden('fast_itpn.npz')
-  logits = quick_jit(lambda x: model(x))(arrays['image_nchw'].transpose(0, 2, 3, 1))
+  logits = jax.jit(lambda x: model(x))(arrays['image_nchw'].transpose(0, 2, 3, 1))
   assert_close(logits, arrays['logits'])
   out = exporter.state_dict(model)
   assert {k: (v.shape, v.tobytes()) for k, v in out.items()} == {
@@ -294,10 +293,10 @@ def test_fast_itpns_units_meet_only_in_the_main_stage():
   """So that those that are not kept need not be computed; the stem sees no other unit."""
   model = nnx.merge(*random_model('backbone_fast_itpn_tiny', **TINY))
   images, ids = random_images(2, 64, 64, 3), np.array([[3, 8], [15, 0]])
-  some, everything = quick_jit(lambda x: (model.stages(x, ids), model.stages(x)))(images)
+  some, everything = jax.jit(lambda x: (model.stages(x, ids), model.stages(x)))(images)
   for kept, whole in zip(some[:2], everything[:2], strict=True):
     assert_close(kept, np.asarray(whole)[np.arange(2)[:, None], ids], relative=2e-6)
-  levels = quick_jit(lambda x: model(x))(images)
+  levels = jax.jit(lambda x: model(x))(images)
   assert [level.shape[1:] for level in levels] == [(16, 16, 8), (8, 8, 16), (4, 4, 32), (2, 2, 32)]
   for level, stage in zip(levels, everything, strict=False):
     cells = stage.reshape(2, 16, -1, stage.shape[-1])
@@ -346,7 +345,7 @@ def itpn_clip(tmp_path):
 def test_itpn_clip_there_and_back_with_its_scales(itpn_clip):
   path, state, images, logits = itpn_clip
   model = hivit_jax.create_model(weights=path)
-  assert_close(quick_jit(lambda x: model(x))(images), logits)
+  assert_close(jax.jit(lambda x: model(x))(images), logits)
   out = exporter.state_dict(model)
   assert {k: v.tobytes() for k, v in out.items()} == {k: v.tobytes() for k, v in state.items()}
 
@@ -363,7 +362,7 @@ def test_scales_are_folded_only_on_request(itpn_clip, tmp_path):
   inferred = hivit_jax.create_model(weights=path, fold_layer_scale=True)
   for model in (named, inferred):
     assert not any('gamma' in name for name in exporter.state_dict(model))
-    assert_close(quick_jit(lambda x, m=model: m(x))(images), logits, relative=2e-6)
+    assert_close(jax.jit(lambda x, m=model: m(x))(images), logits, relative=2e-6)
   plain = tmp_path / 'plain.safetensors'
   files.write(plain, exporter.state_dict(inferred))
   with pytest.raises(UserError, match='has no scales to fold: leave out fold_layer_scale'):
@@ -378,7 +377,7 @@ def test_fast_itpns_scales_fold_too(tmp_path):
   path = tmp_path / 'x.safetensors'
   model = hivit_jax.create_model(weights=path, **HEADS, fold_layer_scale=True)
   assert model.blocks[5].gamma_1 is None
-  logits = quick_jit(lambda x: model(x))(arrays['image_nchw'].transpose(0, 2, 3, 1))
+  logits = jax.jit(lambda x: model(x))(arrays['image_nchw'].transpose(0, 2, 3, 1))
   assert_close(logits, arrays['logits'], relative=5e-6)
 
 
@@ -446,7 +445,7 @@ def test_itpn_there_and_back_to_the_bit(tmp_path):
   )
   _, arrays = load_golden('itpn_pixel.npz')
   images, noise = arrays['image_nchw'].transpose(0, 2, 3, 1), arrays['noise']
-  assert_close(quick_jit(lambda x: model(x, noise=noise).pred)(images), arrays['pred'])
+  assert_close(jax.jit(lambda x: model(x, noise=noise).pred)(images), arrays['pred'])
   out = exporter.state_dict(model)
   assert {k: v.tobytes() for k, v in out.items()} == {k: v.tobytes() for k, v in state.items()}
   backbone = exporter.state_dict(model, 'backbone', prefix='')
@@ -539,7 +538,7 @@ def test_saratrx_there_and_back_with_its_constants(saratrx, tmp_path):
   known = {'num_heads': 2, 'decoder_num_heads': 2}
   model = hivit_jax.create_model(weights=path, **known)
   images, noise = arrays['image_nchw'].transpose(0, 2, 3, 1), arrays['noise']
-  loss = quick_jit(lambda model, x: model(x, noise=noise).loss)
+  loss = jax.jit(lambda model, x: model(x, noise=noise).loss)
   assert_close(loss(model, images.repeat(3, axis=3)), arrays['loss'])
   out = exporter.state_dict(model)
   assert set(out) - set(state) == {
@@ -564,7 +563,7 @@ def test_channels_of_the_patch_embedding(saratrx):
     models[channels] = hivit_jax.create_model('backbone_hivit_tiny', **shapes, channels=channels)
     report = importer.load_into(models[channels], encoder)
     assert ('patch_embed.proj.weight' in report.resized) == (channels != 3)
-  run = quick_jit(lambda model, x: model.forward_features(x))
+  run = jax.jit(lambda model, x: model.forward_features(x))
   assert_close(run(models[1], images[..., :1]), run(models[3], images), relative=5e-6)
   pair = np.concatenate([images, other], axis=3)
   assert_close(run(models[6], pair), run(models[3], (images + other) / 2), relative=5e-6)

@@ -21,7 +21,6 @@ from tests.helpers import (
   TINY_SWIN,
   TINY_VIT,
   assert_close,
-  quick_jit,
   random_images,
   random_model,
 )
@@ -67,7 +66,7 @@ def test_features_their_mean_and_their_channels(family):
   images = jnp.asarray(random_images(2, 32, 32, 3))
   noise = jnp.full_like(model.drop_path_noise(jax.random.key(0), 2), 0.999)
 
-  @quick_jit
+  @jax.jit
   def run(images, noise):
     return (
       model.forward_features(images),
@@ -140,7 +139,7 @@ def test_without_classes_a_classifier_gives_the_features_before_the_head(name):
   assert isinstance(model, Classifier)
   images = jnp.asarray(random_images(2, 32, 32, 3))
 
-  @quick_jit
+  @jax.jit
   def run(images):
     pooled = model.pooled(images)
     return model(images), pooled if model.fc_norm is None else model.fc_norm(pooled)

@@ -29,6 +29,8 @@ def test_models_are_listed():
     'mae_hivit_base', 'mae_hivit_large', 'mae_hivit_small', 'mae_hivit_tiny',
     'mae_itpn_base', 'mae_itpn_large', 'mae_vit_base', 'mae_vit_large',
     'segment_hivit_base', 'segment_hivit_large', 'segment_hivit_small', 'segment_hivit_tiny',
+    'segment_swin_base', 'segment_swin_small', 'segment_swin_tiny',
+    'segment_vit_base', 'segment_vit_large',
     'simmim_swin_base', 'simmim_swin_small', 'simmim_swin_tiny',
     'swin_base', 'swin_base_global', 'swin_base_mlp_stem', 'swin_base_three_stages',
     'swin_small', 'swin_tiny', 'vit_base', 'vit_large',

@@ -18,7 +18,6 @@ from tests.helpers import (
   assert_close,
   golden_params,
   load_golden,
-  quick_jit,
   random_images,
   random_model,
 )
@@ -155,7 +154,7 @@ def test_of_equal_places_the_first_gets_the_gradient_of_the_pooled_level():
     model = nnx.merge(graphdef, params)
     return sum(jnp.square(x).sum() for x in model.features(images, drop_path_noise=noise))
 
-  grads = quick_jit(jax.grad(loss))(params)
+  grads = jax.jit(jax.grad(loss))(params)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
   x = jnp.zeros((1, 3, 5, 1)).at[0, 1, 1].set(1).at[0, 1, 2].set(1)
   pooled, pull = jax.vjp(units.max_pool, x)

@@ -27,7 +27,6 @@ from tests.helpers import (
   assert_trees_close,
   equations,
   marks_of,
-  quick_jit,
   random_images,
   random_model,
 )
@@ -76,6 +75,11 @@ PARAMETERS = {
   'segment_hivit_small': 147_876_868,
   'segment_hivit_base': 178_869_324,
   'segment_hivit_large': 407_362_636,
+  'segment_swin_tiny': 143_368_678,
+  'segment_swin_small': 164_686_582,
+  'segment_swin_base': 206_525_156,
+  'segment_vit_base': 211_284_268,
+  'segment_vit_large': 439_077_676,
   # As published, with the fixed position embeddings of the autoencoders.
   'vit_base': 86_567_656,
   'vit_large': 304_326_632,
@@ -246,7 +250,7 @@ def rpe_model():
 
 def test_stem_treats_units_independently(rpe_model):
   graphdef, params = rpe_model
-  encode = quick_jit(_stages(graphdef))
+  encode = jax.jit(_stages(graphdef))
   images = random_images(1, 64, 64, 3)
   changed = images.copy()
   changed[:, 16:32, 32:48] = random_images(1, 16, 16, 3, seed=1)  # unit 1 * 4 + 2
@@ -263,7 +267,7 @@ def test_dropped_units_leave_the_others_as_they_are(rpe_model):
   """Stem outputs of kept units are those of the whole image, in the order asked for; with every
   unit kept, in any order, the main stage's are too: positions and their biases move along."""
   graphdef, params = rpe_model
-  encode = quick_jit(_stages(graphdef))
+  encode = jax.jit(_stages(graphdef))
   images = random_images(2, 64, 64, 3)
   rng = np.random.default_rng(0)
   order = np.stack([rng.permutation(16) for _ in range(2)])
@@ -289,7 +293,7 @@ def test_masked_units_get_no_gradient_and_have_no_influence(rpe_model):
     outputs = _stages(graphdef)(params, images, ids=ids)
     return sum((w * x).sum() for w, x in zip(weights, outputs, strict=True)), outputs
 
-  run = quick_jit(jax.value_and_grad(objective, has_aux=True))
+  run = jax.jit(jax.value_and_grad(objective, has_aux=True))
   (_, outputs), gradient = run(images)
   gradient = np.asarray(split_units(gradient))
   kept = np.zeros((2, 16), bool)
@@ -318,7 +322,7 @@ def test_masking_saves_the_work_of_the_masked_units():
     return nnx.merge(graphdef, params).latent(images, ids=ids)
 
   def compiled_flops(function, *args):
-    return quick_jit(function).lower(*args).compile().cost_analysis()['flops']
+    return jax.jit(function).lower(*args).compile().cost_analysis()['flops']
 
   full = matmul_flops(whole, params, images)
   assert compiled_flops(whole, params, images) > 0.9 * full  # it counts them all
@@ -387,7 +391,7 @@ def test_non_square_images():
       stages = model.stages(images)
       return *map(to_rows_and_columns, stages[:2]), stages[2], model(images)
 
-    return quick_jit(function)
+    return jax.jit(function)
 
   first, second, tokens, logits = run(wide)(params, images)
   swapped = run(high)(_transposed(params, (2, 4)), images.swapaxes(1, 2))
@@ -420,7 +424,7 @@ def test_other_channel_counts():
     return new
 
   def tokens(graphdef, params, images):
-    return quick_jit(_stages(graphdef))(params, images)[2]
+    return jax.jit(_stages(graphdef))(params, images)[2]
 
   grey = abstract_model('hivit_tiny', **options, channels=1)
   four = abstract_model('hivit_tiny', **options, channels=4)
@@ -458,9 +462,9 @@ def test_remat_and_scan_change_nothing():
     )
     for form in ('', 'remat', 'scan', 'remat scan')
   }
-  expected = quick_jit(forms[''])(params)
+  expected = jax.jit(forms[''])(params)
   for form in ('remat', 'scan'):
-    assert_trees_close(quick_jit(forms[form])(params), expected)
+    assert_trees_close(jax.jit(forms[form])(params), expected)
 
   # And they are what they say: recomputation, and a loop over the main blocks.
   flops = {form: matmul_flops(function, params) for form, function in forms.items()}
@@ -514,7 +518,7 @@ def test_drop_path_acts_on_each_branch_of_each_example():
         layer.update({key: value * np.float32(scale) for key, value in layer.items()})
     return new
 
-  run = quick_jit(
+  run = jax.jit(
     lambda params, images, noise=None: nnx.merge(graphdef, params)(images, drop_path_noise=noise)
   )
   trained = run(params, images, noise)
@@ -522,7 +526,7 @@ def test_drop_path_acts_on_each_branch_of_each_example():
   assert_close(trained, expected)
   # Without numbers, in evaluation, nothing is dropped.
   plain, _ = abstract_model('hivit_tiny', **options | {'drop_path_rate': 0.0})
-  evaluated = quick_jit(lambda params, images: nnx.merge(plain, params)(images))(params, images)
+  evaluated = jax.jit(lambda params, images: nnx.merge(plain, params)(images))(params, images)
   assert_close(run(params, images), evaluated)
 
 
@@ -546,7 +550,7 @@ def test_bfloat16_is_close_to_float32():
       logits = nnx.merge(graphdef, params)(images)
       return jnp.square(logits).mean(), logits
 
-    results[dtype] = quick_jit(jax.value_and_grad(loss, has_aux=True))(params)
+    results[dtype] = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
   (loss, logits), grads = results[jnp.bfloat16]
   (exact_loss, exact_logits), exact_grads = results[jnp.float32]
   assert loss.dtype == logits.dtype == jnp.float32

@@ -13,7 +13,6 @@ from tests.helpers import (
   TINY_SWIN,
   TINY_VIT,
   assert_close,
-  quick_jit,
   random_images,
   random_model,
 )
@@ -31,9 +30,7 @@ def test_a_blocks_output_follows_from_its_attention(name, options):
   graphdef, params = random_model(name, **options)
   model = nnx.merge(graphdef, params)
   images = jnp.asarray(random_images(2, *model.image_size, 3))
-  (attention,) = quick_jit(lambda model, images: inside.look(model, images).attention)(
-    model, images
-  )
+  (attention,) = jax.jit(lambda model, images: inside.look(model, images).attention)(model, images)
   block = model.blocks[-1]
   # The input of the only block with attention, from a model without it.
   shorter = nnx.merge(graphdef, params)
@@ -60,7 +57,7 @@ def test_maps_are_the_models_at_any_size_and_the_model_stays_as_it_is():
   graphdef, params = random_model('mae_hivit_tiny', **TINY, scan=True, remat=True)
   model = nnx.merge(graphdef, params)
   images = jnp.asarray(random_images(1, 96, 32, 3))
-  found = quick_jit(inside.look)(model, images)
+  found = jax.jit(inside.look)(model, images)
   for actual, expected in zip(found.maps, model.features(images), strict=True):
     assert_close(actual, expected)
   assert [x.shape for x in found.attention] == [(1, 4, 12, 12)] * 2

@@ -1,5 +1,6 @@
 """iTPN's pyramid: of the kept units only, and of images of any size."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from tests.helpers import (
   TINY_MAE,
   abstract_model,
   assert_close,
-  quick_jit,
   random_images,
   random_model,
 )
@@ -24,7 +24,7 @@ def test_the_pyramid_of_a_unit_needs_no_other_unit():
   stages = model.stages(random_images(2, 64, 64, 3))
   ids = np.array([[3, 8], [15, 0]])
   pick = lambda x: x[np.arange(2)[:, None], ids]  # noqa: E731
-  run = quick_jit(lambda *stages: model.pyramid(*stages))
+  run = jax.jit(lambda *stages: model.pyramid(*stages))
   for some, everything in zip(run(*map(pick, stages)), run(*stages), strict=True):
     assert_close(some, pick(np.asarray(everything)), relative=2e-6)
 
@@ -35,7 +35,7 @@ def test_moved_positions_are_for_kept_units_only_and_have_the_gradient_of_a_copy
   moved = nnx.merge(graphdef, params)
   plain = nnx.merge(abstract_model('mae_itpn_base', **TINY_MAE, **OWN)[0], params)
   images, ids = random_images(1, 64, 64, 3), np.arange(16)[None]
-  tokens = lambda model, ids=None: quick_jit(lambda x: model.forward_features(x, ids))(images)  # noqa: E731
+  tokens = lambda model, ids=None: jax.jit(lambda x: model.forward_features(x, ids))(images)  # noqa: E731
   np.testing.assert_array_equal(tokens(moved), tokens(plain))
   assert_close(tokens(plain, ids), tokens(plain), relative=2e-6)
   assert np.abs(tokens(moved, ids) - tokens(plain)).max() > 1e-3

@@ -15,7 +15,6 @@ from tests.helpers import (
   abstract_model,
   assert_close,
   assert_trees_close,
-  quick_jit,
   random_images,
   random_model,
 )
@@ -71,12 +70,12 @@ def test_every_way_to_choose_the_same_units(mae):
   key = jax.random.key(0)
   noise = nnx.merge(graphdef, params).masking_noise(key, 2)
   assert noise.shape == (2, 16)
-  by_key = quick_jit(_call(graphdef))(params, images, rng=key)
-  by_noise = quick_jit(_call(graphdef))(params, images, noise=noise)
+  by_key = jax.jit(_call(graphdef))(params, images, rng=key)
+  by_noise = jax.jit(_call(graphdef))(params, images, noise=noise)
   jax.tree.map(np.testing.assert_array_equal, by_key, by_noise)
 
   # The mask says which units, not in which order the encoder gets them.
-  by_mask = quick_jit(_call(graphdef, mask=np.asarray(by_key.mask)))(params, images)
+  by_mask = jax.jit(_call(graphdef, mask=np.asarray(by_key.mask)))(params, images)
   assert_close(by_mask.loss, by_noise.loss)
   assert_close(by_mask.pred, by_noise.pred)
   np.testing.assert_array_equal(by_mask.mask, by_noise.mask)
@@ -91,8 +90,8 @@ def test_ratio_and_mask_of_a_call_go_before_the_models(mae):
   images = random_images(2, 64, 64, 3)
   noise = np.random.default_rng(0).random((2, 16), np.float32)
   mask = (noise > np.sort(noise, axis=1)[:, 5:6]).astype(bool)  # keeps six
-  half = quick_jit(_call(graphdef, noise=noise, mask_ratio=0.5))(params, images)
-  six = quick_jit(_call(graphdef, mask=mask))(params, images)
+  half = jax.jit(_call(graphdef, noise=noise, mask_ratio=0.5))(params, images)
+  six = jax.jit(_call(graphdef, mask=mask))(params, images)
   assert (half.mask.sum(axis=1) == 8).all()
   np.testing.assert_array_equal(six.mask, mask)
   assert six.ids_keep.shape == (2, 6)
@@ -159,7 +158,7 @@ def test_predictions_come_from_visible_pixels_only(mae):
     out = nnx.merge(graphdef, params)(images, noise=noise)
     return (weights * out.pred).sum(), out
 
-  run = quick_jit(jax.value_and_grad(objective, has_aux=True))
+  run = jax.jit(jax.value_and_grad(objective, has_aux=True))
   (_, out), gradient = run(images)
   gradient = np.asarray(split_units(gradient))
   assert (gradient[removed] == 0).all()
@@ -179,7 +178,7 @@ def test_loss_is_the_mean_over_removed_pixels(norm_pix_loss):
   )
   images = 0.5 + random_images(2, 32, 64, 3)
   noise = np.random.default_rng(0).random((2, 8), np.float32)
-  out = quick_jit(_call(graphdef, noise=noise, mask_ratio=0.5))(params, images)
+  out = jax.jit(_call(graphdef, noise=noise, mask_ratio=0.5))(params, images)
   errors = []
   for b in range(2):
     for n in range(8):
@@ -227,7 +226,7 @@ def test_decoder_gets_all_stages_or_the_last():
     model, other = nnx.merge(graphdef, params), nnx.merge(single, encoder)
     return model.latent(images, ids=ids), other.latent(images, ids=ids), model.stages(images)
 
-  every, last, stages = quick_jit(latents)(params, encoder, images)
+  every, last, stages = jax.jit(latents)(params, encoder, images)
   assert every.shape == (1, 2, 224)
   assert last.shape == (1, 2, 32)
   # Undo the LayerNorm: stage 3's part is `last` up to one factor and one offset per unit.
@@ -244,7 +243,7 @@ def test_other_channel_counts(channels):
   graphdef, params = random_model(NAME, **TINY_MAE | {'image_size': 32}, channels=channels)
   images = random_images(2, 32, 32, channels)
   noise = np.random.default_rng(0).random((2, 4), np.float32)
-  out = quick_jit(_call(graphdef, noise=noise))(params, images)
+  out = jax.jit(_call(graphdef, noise=noise))(params, images)
   assert out.pred.shape == (2, 4, 256 * channels)
   # In the space of the target: the same pixels in the same order.
   model = nnx.merge(graphdef, params)
@@ -269,7 +268,7 @@ def test_scan_changes_nothing():
       out = nnx.merge(graphdef, params)(images, noise=noise, drop_path_noise=drop)
       return out.loss, out
 
-    return quick_jit(jax.grad(loss, has_aux=True))(params)
+    return jax.jit(jax.grad(loss, has_aux=True))(params)
 
   grads, out = training(scan=True)
   expected_grads, expected_out = training()
@@ -285,12 +284,12 @@ def test_drop_path_is_off_unless_it_gets_numbers():
   plain, _ = abstract_model(NAME, **options)
   images = random_images(2, 32, 32, 3)
   noise = np.random.default_rng(0).random((2, 4), np.float32)
-  evaluated = quick_jit(_call(graphdef, noise=noise))(params, images)
+  evaluated = jax.jit(_call(graphdef, noise=noise))(params, images)
   jax.tree.map(
-    np.testing.assert_array_equal, evaluated, quick_jit(_call(plain, noise=noise))(params, images)
+    np.testing.assert_array_equal, evaluated, jax.jit(_call(plain, noise=noise))(params, images)
   )
   drop = np.ones((2, 6, 2), np.float32) - 1e-3
-  trained = quick_jit(_call(graphdef, noise=noise, drop_path_noise=drop))(params, images)
+  trained = jax.jit(_call(graphdef, noise=noise, drop_path_noise=drop))(params, images)
   assert abs(trained.loss - evaluated.loss) > 1e-3
 
 
@@ -302,6 +301,6 @@ def test_pooled_features_are_the_mean_token_of_the_whole_image(mae):
     model = nnx.merge(graphdef, params)
     return model.pooled(images), model.forward_features(images)
 
-  pooled, tokens = quick_jit(function)(params)
+  pooled, tokens = jax.jit(function)(params)
   assert pooled.shape == (2, 32)
   assert_close(pooled, np.asarray(tokens).mean(axis=1))

@@ -24,7 +24,6 @@ from tests.helpers import (
   assert_close,
   golden_params,
   load_golden,
-  quick_jit,
   random_images,
   random_model,
   torch_gradients,
@@ -94,7 +93,7 @@ def test_the_pyramid_and_its_gradients_equal_the_official_ones():
     inputs = [last(arrays[f'{case}/input/{i}']) for i in range(4)]
     weights = [last(arrays[f'{case}/weights/{i}']) for i in range(5)]
 
-    @quick_jit
+    @jax.jit
     def run(params, inputs, weights):
       outputs, pull = jax.vjp(lambda p, x: part.model(p)(x), params, inputs)
       return outputs, pull(tuple(weights))
@@ -141,7 +140,7 @@ def test_the_proposal_head_its_losses_and_gradients_equal_the_official_ones(head
     return total, levels
 
   with jax.enable_x64(True):
-    (value, levels), (grads, of_maps) = quick_jit(
+    (value, levels), (grads, of_maps) = jax.jit(
       jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     )(part.params, maps)
   assert_close(value, arrays['rpn/loss'])
@@ -178,10 +177,10 @@ def test_the_box_head_its_losses_gradients_and_statistics_equal_the_official_one
     return (sums['class'] + sums['box']) / count, (sums, logits, deltas, statistics)
 
   with jax.enable_x64(True):
-    (_, (sums, logits, deltas, statistics)), (grads, of_features) = quick_jit(
+    (_, (sums, logits, deltas, statistics)), (grads, of_features) = jax.jit(
       jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     )(part.params, padded(features, 9.0))
-    evaluated = quick_jit(lambda params: part.model(params)(features))(part.params)
+    evaluated = jax.jit(lambda params: part.model(params)(features))(part.params)
     sums = jax.device_get(sums)
   assert_close(sums['class'] / count, arrays['box/loss_cls'])
   assert_close(sums['box'] / count, arrays['box/loss_bbox'])
@@ -208,7 +207,7 @@ def test_the_mask_head_its_loss_and_gradients_equal_the_official_ones(heads):
     return total / len(labels), logits
 
   with jax.enable_x64(True):
-    (value, logits), (grads, of_features) = quick_jit(
+    (value, logits), (grads, of_features) = jax.jit(
       jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     )(part.params, features)
   assert_close(value, arrays['mask/loss'][0])
@@ -270,7 +269,7 @@ def test_detections_of_an_image_equal_the_official_ones_stage_by_stage():
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   images, sizes = last(arrays['image_nchw']), np.array([config['img_shape']], np.int32)
 
-  @quick_jit
+  @jax.jit
   def run(params):
     model: MaskRCNN = nnx.merge(graphdef, params)
     maps = model.pyramid(images)
@@ -318,7 +317,7 @@ def test_vit_makes_maps_of_all_strides_from_its_own_part_of_a_canvas():
   images[1, 64:] = images[1, :, 96:] = 0
   canvases = np.array([[96, 128], [64, 96]], np.int32)
 
-  @quick_jit
+  @jax.jit
   def run(params, images, canvases):
     return nnx.merge(graphdef, params).pyramid(images, canvases)
 

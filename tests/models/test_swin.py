@@ -9,7 +9,7 @@ import hivit_jax
 from hivit_jax.errors import UserError
 from hivit_jax.models import swin
 from hivit_jax.models.windows import join_windows, split_windows
-from tests.helpers import assert_close, quick_jit, random_images
+from tests.helpers import assert_close, random_images
 
 TINY = {
   'image_size': 64, 'embed_dim': 16, 'depths': (2, 2), 'num_heads': (2, 4), 'window_size': 4
@@ -82,7 +82,7 @@ def test_simmim_sees_no_masked_pixel_and_learns_from_no_other(simmim):
   images = jnp.asarray(random_images(2, 64, 128, 3))
   noise = jax.random.uniform(jax.random.key(1), (2, 8))
 
-  @quick_jit
+  @jax.jit
   def run(images):
     out, pullback = jax.vjp(lambda x: simmim(x, noise=noise).pred, images)
     return simmim(images, noise=noise), pullback(jnp.ones_like(out))[0]

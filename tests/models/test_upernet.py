@@ -22,7 +22,6 @@ from tests.helpers import (
   assert_close,
   golden_params,
   load_golden,
-  quick_jit,
   random_images,
   random_model,
   torch_gradients,
@@ -317,7 +316,7 @@ def test_every_encoder_takes_either_head(name):
     assert ('linear_levels' in head) == (parts == {'backbone', 'decode_head'})
   graphdef, params = random_model(name, **ENCODERS[name] | HEADS[0] | {'image_size': 64})
 
-  @quick_jit
+  @jax.jit
   def gradients(params):
     return jax.grad(lambda p: sum(map(jnp.sum, nnx.merge(graphdef, p).heads(images))))(params)
 

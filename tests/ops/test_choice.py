@@ -19,7 +19,6 @@ from tests.helpers import (
   assert_close,
   assert_trees_close,
   equations,
-  quick_jit,
   random_images,
   random_model,
 )
@@ -70,7 +69,7 @@ def draw(shapes, *leading: int, seed: int = 0) -> list[np.ndarray]:
   return [rng.standard_normal((*leading, *shape), np.float32) for shape in shapes]
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(function, arrays):
   value, pullback = jax.vjp(function, *arrays)
   weights = np.random.default_rng(9).standard_normal(value.shape, np.float32)
@@ -171,8 +170,8 @@ def _loss(name: str, **options):
 @pytest.mark.slow
 def test_a_plain_model_has_the_loss_and_the_gradients_of_a_fast_one():
   (fast, params), (plain, _) = (_loss('mae_hivit_tiny', ops=ops) for ops in choice.FORMS)
-  loss, gradients = quick_jit(jax.value_and_grad(fast))(params)
-  expected, expected_gradients = quick_jit(jax.value_and_grad(plain))(params)
+  loss, gradients = jax.jit(jax.value_and_grad(fast))(params)
+  expected, expected_gradients = jax.jit(jax.value_and_grad(plain))(params)
   assert_close(loss, expected)
   assert_trees_close(gradients, expected_gradients, relative=5e-5)
 

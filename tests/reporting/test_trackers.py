@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from hivit_jax.errors import UserError
+from hivit_jax.errors import Stopped, UserError
 from hivit_jax.reporting import trackers
 from hivit_jax.reporting.metrics import MetricWriter
 from tests.runs import STEPS, last_step, metrics
@@ -97,8 +97,10 @@ class Recorder:
   def write_image(self, step, tag, image):
     self.seen.append((step, tag))
 
-  def close(self):
+  def close(self, error):
     self.seen.append('closed')
+    if error:
+      raise ConnectionError('gone')
 
 
 opened: list[Recorder] = []
@@ -110,6 +112,37 @@ def test_a_tracker_from_outside(tmp_path):
   with MetricWriter(tmp_path, start_step=4, tracked_by=(name,), config={'seed': 1}) as writer:
     writer.write(5, {'a': 1})
   assert opened.pop().seen == [(tmp_path.name, 4, {'seed': 1}), (5, {'a': 1}), 'closed']
+
+
+def test_one_from_outside_that_fails_is_reported(tmp_path, caplog):
+  name = f'{__name__}:Recorder'
+  with pytest.raises(Stopped), MetricWriter(tmp_path, tracked_by=(name,)):
+    raise Stopped
+  assert opened.pop().seen[-1] == 'closed'
+  (warning,) = caplog.messages
+  assert warning.startswith(f'tracker {name}: gone; the run goes on')
+
+
+@pytest.mark.parametrize(('error', 'status'), [(Stopped, 'KILLED'), (OSError, 'FAILED')])
+def test_a_run_that_did_not_finish_is_shown_so(store, tmp_path, error, status):
+  with pytest.raises(error), MetricWriter(tmp_path / 'run', tracked_by=('mlflow',)):
+    raise error
+  assert only_run(MlflowClient()).info.status == status
+
+
+def test_a_run_that_is_gone_or_damaged_ids_get_one_line(store, tmp_path):
+  with MetricWriter(tmp_path / 'run', tracked_by=('mlflow',)):
+    pass
+  client = MlflowClient()
+  client.delete_run(only_run(client).info.run_id)
+  ids = tmp_path / 'run' / 'trackers.json'
+  with pytest.raises(UserError, match=rf'trackers=mlflow: .*, or delete {ids} to begin a new run'):
+    MetricWriter(tmp_path / 'run', tracked_by=('mlflow',))
+  for damaged in ('{"mlflow": "12', '[]'):
+    ids.write_text(damaged)
+    for name in ('mlflow', 'wandb'):
+      with pytest.raises(UserError, match=rf'^{ids} is damaged: delete it to begin a new run'):
+        MetricWriter(tmp_path / 'run', tracked_by=(name,))
 
 
 def test_unknown_names_are_not_known():

@@ -25,7 +25,6 @@ from tests.helpers import (
   assert_trees_close,
   golden_params,
   load_golden,
-  quick_jit,
   random_model,
   torch_gradients,
 )
@@ -143,9 +142,9 @@ def test_losses_gradients_and_statistics_equal_the_official_ones(golden, monkeyp
     return value, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), sent['wanted'])
 
   with jax.enable_x64(True):
-    (value, (metrics, statistics, wanted)), grads = quick_jit(
-      jax.value_and_grad(loss, has_aux=True)
-    )(params)
+    (value, (metrics, statistics, wanted)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+      params
+    )
   assert_close(metrics['loss_rpn_class'], arrays['loss/loss_rpn_cls'].sum())
   assert_close(metrics['loss_rpn_box'], arrays['loss/loss_rpn_bbox'].sum())
   assert_close(metrics['loss_class'], arrays['loss/loss_cls'])
@@ -228,7 +227,7 @@ def test_more_canvas_changes_no_feature_and_no_detection(detector):
   small = batch_of((96, 128))
   large = batch_of((160, 192))
   with jax.enable_x64(True):
-    (maps, found), (larger, found_larger) = (quick_jit(run)(params, b) for b in (small, large))
+    (maps, found), (larger, found_larger) = (jax.jit(run)(params, b) for b in (small, large))
   own = detect.own_shapes(detect.own_canvas(small['size']))
   for level, (a, b) in enumerate(zip(maps, larger, strict=True)):
     for image in range(2):
@@ -246,7 +245,7 @@ def test_an_image_on_its_own_canvas_needs_no_masks(detector):
   graphdef, params = detector
   batch = batch_of((64, 96), sizes=((60, 90), (64, 96)))
 
-  @quick_jit
+  @jax.jit
   def run(params):
     model = nnx.merge(graphdef, params)
     images = TASK.padded_images(batch)
@@ -268,7 +267,7 @@ def gradients(detector):
     terms = [metrics[f'loss_{name}'] for name in LOSSES]
     return jnp.stack(terms) @ chosen, (total, metrics)
 
-  run = quick_jit(jax.grad(loss, has_aux=True))
+  run = jax.jit(jax.grad(loss, has_aux=True))
 
   def of(prepared, terms=LOSSES):
     chosen = np.array([name in terms for name in LOSSES], np.float64)
@@ -283,7 +282,7 @@ def gradients(detector):
 def prepare(detector):
   """`prepare(batch)`: with the random numbers of a step."""
   graphdef, params = detector
-  run = quick_jit(lambda params, batch: TASK.prepare(nnx.merge(graphdef, params), batch, KEY))
+  run = jax.jit(lambda params, batch: TASK.prepare(nnx.merge(graphdef, params), batch, KEY))
   return lambda batch: jax.device_get(run(params, batch))
 
 
@@ -381,7 +380,7 @@ def test_a_cascade_finds_with_the_mean_of_the_scores_of_its_heads():
     head['fc_cls']['bias'] = jnp.zeros(6).at[i].set(9.0)
   batch = batch_of((64, 64), sizes=((64, 64), (64, 61)))
 
-  @quick_jit
+  @jax.jit
   def run(params, batch):
     model = nnx.merge(graphdef, params)
     found = model.detect(TASK.padded_images(batch), batch['size'], detect.own_canvas(batch['size']))

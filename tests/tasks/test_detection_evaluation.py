@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-pytest.importorskip('pycocotools')
-
 from hivit_jax.data import coco
 from hivit_jax.errors import UserError
 from hivit_jax.tasks import detect, detection_evaluation
 from hivit_jax.train import inputs
-from tests.helpers import quick_jit, random_model
+from tests.helpers import random_model
 from tests.tasks.test_detection_results import BOXES, SIZE, OwnIds, found
 
 TASK = detect.DetectTask((0.5,) * 3, (0.5,) * 3, num_classes=2)
@@ -97,7 +95,7 @@ def test_parameters_and_their_average_leave_tables_and_results_in_the_ids_of_the
 
 
 def test_swin_takes_images_of_any_size_on_the_canvas_of_the_model(monkeypatch):
-  monkeypatch.setattr(jax, 'jit', quick_jit)
+  monkeypatch.setattr(jax, 'jit', jax.jit)
   graphdef, params = random_model(
     'detect_swin_tiny', image_size=64, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1),
     window_size=2, num_classes=2, neck_channels=8, hidden=16, nms_pre=(32, 32), proposals=16,

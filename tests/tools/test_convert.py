@@ -27,7 +27,7 @@ from hivit_jax.train.checkpoint import Checkpoints, load_params
 from hivit_jax.train.run import evaluate, train
 from hivit_jax.train.weights import read
 from tests import patience
-from tests.helpers import TINY_SWIN, TINY_VIT, quick_jit, random_model
+from tests.helpers import TINY_SWIN, TINY_VIT, random_model
 from tests.interop_files import golden_state, official, save
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def test_a_baseline_goes_there_and_back_and_is_evaluated_by_its_weights_alone(
     batch = next(batches)
   images = normalize(batch['image'], config.data.mean, config.data.std)
   own = optax.softmax_cross_entropy_with_integer_labels(
-    quick_jit(model.__call__)(images), batch['label']
+    jax.jit(model.__call__)(images), batch['label']
   )
   assert metrics['eval/loss'] == pytest.approx(float(own.mean()), rel=1e-4)
 
@@ -119,6 +119,12 @@ def test_layouts_differ_in_names_and_wrapping(run, tmp_path):
     assert bare == (layout == 'official')
   run('to-torch', path, out=tmp_path / 'y.safetensors', layout='backbone', prefix='', num_heads=4)
   assert 'patch_embed.proj.weight' in files._read_safetensors(tmp_path / 'y.safetensors')[0]
+
+
+def test_to_hub_takes_what_a_file_does_not_say(run, tmp_path):
+  files.write(tmp_path / 'x.safetensors', golden_state('hivit_rpe'))
+  run('to-hub', tmp_path / 'x.safetensors', out=tmp_path / 'y', image_size='32x128')
+  assert hivit_jax.create_model(f'local-dir:{tmp_path}/y').image_size == (32, 128)
 
 
 def test_a_workdir_has_weights_and_averaged_weights(run, tmp_path):
@@ -148,6 +154,10 @@ def test_a_workdir_has_weights_and_averaged_weights(run, tmp_path):
     ('from-torch', {'out': 'y', 'model': 'hivit_tiny'}, 'does not fit this model'),
     ('from-torch', {'out': 'y', 'model': 'hivit_tny'}, 'did you mean "hivit_tiny"'),
     ('from-torch', {'out': 'y', 'image_size': '64y'}, '--image_size=64y: expected a side'),
+    ('to-hub', {'out': 'y', 'layout': 'mae'}, 'to-hub has no --layout'),
+    ('to-hub', {'out': 'y', 'prefix': ''}, 'to-hub has no --prefix'),
+    ('to-hub', {'out': 'y', 'model': 'hivit_tiny'}, 'to-hub has no --model'),
+    ('to-hub', {'out': 'y', 'partial': True}, 'to-hub has no --partial'),
     ('from_torch', {'out': 'y'}, 'did you mean "from-torch"'),
     ('from-torch', {}, 'where to'),
   ],

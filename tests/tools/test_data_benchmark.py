@@ -7,14 +7,14 @@ import pytest
 
 from hivit_jax.data.transforms import train_transform
 from hivit_jax.errors import UserError
-from hivit_jax.tools import data_benchmark
+from hivit_jax.tools import data_benchmark, photographs
 
 TINY = {'images': 65, 'repeats': 2, 'size': 64, 'segmented': 96, 'num_threads': 2}
 MAIN = TINY | {'detected': 2}
 
 
 def test_photographs_are_jpeg_files_of_imagenet_like_size():
-  for file in data_benchmark.photo_files():
+  for file in photographs.photo_files():
     assert file.startswith(b'\xff\xd8')
     assert 30_000 < len(file) < 300_000
 
@@ -71,4 +71,4 @@ def test_supervised_side_is_the_published_augmentation(monkeypatch):
 def test_missing_photographs_are_a_user_error(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='pip install scikit-image'):
-    data_benchmark.photo_files()
+    photographs.photo_files()

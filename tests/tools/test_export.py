@@ -1,5 +1,6 @@
 """Exported files run where this package is not, on any batch, and give what the model gives."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -8,12 +9,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from flax import nnx
 
 import hivit_jax
 from hivit_jax.errors import UserError
-from hivit_jax.tools import export
+from hivit_jax.tools import exporting
 from tests import patience
 from tests.helpers import TINY, TINY_SWIN, TINY_VIT, assert_close, random_model
 from tests.runs import error_of
@@ -38,7 +38,7 @@ np.savez(outputs, *[np.asarray(x, np.float32) for x in out])
 """
 
 
-def _inputs(what: export.Forward, batch: int) -> list[np.ndarray]:
+def _inputs(what: exporting.Forward, batch: int) -> list[np.ndarray]:
   rng = np.random.default_rng(0)
   sizes = {'b': batch, 'k': 2}
   shapes = [[sizes.get(n, n) for n in shape] for shape, _ in what.inputs.values()]
@@ -77,9 +77,9 @@ def test_a_classifier_runs_without_this_package(forks, tmp_path, beside):
   assert done.status == 0, done.stderr
   weights = f'weights of {tmp_path}/vit.safetensors; ' if beside else ''
   assert done.stdout == (
-    f"wrote {file} for cpu, cuda, tpu: {weights}images float32['b', 32, 32, 3] -> float32[b, 3]\n"
+    f'wrote {file} for cpu, cuda, tpu: {weights}images float32[b, 32, 32, 3] -> float32[b, 3]\n'
   )
-  inputs = _inputs(export.forward(model, 'prediction'), 3)
+  inputs = _inputs(exporting.forward(model, 'prediction'), 3)
   (logits,) = _elsewhere(
     tmp_path, file, inputs, str(file.with_suffix('.safetensors')) if beside else ''
   )
@@ -91,6 +91,13 @@ CASES = [
   ('mae_vit_base', TINY_VIT | {'decoder_embed_dim': 16, 'decoder_depth': 1,
                                'decoder_num_heads': 2, 'mask_ratio': 0.5}, 'prediction', 3),
   ('swin_tiny', TINY_SWIN | {'num_classes': 3}, 'pooled', 1),
+  ('hivit_tiny', TINY, 'tokens', 1),
+  ('backbone_hivit_tiny', TINY | {'window_size': 2, 'global_blocks': (1,)}, 'prediction', 4),
+  ('segment_hivit_tiny', {'image_size': 32, 'position_image_size': 32, 'embed_dim': 16,
+                          'depths': (1, 1, 1), 'num_heads': 2, 'num_classes': 3,
+                          'head_channels': 8, 'auxiliary_channels': 4}, 'prediction', 1),
+  ('simmim_swin_tiny', TINY_SWIN | {'mask_ratio': 0.5}, 'prediction', 3),
+  ('vit_base', VIT | {'dtype': 'bfloat16'}, 'prediction', 1),
 ]  # fmt: skip
 
 
@@ -99,8 +106,8 @@ def test_every_output_equals_the_models_for_any_batch(name, settings, output, re
   pytest.importorskip('flatbuffers')
   graphdef, params = random_model(name, ops='plain', **settings)
   model = nnx.merge(graphdef, params)
-  what = export.forward(model, output)
-  done, _ = export.exported(model, what, ['cpu', 'cuda', 'tpu'])
+  what = exporting.forward(model, output)
+  done, _ = exporting.exported(model, what, ['cpu', 'cuda', 'tpu'])
   again = jax.export.deserialize(done.serialize())
   for batch in (1, 3):
     inputs = _inputs(what, batch)
@@ -111,16 +118,25 @@ def test_every_output_equals_the_models_for_any_batch(name, settings, output, re
       assert_close(one, other, relative=1e-6)
 
 
+def test_what_depends_on_the_batch_is_refused_in_one_line():
+  model = nnx.merge(*random_model('vit_base', ops='plain', **VIT))
+  images = exporting.forward(model, 'prediction').inputs
+  what = exporting.Forward(lambda model, x: model(x) if x.shape[0] > 2 else x.sum(), images)
+  with pytest.raises(UserError, match=r'^ViT cannot be exported .* for any batch: .*') as caught:
+    exporting.exported(model, what, ['cpu'])
+  assert '\n' not in str(caught.value)
+
+
 def test_no_kernel_of_one_platform_is_in_the_file():
   model = nnx.merge(*random_model('vit_base', ops='plain', dtype='bfloat16', **VIT))
-  done, _ = export.exported(model, export.forward(model, 'prediction'), ['cuda', 'tpu'])
+  done, _ = exporting.exported(model, exporting.forward(model, 'prediction'), ['cuda', 'tpu'])
   text = done.mlir_module()
   assert set(re.findall(r'custom_call @([\w$.]+)', text)) <= {'shape_assertion'}
   assert 'bf16' in text
   assert done.platforms == ('cuda', 'tpu')
 
 
-def test_mistakes_have_one_line(forks, tmp_path, monkeypatch):
+def test_mistakes_have_one_line(forks, tmp_path):
   done = forks('hivit_jax/tools/export.py', str(tmp_path / 'no.pth'), f'--out={tmp_path}/x')
   assert 'no.pth does not exist' in error_of(done)
   done = forks('hivit_jax/tools/export.py', str(tmp_path))
@@ -129,9 +145,9 @@ def test_mistakes_have_one_line(forks, tmp_path, monkeypatch):
   assert '--out=y.safetensors: that is an ending of weights' in error_of(done)
   done = forks('hivit_jax/tools/export.py', 'x.pth', '--out=y', '--platforms=cpu,gpu')
   assert '--platforms: "gpu" is not one of cpu, cuda, rocm, tpu' in error_of(done)
-  model = nnx.merge(*random_model('vit_base', ops='plain', **VIT))
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(['export'])
-  monkeypatch.setitem(sys.modules, 'jax2onnx', None)
-  with pytest.raises(UserError, match='--format=onnx needs jax2onnx'):
-    export._onnx(model, export.forward(model, 'pooled'), tmp_path / 'x.onnx')
+  onnx = ('x.pth', '--out=x.onnx', '--format=onnx')
+  done = forks('hivit_jax/tools/export.py', *onnx, '--platforms=cpu')
+  assert '--format=onnx is float32 with its weights inside, for every' in error_of(done)
+  if importlib.util.find_spec('jax2onnx') is None:
+    done = forks('hivit_jax/tools/export.py', *onnx)
+    assert '--format=onnx needs jax2onnx' in error_of(done)

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,7 +11,7 @@ from PIL import Image
 from hivit_jax.interop import exporter, files
 from hivit_jax.models import inside
 from hivit_jax.tools import components
-from tests.helpers import TINY, TINY_SWIN, TINY_VIT, assert_close, quick_jit, random_model
+from tests.helpers import TINY, TINY_SWIN, TINY_VIT, assert_close, random_model
 from tests.runs import content
 
 OWN = {'mean': (0.6, 0.4, 0.5), 'std': (0.2, 0.3, 0.4)}
@@ -72,7 +73,7 @@ def shown(features, model, weights, pictures, tmp_path_factory):
 def test_the_arrays_are_the_models(shown, model, pictures):
   _, arrays = shown
   assert list(arrays['paths']) == [str(pictures / 'a.png'), str(pictures / 'b.png')]
-  look = quick_jit(inside.look)
+  look = jax.jit(inside.look)
   for i, name in enumerate('ab'):
     with Image.open(pictures / f'{name}.png') as image:
       pixels = np.asarray(image) / 255

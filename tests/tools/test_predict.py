@@ -14,7 +14,7 @@ from hivit_jax.data.transforms import eval_transform
 from hivit_jax.interop import exporter, files
 from hivit_jax.tools import contact_sheet
 from hivit_jax.train.checkpoint import Checkpoints
-from tests.helpers import TINY, TINY_SWIN, TINY_VIT, quick_jit, random_model
+from tests.helpers import TINY, TINY_SWIN, TINY_VIT, random_model
 from tests.runs import content, error_of
 
 SIZE = (32, 48)
@@ -92,7 +92,7 @@ def readable(folder) -> list[str]:
 def probabilities(classifier, photographs):
   """`(paths, statistics, ema=False)` -> (B, 7): numpy around the model's logits."""
   graphdef, params, averaged = classifier
-  logits = quick_jit(lambda params, images: nnx.merge(graphdef, params)(images))
+  logits = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
   paths = readable(photographs)
   images = np.stack([pixels(path, SIZE) for path in paths]) / 255
 
@@ -187,7 +187,7 @@ def test_a_baseline_is_told_from_its_weights(predict, photographs, tmp_path, nam
   path = readable(photographs)[0]
   image = pixels(path, options['image_size']) / 255
   image = (image - np.array(IMAGENET['mean'])) / np.array(IMAGENET['std'])
-  expected = jax.nn.softmax(quick_jit(model.__call__)(image[None].astype(np.float32)))
+  expected = jax.nn.softmax(jax.jit(model.__call__)(image[None].astype(np.float32)))
   done = predict(f'--weights={tmp_path}/x.safetensors', path, '--json')
   check(parsed(done.stdout), [path], np.asarray(expected), '0123456')
 

@@ -2,8 +2,6 @@
 
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,7 +12,7 @@ pytest.importorskip('pycocotools')
 from hivit_jax.data import class_lists, coco
 from hivit_jax.tasks import detection_pictures
 from hivit_jax.tools import predict_objects
-from tests.helpers import quick_jit, random_model
+from tests.helpers import random_model
 from tests.models.test_mask_rcnn import DETECTOR
 
 STATISTICS = {'mean': (0.5,) * 3, 'std': (0.25,) * 3}
@@ -25,15 +23,10 @@ SIZES = {'wide': (70, 40), 'tall': (20, 90)}
 
 @pytest.fixture(scope='module')
 def model():
-  graphdef, params = random_model('detect_hivit_tiny', **DETECTOR)
-  positive = lambda path, x: jnp.abs(x) + 0.1 if path[-1].key == 'var' else x  # noqa: E731
-  return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(positive, params))
+  return nnx.merge(*random_model('detect_hivit_tiny', **DETECTOR))
 
 
-def test_objects_are_printed_and_drawn_in_the_pixels_of_the_image(
-  model, tmp_path, capsys, monkeypatch
-):
-  monkeypatch.setattr(jax, 'jit', quick_jit)
+def test_objects_are_printed_and_drawn_in_the_pixels_of_the_image(model, tmp_path, capsys):
   rng = np.random.default_rng(0)
   for name, (width, height) in SIZES.items():
     Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(

@@ -2,15 +2,14 @@
 
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
 
 from hivit_jax.data import class_lists
-from hivit_jax.tools import predict_pixels
+from hivit_jax.errors import UserError
+from hivit_jax.tools import loaded, predict_pixels
 from tests.helpers import random_model
 
 MODEL = {
@@ -23,9 +22,23 @@ NAMES = ('sky', 'sea', 'sand')
 
 @pytest.fixture(scope='module')
 def model():
-  graphdef, params = random_model('segment_hivit_tiny', **MODEL)
-  positive = lambda path, x: jnp.abs(x) + 0.1 if path[-1].key == 'var' else x  # noqa: E731
-  return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(positive, params))
+  return nnx.merge(*random_model('segment_hivit_tiny', **MODEL))
+
+
+@pytest.mark.parametrize(
+  ('names', 'folder', 'said'),
+  [
+    (['a.png'], 'photos', 'the picture a.png would overwrite an image'),
+    (['a.jpg', 'a_colour.png'], 'photos', 'the picture a_colour.png would overwrite an image'),
+    (['a.jpg', 'a.png'], 'out', 'a.jpg and .*a.png would both be a.png'),
+    (['legend.jpg'], 'out', 'the legend and .*legend.jpg would both be legend.png'),
+  ],
+)
+def test_no_picture_replaces_another(tmp_path, names, folder, said):
+  paths = [str(tmp_path / 'photos' / name) for name in names]
+  with pytest.raises(UserError, match=f'^--save=.*{said}'):
+    loaded.check_pictures(paths, tmp_path / folder, predict_pixels.pictures)
+  loaded.check_pictures(paths[:1] * 2, tmp_path / 'out', lambda path: [f'{path}_objects.png'])
 
 
 def test_pictures_shares_and_broken_images(model, tmp_path, capsys):

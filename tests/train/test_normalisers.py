@@ -91,7 +91,6 @@ def _gradients(kind: str, devices: int, accumulate_steps: int) -> dict:
   train_step = step.make_train_step(
     graphdef, task, optimizer, lambda _: 0.1,
     seed=0, abstract=state, accumulate_steps=accumulate_steps,
-    compiler_options={'xla_backend_optimization_level': '0'},
   )  # fmt: skip
   state, metrics = train_step(state, sharding.put_batch({'image': images, **batch}, mesh))
   flat = torch_names.flatten(jax.device_get(state['opt_state']))

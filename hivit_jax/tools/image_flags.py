@@ -1,0 +1,21 @@
+"""The flags of tools that show images to a model."""
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from hivit_jax.errors import UserError
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'Workdir of a model, or a checkpoint.')
+WEIGHTS = flags.DEFINE_string('weights', None, 'A .pth or .safetensors file instead.')
+EMA = flags.DEFINE_bool('ema', False, 'Use the averaged weights (EMA).')
+
+
+def checked(argv: Sequence[str]) -> pathlib.Path:
+  """Where the weights are; UserError where there are none or several, or no images."""
+  if (WORKDIR.value is None) == (WEIGHTS.value is None):
+    raise UserError("which model? Either a run's --workdir=DIRECTORY or --weights=FILE")
+  if not argv[1:]:
+    raise UserError('which images? Name files or folders of them')
+  return pathlib.Path(WORKDIR.value or WEIGHTS.value or '').expanduser()

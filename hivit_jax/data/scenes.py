@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags
 
 from hivit_jax.data import coco
 from hivit_jax.data.decode import BrokenImage, decode_image, decode_label_map
@@ -101,8 +100,8 @@ def pixels(example: Mapping[str, Any], channels: int = 3) -> np.ndarray:
   known = example.get('size')
   if known is not None and (image.height, image.width) != tuple(known):
     height, width = known
-    swapped = (image.width, image.height) == (height, width)
-    turned = ' (EXIF turns it)' if swapped and ExifTags.Base.Orientation in image.getexif() else ''
+    upright = decode_image(example['image'], channels=channels)
+    turned = ' (EXIF turns it)' if (upright.height, upright.width) == tuple(known) else ''
     raise BrokenImage(
       f'the image has {image.width}x{image.height} pixels{turned}, by its annotations '
       f'{width}x{height}'

@@ -26,7 +26,7 @@ _UNIT = 16  # pixels
 
 # What other code's files have and no model here needs: (names, condition, reason).
 _IGNORED = (
-  (r'(.*\.bn|head_norm)\.num_batches_tracked', None, 'a counter'),
+  (r'(.*\.)?num_batches_tracked', None, 'a counter'),
   (r'(.*\.)?(relative_position_index|attn_mask)', None, 'a constant, computed when needed'),
   (
     r'(sarfeature\d|hogs\.SAR_Lay\w*)\.weight_\w+',

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import io
 import json
 import logging
 import pickle
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 pytest.importorskip('pycocotools')
 
@@ -126,6 +128,16 @@ def test_an_image_of_another_size_is_broken(root):
   damaged['objects'] |= {'classes': [0], 'boxes': np.ones((1, 4)), 'crowd': [0]}
   with pytest.raises(BrokenImage, match='a mask is damaged'):
     transforms.scene(damaged)
+
+
+def test_an_image_that_exif_turns_is_broken_with_that_reason(root):
+  example = open_source(f'coco:{root}', 'train')[0]
+  height, width = example['size']
+  exif, file = Image.Exif(), io.BytesIO()
+  exif[ExifTags.Base.Orientation] = 6
+  Image.new('RGB', (height, width)).save(file, 'JPEG', exif=exif)
+  with pytest.raises(BrokenImage, match=rf'{height}x{width} pixels \(EXIF turns it\), by its'):
+    transforms.scene({**example, 'image': file.getvalue()})
 
 
 def test_objects_of_no_use_are_counted_and_named(tmp_path, caplog):

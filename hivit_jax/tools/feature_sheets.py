@@ -64,6 +64,7 @@ def attention(
   """A row for each image and unit: where the unit is, the mean over the heads, each head."""
   rows = []
   for one in looked:
+    assert one.attention is not None
     size = one.pixels.shape[:2]
     grid = inside.grid_of(model, size)
     side = size[0] / grid[0]

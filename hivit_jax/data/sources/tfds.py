@@ -266,11 +266,10 @@ class TfdsSource:
 
 def _is_whole(feature: Any, shape: tuple[int, ...]) -> bool:
   """Whether a feature is integers of a shape."""
-  return (
-    isinstance(feature, tfds.features.Tensor)
-    and feature.shape == shape
-    and np.issubdtype(feature.np_dtype, np.integer)
-  )
+  if not isinstance(feature, tfds.features.Tensor) or feature.shape != shape:
+    return False
+  dtype: Any = feature.np_dtype
+  return np.issubdtype(dtype, np.integer)
 
 
 def _object_keys(feature: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0  # decides parameters, data order, augmentation, masks
   # mae: masked autoencoding; simmim; classify; linear: train the last layer alone; segment;
   # segment_linear: train its head alone; detect; or one of your own, package.module:Name.
-  # model.name, data.name and evaluators take such names, too.
+  # model.name, data.name and evaluators also accept such a name.
   config.task = 'mae'  # what is trained
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
   config.channels = 3  # channels of the images: 3 (RGB) or 1 (greyscale)

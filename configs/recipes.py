@@ -174,8 +174,8 @@ def segment(model: str, variant: str | None = None) -> ml_collections.ConfigDict
 
   The numbers are those of the published HiViT-B: crops of 640, 80 000 steps of 32 images. With 512,
   twice as many steps of half as many images, as in the other recipes of mmsegmentation; HiViT was
-  not published so, and its rate is halved with the batch. `linear` has the optimizer of DINOv2's
-  linear segmentation (arXiv 2304.07193), and MAE's weights.
+  not published so, and its rate is halved with the batch. `linear` starts from MAE's
+  weights, with an optimizer of our own choice.
 
   Args:
     model: a HiViT, ViT or Swin, such as hivit_base.

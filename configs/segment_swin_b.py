@@ -1,7 +1,7 @@
 """Swin-B with UPerNet on ADE20K (arXiv 2103.14030); variant :debug.
 
-To compare HiViT with. The numbers are those of mmsegmentation's config. Its windows are of 7
-patches, those of 8 here divide all maps, so its results are not to be expected exactly.
+A baseline for HiViT. The numbers follow mmsegmentation's config, and no test compares them. Windows
+have 8 patches instead of 7, so that they divide all maps: do not expect the published results.
 """
 
 from configs import recipes, variants

@@ -1,7 +1,7 @@
 """ViT-B with UPerNet on ADE20K after MAE (arXiv 2111.06377); variant :debug.
 
-To compare HiViT with. The numbers are those of mmsegmentation's config for MAE. Its model has
-relative position bias and LayerScale as well, so its results are not to be expected exactly.
+A baseline for HiViT. The numbers follow mmsegmentation's config for MAE, and no test compares them.
+This model lacks the relative position bias and LayerScale of theirs: do not expect its results.
 """
 
 from configs import recipes, variants

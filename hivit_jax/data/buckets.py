@@ -50,7 +50,7 @@ class _Epoch(NamedTuple):
 
 
 class Bucketed:
-  """Epoch after epoch, each a permutation of all examples; a step has those of one bucket.
+  """A permutation of all examples per epoch; the examples of a step are of one bucket.
 
   Examples that do not fill a batch of their bucket wait for the next epoch: none is left out or
   repeated. To plan an epoch, those before it have to be counted.

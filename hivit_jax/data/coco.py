@@ -64,10 +64,10 @@ def run_lengths(segmentation: Any, size: tuple[int, int]) -> bytes:
 
 
 def decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-  """(height, width) uint8 of 0 and 1; the arguments are those of `run_lengths`.
+  """(height, width) uint8 of 0 and 1; `run_lengths` describes the arguments.
 
   Raises:
-    ValueError: the run lengths are those of another size, or damaged.
+    ValueError: the run lengths are for another size, or damaged.
   """
   counts = run_lengths(segmentation, size)
   return np.ascontiguousarray(_run_lengths().decode({'size': list(size), 'counts': counts}))

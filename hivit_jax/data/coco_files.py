@@ -81,7 +81,7 @@ def read(path: str, text: str | bytes | None = None) -> Annotations:
   images = _by_id(path, content, 'images', ('file_name', 'height', 'width'))
   label_of = {number: label for label, (number, _) in enumerate(categories)}
   owned: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
-  _by_id(path, content, 'annotations', ())  # pycocotools finds them by id, too
+  _by_id(path, content, 'annotations', ())  # pycocotools looks them up by id
   useless: list[str] = []
   for annotation in content['annotations']:
     for key, known in (('image_id', images), ('category_id', label_of)):

@@ -49,7 +49,7 @@ class Coco(ShardedBuilder, skip_registration=True):
       annotations_zip: annotations_trainval2017.zip.
       source_dir: instead of zips, a folder with `train2017/`, `val2017/` or both, and
         `annotations/`.
-      allow_other_counts: take a part of COCO, too.
+      allow_other_counts: accept a part of COCO.
       examples_per_shard: about how many images go into a file.
     """
     super().__init__(data_dir=data_dir, examples_per_shard=examples_per_shard)

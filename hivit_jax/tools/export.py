@@ -21,6 +21,7 @@ from flax import nnx
 from hivit_jax import cli, settings
 from hivit_jax.errors import UserError
 from hivit_jax.interop import files
+from hivit_jax.reporting.console import setup_logging
 from hivit_jax.tools.exporting import PLATFORMS, Forward, exported, forward
 from hivit_jax.train import weights as reader
 
@@ -62,6 +63,9 @@ def main(argv: list[str]) -> None:
     )
   if _FORMAT.value == 'onnx' and importlib.util.find_spec('jax2onnx') is None:
     raise UserError('--format=onnx needs jax2onnx: see "Export" in docs/guide/weights.md')
+  if _FORMAT.value == 'jax' and importlib.util.find_spec('flatbuffers') is None:
+    raise UserError('the format of jax.export needs flatbuffers: pip install flatbuffers')
+  setup_logging()
   overrides: dict[str, Any] = {}
   if _IMAGE_SIZE.value is not None:
     overrides['image_size'] = settings.image_size(_IMAGE_SIZE.value, '--image_size')
@@ -79,8 +83,6 @@ def main(argv: list[str]) -> None:
 
 def _artifact(model: nnx.Module, what: Forward, out: pathlib.Path) -> tuple[bytes, str]:
   """What `jax.export` reads, and what it takes and gives; writes weights `--beside` it."""
-  if importlib.util.find_spec('flatbuffers') is None:
-    raise UserError('the format of jax.export needs flatbuffers: pip install flatbuffers')
   done, weights = exported(model, what, _PLATFORMS.value, beside=_BESIDE.value)
   takes = _takes(what)
   if weights:

@@ -6,8 +6,6 @@ import pickle
 import numpy as np
 import pytest
 
-pytest.importorskip('pycocotools')
-
 from hivit_jax.data import buckets
 from hivit_jax.data import detection_transforms as transforms
 from hivit_jax.data.loader import eval_loader, train_loader

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip('pycocotools')
 from hivit_jax.data import coco
 from tests.helpers import GOLDEN, load_golden
 

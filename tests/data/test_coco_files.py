@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-pytest.importorskip('pycocotools')
-
 from hivit_jax.data import coco, coco_files
 from hivit_jax.data import detection_transforms as transforms
 from hivit_jax.data.builders import files as builder_files

@@ -32,7 +32,6 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def convert(forks, tmp_path):
   """Runs the tool in a process of its own, with the Hub's settings."""
-  pytest.importorskip('huggingface_hub')
 
   def call(*arguments, endpoint='http://127.0.0.1:9', home='home', **settings):
     environment = {
@@ -153,7 +152,6 @@ def test_a_bad_name_and_a_missing_package_have_one_line(monkeypatch):
 
 
 def test_nothing_is_uploaded_to_a_commit():
-  pytest.importorskip('huggingface_hub')
   name = f'{NAME}@{"c0ffee" + "0" * 34}'
   with pytest.raises(UserError, match=f'^{name}: a commit never changes; name a branch'):
     hivit_jax.push_to_hub('nowhere', name)

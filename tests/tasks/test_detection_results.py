@@ -5,8 +5,6 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip('pycocotools')
-
 from hivit_jax.data import coco
 from hivit_jax.tasks import detection_results as results
 

@@ -67,7 +67,6 @@ def _elsewhere(tmp_path, file, inputs, beside='') -> list[np.ndarray]:
 
 @pytest.mark.parametrize('beside', [False, True])
 def test_a_classifier_runs_without_this_package(forks, tmp_path, beside):
-  pytest.importorskip('flatbuffers')
   model = nnx.merge(*random_model('vit_base', **VIT))
   hivit_jax.save_pretrained(model, tmp_path / 'saved')
   file = tmp_path / 'vit.jaxexport'
@@ -103,7 +102,6 @@ CASES = [
 
 @pytest.mark.parametrize(('name', 'settings', 'output', 'results'), CASES)
 def test_every_output_equals_the_models_for_any_batch(name, settings, output, results):
-  pytest.importorskip('flatbuffers')
   graphdef, params = random_model(name, ops='plain', **settings)
   model = nnx.merge(graphdef, params)
   what = exporting.forward(model, output)

@@ -7,8 +7,6 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-pytest.importorskip('pycocotools')
-
 from hivit_jax.data import class_lists, coco
 from hivit_jax.tasks import detection_pictures
 from hivit_jax.tools import predict_objects

@@ -1,8 +1,7 @@
 """From an image and its objects to arrays: mirrored, resized, cropped, padded, as mmdetection does.
 
-Masks are whole bitmaps until the end, where each becomes a crop to its box. What happens to an
-image is a function of its size and of eight random numbers, so that the size of the result is known
-before the image is read.
+At the end each mask becomes a crop to its box. What happens to an image is a function of its size
+and of eight random numbers, so that the size of the result is known before the image is read.
 """
 
 import dataclasses
@@ -156,8 +155,10 @@ def to_arrays(scene: Scene, canvas: Size, slots: int) -> dict[str, np.ndarray]:
   }
   arrays['image'][:height, :width] = scene.image
   arrays['boxes'][:count], arrays['labels'][:count] = scene.boxes, scene.labels
-  for i, (bitmap, box) in enumerate(zip(scene.masks, scene.boxes, strict=True)):
-    arrays['masks'][i] = masks.crop(bitmap, box)
+  for i, box in enumerate(scene.boxes):
+    rows, columns = masks.touched(box, scene.size)
+    corner = np.array([columns.start, rows.start] * 2)
+    arrays['masks'][i] = masks.crop(scene.mask(i, rows, columns), box - corner)
   return arrays
 
 

@@ -46,6 +46,25 @@ def test_chains_equal_the_official_ones(scene, number):
   np.testing.assert_array_equal(found.masks, unpack(ARRAYS[f'{number}/masks'], size))
 
 
+@pytest.mark.parametrize('number', range(len(CONFIG['cases'])))
+def test_crops_of_masks_are_those_of_whole_bitmaps(scene, number):
+  """As products with the share of each pixel in each cell, which is what a crop means."""
+  found = chain_of(CONFIG['cases'][number])(scene)
+  arrays = transforms.to_arrays(found, found.size, 6)
+  for bitmap, box, crop in zip(found.masks, found.boxes, arrays['masks'], strict=False):
+    x1, y1, x2, y2 = box.astype(np.float64)
+    down, across = (np.arange(pixels) for pixels in bitmap.shape)
+    down, across = shares(y1, y2, down), shares(x1, x2, across)
+    np.testing.assert_allclose(crop, 255 * down @ bitmap @ across.T, atol=0.501)
+
+
+def shares(start, stop, pixels):
+  """(cells, pixels): how much of each of 112 equal parts of an interval a pixel covers."""
+  edges = np.linspace(start, stop, 113)
+  common = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+  return common.clip(0) / np.diff(edges)[:, None]
+
+
 PUBLISHED = transforms.Augmentation(
   short=tuple(range(480, 801, 32)), long=1333, first=(400, 500, 600)
 )

@@ -28,14 +28,14 @@ from hivit_jax.models.itpn import (
 )
 from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
 from hivit_jax.models.mask_rcnn import MaskRCNN, SwinMaskRCNN, ViTMaskRCNN
-from hivit_jax.models.simmim import SimMIM, SimMIMSettings
-from hivit_jax.models.swin import Swin, SwinClassifierSettings
-from hivit_jax.models.upernet import (
-  Segmenter,
+from hivit_jax.models.segmenter_settings import (
   SegmenterSettings,
   SwinSegmenterSettings,
   ViTSegmenterSettings,
 )
+from hivit_jax.models.simmim import SimMIM, SimMIMSettings
+from hivit_jax.models.swin import Swin, SwinClassifierSettings
+from hivit_jax.models.upernet import Segmenter
 from hivit_jax.models.vit import ViT, ViTClassifierSettings, ViTMAESettings, ViTMaskedAutoencoder
 from hivit_jax.ops.choice import choose
 

@@ -37,6 +37,7 @@ from hivit_jax.models.simmim import SimMIM, SimMIMSettings
 from hivit_jax.models.swin import Swin, SwinClassifierSettings
 from hivit_jax.models.upernet import Segmenter
 from hivit_jax.models.vit import ViT, ViTClassifierSettings, ViTMAESettings, ViTMaskedAutoencoder
+from hivit_jax.ops import initializers
 from hivit_jax.ops.choice import choose
 
 _Sizes = dict[str, dict[str, Any]]
@@ -164,6 +165,6 @@ def create_model(
         + ', '.join(sorted({*accepted, 'attention', 'ops'}))
       )
   build: Any = cls
-  model = build(dataclasses.replace(preset, **overrides), rngs=nnx.Rngs(seed))
+  model = build(dataclasses.replace(preset, **overrides), rngs=initializers.keys(seed))
   model.set_attributes(ops=chosen)
   return model

@@ -35,7 +35,7 @@ class _Keys:
 
 
 def keys(seed: int) -> nnx.Rngs:
-  """Returns what the constructors of models take as `rngs`, with the numbers of `nnx.Rngs(seed)`."""
+  """Returns the `rngs` of a model's constructor, with the numbers of `nnx.Rngs(seed)`."""
   return cast(nnx.Rngs, _Keys(seed))
 
 

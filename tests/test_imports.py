@@ -80,6 +80,7 @@ CONFINED = {
         'hints',
         'setup',
         'run',
+        'synthetic',
       )
     ),
   ),

@@ -39,7 +39,7 @@ class Chain:
   Attributes:
     flip: left and right are swapped.
     short, long: bounds of the last resizing, see `fitted`.
-    first: bounds (short, long) of a resizing before, followed by a crop.
+    first: bounds (short, long) of a resizing before, followed by a crop; not only whole numbers.
     crop: height and width of the crop.
     offset: its upper left corner.
   """
@@ -47,7 +47,7 @@ class Chain:
   flip: bool
   short: int
   long: int
-  first: tuple[int, int] | None = None
+  first: tuple[float, float] | None = None
   crop: Size = (0, 0)
   offset: tuple[int, int] = (0, 0)
 
@@ -122,6 +122,45 @@ class Augmentation:
     return draws[:, 1] < 0.5, short, first, sides, corners
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaleJitter:
+  """Draws a `Chain` of large-scale jitter (arXiv 2012.07177), as ViTDet is trained with.
+
+  An image is resized to fit into a square, times a random factor, and cut to the square.
+
+  Attributes:
+    scale: least and most of the factor.
+    side: of the square, in pixels.
+    flip: half of the images are mirrored.
+  """
+
+  scale: tuple[float, float]
+  side: int
+  flip: bool = True
+
+  def draw(self, size: Size, draws: np.ndarray) -> Chain:
+    """See `Augmentation.draw`."""
+    bounds, whole, cut = self._many(np.array([size]), draws[None])
+    offset = (draws[2] * (whole[0] - cut[0] + 1)).astype(np.int64)
+    (height, width), (top, left) = cut[0].tolist(), offset.tolist()
+    # The last resizing changes nothing.
+    return Chain(
+      self.flip and bool(draws[0] < 0.5), min(height, width), max(height, width),
+      (float(bounds[0]),) * 2, (height, width), (top, left),
+    )  # fmt: skip
+
+  def sizes(self, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """See `Augmentation.sizes`."""
+    return self._many(sizes, draws)[2]
+
+  def _many(self, sizes: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Longer sides (n,) at most, and what images become by resizing and by cutting (n, 2)."""
+    least, most = self.scale
+    bounds = self.side * (least + (most - least) * draws[:, 1])
+    whole = fitted_sizes(sizes, bounds, bounds)
+    return bounds, whole, np.minimum(whole, self.side)
+
+
 def to_arrays(scene: Scene, canvas: Size, slots: int) -> dict[str, np.ndarray]:
   """Arrays of fixed shape, as `tasks.detect` describes them; crowds and objects of no use go.
 
@@ -175,7 +214,7 @@ class TrainTransform:
     channels: of the image.
   """
 
-  augmentation: Augmentation
+  augmentation: Augmentation | ScaleJitter
   canvas: Size
   slots: int = 100
   channels: int = 3

@@ -15,7 +15,7 @@ SETTINGS = {
   'batch_size': 4,
   'epochs': 4.0,  # of nine images with an object
   'ema_decay': 0.5,
-  'checkpoint__every_epochs': 1.0,
+  'checkpoint__every_epochs': 0.1,  # after every step
   'evaluation__every_epochs': 0.1,
   'pictures__every_epochs': 0.0,
   'model__score_threshold': 0.0,  # nothing is learnt in so few steps, but much is found

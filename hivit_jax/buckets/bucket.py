@@ -67,15 +67,15 @@ class Bucket:
     """Writes an object, see `Store.write`; with Conflict it may have been this call that wrote."""
     return self._patient(lambda: self._store.write(self._at(name), content, expected), patient)
 
-  def upload(self, files: Mapping[str, pathlib.Path]) -> None:
+  def upload(self, files: Mapping[str, pathlib.Path], *, patient: bool = True) -> None:
     """Copies files into the bucket, by name."""
-    self._each(lambda name: self._store.upload(files[name], self._at(name)), files)
+    self._each(lambda name: self._store.upload(files[name], self._at(name)), files, patient)
 
   def download(self, files: Mapping[str, pathlib.Path]) -> None:
     """Copies objects into files, whose directories are made."""
     for path in files.values():
       path.parent.mkdir(parents=True, exist_ok=True)
-    self._each(lambda name: self._store.download(self._at(name), files[name]), files)
+    self._each(lambda name: self._store.download(self._at(name), files[name]), files, True)
 
   def delete(self, names: Iterable[str]) -> None:
     """Deletes objects, of which some may not exist."""
@@ -86,9 +86,9 @@ class Bucket:
   def _at(self, name: str) -> str:
     return f'{self._prefix}/{name}' if name else self._prefix
 
-  def _each(self, function: Callable[[str], None], names: Iterable[str]) -> None:
+  def _each(self, function: Callable[[str], None], names: Iterable[str], patient: bool) -> None:
     with concurrent.futures.ThreadPoolExecutor(_AT_ONCE, thread_name_prefix='bucket') as pool:
-      for done in [pool.submit(self._patient, lambda n=n: function(n)) for n in names]:
+      for done in [pool.submit(self._patient, lambda n=n: function(n), patient) for n in names]:
         done.result()
 
   def _patient(self, function: Callable[[], Any], patient: bool = True) -> Any:
@@ -105,9 +105,10 @@ class Bucket:
         told = ' '.join(str(error).split())[:200] or type(error).__name__
         left = PATIENCE - (time.monotonic() - start)
         if not patient or left <= 0:
+          waited = f' for {PATIENCE:.0f} seconds' if patient else ''
           raise UserError(
-            f'{self.address}: the server could not be reached for {PATIENCE:.0f} seconds ({told}); '
-            'what is in the bucket is kept; start the same command again when it is back'
+            f'{self.address}: the server could not be reached{waited} ({told}); what is in the '
+            'bucket is kept; start the same command again when it is back'
           ) from error
         if pause > 2:  # a hiccup is not worth a line
           _log.warning('%s: %s; trying again, for %.0f s more', self.address, told, left)

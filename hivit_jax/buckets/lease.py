@@ -65,13 +65,9 @@ class Lease:
     with contextlib.suppress(UserError, Conflict):  # then it ends without us, after a while
       self._bucket.write(NAME, b'', self._version, patient=False)
 
-  def check(self) -> None:
-    """Renews the lock.
-
-    Raises:
-      UserError: another run has taken it over.
-    """
-    self._renew(patient=True)
+  def check(self, patient: bool = True) -> None:
+    """Renews the lock; UserError if another run has taken it over."""
+    self._renew(patient)
 
   def _take(self) -> None:
     seen, since = None, 0.0

@@ -21,7 +21,7 @@ class Mirror:
     bucket: Bucket,
     directory: pathlib.Path,
     leave_out: Collection[str],
-    check: Callable[[], None],
+    check: Callable[[bool], None],
   ):
     """Makes no copy yet.
 
@@ -29,7 +29,7 @@ class Mirror:
       bucket: where the copies go.
       directory: whose files are copied.
       leave_out: names of what is not copied, at the top.
-      check: called before a copy; raises UserError if it must not be made.
+      check: called before a copy with `patient`; raises UserError if it must not be made.
     """
     self._bucket, self._directory = bucket, directory
     self._leave_out, self._check = leave_out, check
@@ -51,22 +51,22 @@ class Mirror:
     self._ended.set()
     self._thread.join()
     try:
-      self.push()
+      self.push(patient=error is None)  # else it has been waited for, or the end is near
       self.done = True
     except UserError as trouble:
       if error is None:
         raise
       _log.error('%s', trouble)  # it must not hide the error that ends the run
 
-  def push(self) -> None:
+  def push(self, *, patient: bool = True) -> None:
     """Copies what has changed since the last time; UserError if that is not possible."""
     with self._mutex:
       state = self._state()
       changed = [name for name, status in state.items() if self._known.get(name) != status]
       if not changed:
         return
-      self._check()
-      self._bucket.upload({name: self._directory / name for name in changed})
+      self._check(patient)
+      self._bucket.upload({name: self._directory / name for name in changed}, patient=patient)
       self._known |= {name: state[name] for name in changed}
 
   def _keep(self) -> None:

@@ -4,6 +4,7 @@ Both clients are optional packages, imported when a bucket is opened. They raise
 `reason` says in one line what is wrong for good, and nothing else is tried a second time there.
 """
 
+import contextlib
 import errno
 import io
 import pathlib
@@ -133,10 +134,8 @@ class GoogleStore:
 
   def delete(self, names: Iterable[str]) -> None:
     for name in names:
-      try:
+      with contextlib.suppress(self._errors.NotFound):
         self._bucket.delete_blob(name, **self._how)
-      except self._errors.NotFound:
-        pass
 
   def reason(self, error: Exception) -> str | None:
     errors = self._errors

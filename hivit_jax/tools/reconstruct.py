@@ -30,7 +30,11 @@ _IMAGES = flags.DEFINE_list('images', [], 'Image files; none: evaluation images 
 _COUNT = flags.DEFINE_integer('count', 8, 'Number of evaluation images.', lower_bound=1)
 _MASK_RATIO = flags.DEFINE_float('mask_ratio', None, 'Share of units removed; default: as trained.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the masks.', lower_bound=0)
-_OUT = flags.DEFINE_string('out', None, 'PNG to write; default: reconstruction.png in the workdir; of one in a bucket: here.')
+_OUT = flags.DEFINE_string(
+  'out',
+  None,
+  'PNG to write; default: reconstruction.png in the workdir; here if that is remote.',
+)
 
 
 def main(argv: list[str]) -> None:

@@ -79,13 +79,11 @@ class Checkpoints:
     Raises:
       UserError: an option is out of range, or the directory cannot be created or written to.
     """
-    if keep_last < 1:
-      raise UserError(f'keep_last must be at least 1, got {keep_last}')
-    if keep_every_steps is not None and keep_every_steps < 1:
-      raise UserError(f'keep_every_steps must be at least 1 or None, got {keep_every_steps}')
+    for name, count in (('keep_last', keep_last), ('keep_every_steps', keep_every_steps)):
+      if count is not None and count < 1:
+        raise UserError(f'{name} must be at least 1, got {count}')
     self.directory = pathlib.Path(directory).absolute()
-    self._keep_last = keep_last
-    self._keep_every_steps = keep_every_steps
+    self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
     self.best: manifest.Best | None = None
     self._place = places.Disk(self.directory.parent) if place is None else place
     self._primary = jax.process_index() == 0
@@ -93,8 +91,7 @@ class Checkpoints:
     self._pending: tuple[int, concurrent.futures.Future] | None = None
     self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
     try:
-      if self._primary or self._place.shared:
-        self.directory.mkdir(parents=True, exist_ok=True)
+      self._place.make(self.directory)
       for path in self._remove_unfinished('*') if self._primary else ():
         _log.info('removed the incomplete checkpoint %s', path)
     except OSError as error:
@@ -124,9 +121,6 @@ class Checkpoints:
   def path(self, step: int) -> pathlib.Path | str:
     """Where the checkpoint of `step` lies or would lie; an address if that is in a bucket."""
     return self._place.shown(self._path(step))
-
-  def _path(self, step: int) -> pathlib.Path:
-    return self.directory / str(step)
 
   def save(self, step: int, state: Any, metadata: Mapping[str, Any], *, wait: bool = False) -> bool:
     """Saves `state`, then removes the checkpoints that are no longer to be kept.
@@ -238,6 +232,9 @@ class Checkpoints:
     finally:
       self._worker.shutdown()
 
+  def _path(self, step: int) -> pathlib.Path:
+    return self.directory / str(step)
+
   def _writing(self, step: int) -> pathlib.Path:
     return self.directory / f'{step}{_WRITING}'
 
@@ -257,8 +254,7 @@ class Checkpoints:
       raise
     # Later steps are another run's and do not count: the one just saved must never be the victim.
     steps = [s for s in self.steps() if s <= step]
-    kept = {*steps[-self._keep_last :], best}
-    every = self._keep_every_steps
+    kept, every = {*steps[-self._keep_last :], best}, self._keep_every_steps
     for old in (s for s in steps if s not in kept and (every is None or s % every)):
       try:
         self._place.remove(self._path(old))
@@ -304,7 +300,7 @@ def load_metadata(path: str | os.PathLike[str], step: int | None = None) -> dict
   """Reads the metadata that was saved with a checkpoint; no array is read.
 
   Args:
-    path: `workdir`, `workdir/checkpoints` or `workdir/checkpoints/<step>`, on a disk or in a bucket.
+    path: `workdir`, `workdir/checkpoints` or `workdir/checkpoints/<step>`.
     step: which checkpoint; None: the one that `path` names, or else the newest whose metadata is
       intact.
 
@@ -325,7 +321,7 @@ def load_params(
   """Reads one part of a checkpointed state, for tools and for fine-tuning; changes no file.
 
   Args:
-    path: `workdir`, `workdir/checkpoints` or `workdir/checkpoints/<step>`, on a disk or in a bucket.
+    path: `workdir`, `workdir/checkpoints` or `workdir/checkpoints/<step>`.
     abstract: a tree with jax.ShapeDtypeStruct leaves that fits the part exactly; None: nested
       dicts of numpy arrays, with the keys under which they were saved.
     key: the part's key at the top of the state.

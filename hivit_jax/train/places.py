@@ -19,7 +19,6 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Collection
-from typing import Any
 
 from hivit_jax.buckets import bucket, lease
 from hivit_jax.buckets.bucket import Bucket, is_address
@@ -55,6 +54,10 @@ class Disk:
   def shown(self, path: pathlib.Path) -> pathlib.Path | str:
     """What messages call the directory, or something in it."""
     return path
+
+  def make(self, path: pathlib.Path) -> None:
+    """Creates a directory in it."""
+    path.mkdir(parents=True, exist_ok=True)
 
   def removal(self, path: pathlib.Path) -> str:
     """A command that removes a checkpoint."""
@@ -107,13 +110,17 @@ class Remote(Disk):
   def _end(self, kind, error, trace) -> bool:
     """Removes the temporary directory, unless it has what could not be copied."""
     if self._mirror is None or self._mirror.done:
-      shutil.rmtree(self.directory, ignore_errors=True)
+      shutil.rmtree(self.directory.parent, ignore_errors=True)
     else:
       _log.warning('what is not in %s is in %s', self._bucket.address, self.directory)
     return False
 
   def shown(self, path: pathlib.Path) -> str:
     return '/'.join((self._bucket.address, *path.relative_to(self.directory).parts))
+
+  def make(self, path: pathlib.Path) -> None:
+    if distributed.primary():
+      super().make(path)
 
   def removal(self, path: pathlib.Path) -> str:
     google = self._bucket.address.startswith('gs:')
@@ -222,7 +229,9 @@ def _scratch(address: str) -> pathlib.Path:
   prefix = f'hivit_jax-{hashlib.sha256(address.encode()).hexdigest()[:12]}-'
   for left in pathlib.Path(tempfile.gettempdir()).glob(f'{prefix}*'):
     shutil.rmtree(left, ignore_errors=True)
-  return pathlib.Path(tempfile.mkdtemp(prefix=prefix))
+  path = pathlib.Path(tempfile.mkdtemp(prefix=prefix)) / bucket.place(address)[1]
+  path.mkdir()  # trackers call a run by this name
+  return path
 
 
 def _below(step: int) -> str:

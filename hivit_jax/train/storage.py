@@ -61,9 +61,7 @@ def _at_primary(leaf: jax.Array) -> np.ndarray:
   return value if jax.process_index() == 0 else np.broadcast_to(value.dtype.type(0), value.shape)
 
 
-def _load_at_primary(
-  path: pathlib.Path, wanted: Mapping[KeyPath, Any]
-) -> dict[KeyPath, jax.Array]:
+def _load_at_primary(path: pathlib.Path, wanted: Mapping[KeyPath, Any]) -> dict[KeyPath, jax.Array]:
   tree: dict = {}
   if jax.process_index() == 0:
     context = _context()

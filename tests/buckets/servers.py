@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from unittest import mock
 
-import pytest
-
 BUCKET = 'bucket'
 _CREDENTIALS = {
   'AWS_ACCESS_KEY_ID': 'tests',
@@ -172,9 +170,3 @@ def _make_bucket(scheme: str) -> None:
     from google.cloud import storage
 
     storage.Client(project='tests').create_bucket(BUCKET)
-
-
-@pytest.fixture(scope='module', params=['s3', 'gs'])
-def server(request) -> Iterator[Server]:
-  with serve(request.param) as server:
-    yield server

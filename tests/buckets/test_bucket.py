@@ -10,12 +10,6 @@ from hivit_jax.buckets import bucket as buckets
 from hivit_jax.buckets.bucket import Bucket
 from hivit_jax.buckets.stores import Conflict
 from hivit_jax.errors import UserError
-from tests.buckets.servers import server  # noqa: F401
-
-
-@pytest.fixture(autouse=True)
-def short_patience(monkeypatch):
-  monkeypatch.setattr(buckets, 'PATIENCE', 10)
 
 
 @pytest.fixture

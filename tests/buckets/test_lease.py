@@ -11,7 +11,6 @@ from hivit_jax.buckets import lease
 from hivit_jax.buckets.bucket import Bucket
 from hivit_jax.buckets.lease import Lease
 from hivit_jax.errors import UserError
-from tests.buckets.servers import server  # noqa: F401
 
 SECONDS = 0.8
 
@@ -61,7 +60,7 @@ def test_a_run_that_was_away_for_too_long_stops_when_another_one_has_taken_over(
   first = held_elsewhere(place, monkeypatch)
   with Lease(place, SECONDS):
     for _ in range(2):
-      with pytest.raises(UserError, match='was taken over by another run, process .* stops'):
+      with pytest.raises(UserError, match=r'was taken over by another run, process .* stops'):
         first.check()
   # After it has ended, the first one must not begin again, either.
   with pytest.raises(UserError, match='was taken over'):

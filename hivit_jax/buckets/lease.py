@@ -70,7 +70,7 @@ class Lease:
     self._renew(patient)
 
   def _take(self) -> None:
-    seen, since = None, 0.0
+    seen, since, told = None, 0.0, False
     while True:
       found = self._bucket.read(NAME)
       held = _parsed(found.content) if found else {}
@@ -78,15 +78,18 @@ class Lease:
       if held and not _gone(held):
         if seen is None:
           seen, since = version, time.monotonic()
-          _log.info(
-            '%s is locked by %s; looking for up to %.0f s whether that still runs',
-            self._bucket.address, held.get('by'), self._seconds,
-          )  # fmt: skip
         if version != seen:
           raise UserError(
             f'{self._bucket.address} is in use by another run, {held.get("by")}; {_WAY_OUT}'
           )
-        if time.monotonic() - since < self._seconds:
+        waited = time.monotonic() - since
+        if waited < self._seconds:
+          if waited > self._seconds / 2 and not told:
+            told = True
+            _log.info(
+              '%s is locked by %s, which does not renew the lock; waiting for it to end in %.0f s',
+              self._bucket.address, held.get('by'), self._seconds - waited,
+            )  # fmt: skip
           time.sleep(self._seconds / 30)
           continue
       try:
@@ -112,7 +115,7 @@ class Lease:
         )
 
   def _keep(self) -> None:
-    while not self._ended.wait(self._seconds / 4):
+    while not self._ended.wait(self._seconds / 6):
       with contextlib.suppress(UserError):  # `check` tells what is lost; an outage may pass
         self._renew(patient=False)
 

@@ -96,7 +96,7 @@ class Bucket:
     while True:
       try:
         return function()
-      except Conflict:
+      except (Conflict, FileNotFoundError):  # the latter: on this side
         raise
       except Exception as error:
         reason = self._store.reason(error)

@@ -66,7 +66,10 @@ class Mirror:
       if not changed:
         return
       self._check(patient)
-      self._bucket.upload({name: self._directory / name for name in changed}, patient=patient)
+      try:
+        self._bucket.upload({name: self._directory / name for name in changed}, patient=patient)
+      except FileNotFoundError:  # one was for a moment only; all others were copied
+        return
       self._known |= {name: state[name] for name in changed}
 
   def _keep(self) -> None:

@@ -221,7 +221,7 @@ class AmazonStore:
         return 'there is no such bucket'
       if status in (401, 403):
         return f'no permission ({code}: {error.response["Error"].get("Message", "")})'
-      if 400 <= status < 500 and status not in (408, 409, 429):
+      if 300 <= status < 500 and status not in (408, 409, 429):
         return _line(error)
     return _of_disk(error)
 
@@ -242,7 +242,7 @@ def _line(error: Exception) -> str:
 
 def _of_disk(error: Exception) -> str | None:
   """Trouble with the file on this side, which no server mends."""
-  known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOENT)
+  known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
   if isinstance(error, OSError) and error.errno in known:
     return f'{error.filename}: {error.strerror}' if error.filename else error.strerror
   return None

@@ -17,13 +17,13 @@ from hivit_jax.train.manifest import KeyPath, nest
 
 
 def save(
-  path: pathlib.Path, leaves: Mapping[KeyPath, jax.Array], record: dict, *, shared: bool = True
+  path: pathlib.Path, leaves: Mapping[KeyPath, Any], record: dict, *, shared: bool = True
 ) -> Any:
   """Returns, with the means to wait for the rest, when the values are copied to the host.
 
   Args:
     path: a directory that does not exist.
-    leaves: of the state.
+    leaves: of the state, arrays of JAX's.
     record: custom metadata.
     shared: all processes see the directory, and each writes its part; else process 0 writes all.
   """

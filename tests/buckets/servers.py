@@ -28,12 +28,13 @@ class Server:
   Attributes:
     scheme: 's3' or 'gs'.
     environment: of processes that shall use it.
-    before: called with method and path before each request; may raise or wait.
+    before: called with method and path before each request; may raise or wait, or return a status
+      with which the request is refused.
   """
 
   def __init__(self, scheme: str):
     self.scheme = scheme
-    self.before: Callable[[str, str], None] | None = None
+    self.before: Callable[[str, str], HTTPStatus | None] | None = None
     with socket.socket() as free:
       free.bind(('127.0.0.1', 0))
       self._port = free.getsockname()[1]
@@ -72,8 +73,10 @@ class Server:
       self._server = None
 
   def _app(self, environ, answer):
-    if self.before is not None:
-      self.before(environ['REQUEST_METHOD'], environ['PATH_INFO'])
+    refused = self.before and self.before(environ['REQUEST_METHOD'], environ['PATH_INFO'])
+    if refused:
+      answer(f'{refused.value} {refused.phrase}', [('Content-Type', 'application/xml')])
+      return [f'<Error><Code>AccessDenied</Code><Message>{refused}</Message></Error>'.encode()]
     return self._serve(environ, answer)
 
 
@@ -98,8 +101,10 @@ def _gcs_handler(server: Server):
       pass
 
     def _route(self, method: str) -> None:
-      if server.before is not None:
-        server.before(method, self.path)
+      refused = server.before and server.before(method, self.path)
+      if refused:
+        self.rfile.read(int(self.headers.get('Content-Length', 0)))
+        return self.send_error(refused.value)
       with writing:
         emulator.Router(self).handle(method)
 

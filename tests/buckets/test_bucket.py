@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+from http import HTTPStatus
 
 import pytest
 
@@ -80,6 +81,22 @@ def test_a_server_that_stays_away_is_told_in_one_line(place, server, monkeypatch
   assert str(told.value).startswith(f'{place.address}: the server could not be reached for ')
   assert 'start the same command again' in str(told.value)
   assert '\n' not in str(told.value)
+
+
+def test_without_permission_a_line_says_so_at_once_and_trouble_of_the_server_is_waited_for(
+  place, server
+):
+  asked = []
+
+  def refuse(method, path):
+    asked.append(method)
+    return HTTPStatus.SERVICE_UNAVAILABLE if len(asked) < 3 else HTTPStatus.FORBIDDEN
+
+  server.before = refuse
+  with pytest.raises(UserError, match=rf'^{place.address}: no permission \('):
+    place.sizes()
+  assert len(asked) == 3
+  server.before = None
 
 
 def test_a_bucket_that_is_not_there_is_told_at_once(server):

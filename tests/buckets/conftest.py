@@ -1,5 +1,6 @@
 """Servers for all tests of buckets; each file has its own."""
 
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -18,3 +19,8 @@ def server(request) -> Iterator[Server]:
 def short_patience(monkeypatch):
   """A server that does not answer as it should ends a test, not the patience of who runs it."""
   monkeypatch.setattr(bucket, 'PATIENCE', 10)
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_directory(monkeypatch, tmp_path_factory):
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path_factory.mktemp('temporary')))

@@ -174,6 +174,7 @@ def test_killed_while_it_saves_and_without_a_server_for_a_while_a_run_ends_with_
   with serve('s3') as s3:
     address = s3.address('run')
     command = runs.command(address)
+    environment = {**s3.environment, 'TMPDIR': str(tmp_path)}
     reached, go_on = threading.Event(), threading.Event()
 
     def hold(method, path):
@@ -183,9 +184,9 @@ def test_killed_while_it_saves_and_without_a_server_for_a_while_a_run_ends_with_
         raise ConnectionError
 
     s3.before = hold
-    with runs.start(command, s3.environment) as process:
+    with runs.start(command, environment) as process:
       process.wait_until(reached.is_set, 'the last object of a checkpoint')
-      error = error_of(forks(*command[1:], **s3.environment))
+      error = error_of(forks(*command[1:], **environment))
       assert re.match(rf'{address} is in use by another run, process {process.pid} on ', error)
       process.send(signal.SIGKILL)
       process.wait()
@@ -204,12 +205,12 @@ def test_killed_while_it_saves_and_without_a_server_for_a_while_a_run_ends_with_
       s3.start()
 
     s3.before = away
-    done = runs.finish(command, s3.environment)
+    done = runs.finish(command, environment)
     assert done.returncode == 0, done.stderr
     assert f'removed the incomplete checkpoint {address}/checkpoints/8' in done.stderr
     assert f'resuming at step 6 of {STEPS}' in done.stderr
     assert f'finished: checkpoint {address}/checkpoints/{STEPS}' in done.stderr
-    again = runs.finish(command, s3.environment)
+    again = runs.finish(command, environment)
     assert f'this run is finished: {address}/checkpoints/{STEPS}' in again.stderr
 
     copy = pathlib.Path(places.local(address))
@@ -223,6 +224,7 @@ def test_killed_while_it_saves_and_without_a_server_for_a_while_a_run_ends_with_
     picture = next((finished.workdir / 'reconstructions').iterdir())
     out = tmp_path / 'out.png'
     tool = [command[0], '-m', 'hivit_jax.tools.reconstruct', f'--workdir={address}']
-    shown = runs.finish([*tool, f'--images={picture}', f'--out={out}'], s3.environment)
+    shown = runs.finish([*tool, f'--images={picture}', f'--out={out}'], environment)
     assert shown.returncode == 0, shown.stderr
     assert out.exists()
+    assert not list(tmp_path.glob('hivit_jax-[0-9a-f]*'))

@@ -279,6 +279,7 @@ def _begin(setup: Setup, place: places.Disk, stack: contextlib.ExitStack) -> loo
     writer=writer,
     progress=stack.enter_context(Progress(total, start_step=start, primary=primary)),
     log_every=config.log_every_steps,
+    for_data=hints.for_data(config),
   )
 
 

@@ -82,7 +82,7 @@ _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] 
     lambda c: 'optim.name=lars' if c.optim.name == 'lars' else None,
   ),
   ({'optim.momentum': 0.9}, lambda c: 'optim.name=adamw' if c.optim.name == 'adamw' else None),
-  ({'init_ema': False}, lambda c: None if c.init else 'init=None'),
+  ({'init_ema': False, 'init_channels': 'repeat'}, lambda c: None if c.init else 'init=None'),
   (
     {'data.data_dir': None},
     lambda c: 'data.name=folder:...' if c.data.name.startswith('folder:') else None,

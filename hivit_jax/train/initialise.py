@@ -40,7 +40,13 @@ def initial_model(
     if path:
       try:
         state = weights.read(path, ema=ema)
-        importer.load_into(model, state, partial=True, redraw=_redrawn(config, state, class_names))
+        importer.load_into(
+          model,
+          state,
+          partial=True,
+          redraw=_redrawn(config, state, class_names),
+          init_channels=config.init_channels,
+        )
       except UserError as error:
         raise UserError(f'config.init: {error}') from error
     return model

@@ -182,7 +182,15 @@ def _transform(config: config_dict.FrozenConfigDict, train: bool, **options: Any
 
 def _check_images(config: ml_collections.ConfigDict, mesh: Mesh, key: str) -> None:
   size = settings.get(config, key)
-  memory.check_images(mesh, config.image_size, config.channels, size, key, prefetched=PREFETCH)
+  memory.check_images(
+    mesh,
+    config.image_size,
+    config.channels,
+    size,
+    key,
+    prefetched=PREFETCH,
+    dtype=config.data.dtype,
+  )
 
 
 def check_local(path: str) -> None:

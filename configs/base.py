@@ -196,6 +196,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.knn.temperature = 0.07  # of the votes; a small one lets the nearest decide
   config.knn.bank_size = 50_000  # training images to compare with; 0: all
 
+  config.rankme = ml_collections.ConfigDict()  # RankMe, the effective rank of features: no labels
+  config.rankme.every_epochs = 0.0  # 0: never
+  config.rankme.size = 5000  # evaluation images at most; 0: all
+
   config.pictures = ml_collections.ConfigDict()  # reconstructions of evaluation images
   config.pictures.every_epochs = 20.0  # 0: never
   config.pictures.count = 8  # images in a picture

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.tasks import knn, mixing
+from hivit_jax.tasks import knn, mixing, rankme
 from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics, Summed
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tasks.task import Batch, ImageTask
@@ -35,7 +35,7 @@ class ClassifyTask(ImageTask):
     (r'absolute_pos_embed|pos_embed|cls_token|.*/relative_position_bias_table', 'no_decay'),
   )
   needs_classes = True
-  measures = frozenset(('evaluation', 'knn'))
+  measures = frozenset(('evaluation', 'knn', 'rankme'))
   example = 'predict {workdir} PICTURE.jpg'
 
   num_classes: int
@@ -107,7 +107,7 @@ class ClassifyTask(ImageTask):
     return loss, {'accuracy': right.sum() / batch['count']}
 
   def evaluators(self, context: Context) -> list[Evaluator]:
-    """Accuracy on each set whose classes are the model's, and that of k nearest neighbours."""
+    """Accuracy on each set whose classes are the model's, and that of k nearest neighbours; the features' rank."""
     every, accuracies = context.every('evaluation'), []
     if every is not None:
       accuracies = [
@@ -116,7 +116,11 @@ class ClassifyTask(ImageTask):
         )
         for name, source in context.class_sets.items()
       ]
-    return [*accuracies, *knn.evaluators(context, self.features, self.unit_features)]
+    return [
+      *accuracies,
+      *knn.evaluators(context, self.features, self.unit_features),
+      *rankme.evaluators(context, self.features),
+    ]
 
   def evaluate(self, model: Classifier, batch: Batch) -> dict[str, jax.Array]:
     """Sums over the examples of an evaluation batch.

@@ -37,7 +37,7 @@ class Task(Protocol):
     object_classes: the same of examples with objects.
     any_images: images may have any channels and type; else they are bytes, RGB or grey.
     whole_batches: why a batch cannot be computed in parts, if it cannot.
-    measures: sections of the config that its evaluators read: evaluation, knn, pictures.
+    measures: sections of the config that its evaluators read: evaluation, knn, rankme, pictures.
     without_weights: warning for a run that starts from random parameters, if it needs one.
     example: arguments of `python -m hivit_jax.tools.` for a finished run, {workdir} in them.
   """

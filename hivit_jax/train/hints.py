@@ -55,7 +55,7 @@ _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] 
   *(({f'segment.{key}': default}, _not_read(key)) for key, default in _SEGMENT.items()),
   *(
     ({f'{section}.every_epochs': epochs}, _not_measured(section))
-    for section, epochs in (('evaluation', 1.0), ('pictures', 20.0))
+    for section, epochs in (('evaluation', 1.0), ('rankme', 0.0), ('pictures', 20.0))
   ),
   ({'augment.switch_probability': 0.5}, _no_choice),
   (

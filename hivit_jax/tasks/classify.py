@@ -107,7 +107,7 @@ class ClassifyTask(ImageTask):
     return loss, {'accuracy': right.sum() / batch['count']}
 
   def evaluators(self, context: Context) -> list[Evaluator]:
-    """Accuracy on each set whose classes are the model's, and that of k nearest neighbours; the features' rank."""
+    """Accuracy on each set whose classes are the model's; what is measured of its features."""
     every, accuracies = context.every('evaluation'), []
     if every is not None:
       accuracies = [

@@ -66,7 +66,7 @@ class MAETask(ImageTask):
     return out.loss * (len(batch['image']) / batch['count']), {}
 
   def evaluators(self, context: Context) -> list[Evaluator]:
-    """k-NN accuracy or segmentation by the features, their rank, and pictures of reconstructions."""
+    """k-NN accuracy or segmentation by features, their rank, pictures of reconstructions."""
     return [
       *knn.evaluators(context, self.features, self.unit_features),
       *rankme.evaluators(context, self.features),

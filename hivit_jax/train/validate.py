@@ -38,8 +38,9 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'optim.base_warmup_start_lr optim.warmup_start_lr optim.warmup_epochs optim.warmup_steps '
     'optim.milestone_factor '
     'augment.mix_group optim.weight_decay checkpoint.every_epochs checkpoint.keep_every_epochs '
-    'evaluation.every_epochs knn.every_epochs knn.bank_size rankme.every_epochs rankme.size pictures.every_epochs augment.mixup '
-    'augment.cutmix augment.color_jitter model.head_std model.mlp_stages',
+    'evaluation.every_epochs knn.every_epochs knn.bank_size rankme.every_epochs rankme.size '
+    'pictures.every_epochs augment.mixup augment.cutmix augment.color_jitter '
+    'model.head_std model.mlp_stages',
   ),
   (
     'more than 0',

@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import config_dict
 
 from configs import base
-from hivit_jax import settings
+from hivit_jax import models, settings
 from hivit_jax.errors import UserError
 from hivit_jax.train import assemble, hints, validate
 from hivit_jax.train.run import train
@@ -139,9 +139,21 @@ def reads_of(config: ml_collections.ConfigDict, monkeypatch):
 Run = collections.namedtuple('Run', 'workdir config reads')
 
 
+def what_it_trains(config: ml_collections.ConfigDict) -> str:
+  """Everything that a config says, with the model's settings in full instead of its name."""
+  said = config.to_dict()
+  model = {key: value for key, value in said['model'].items() if value is not None}
+  name = model.pop('name')
+  said['model'] = models.settings_of(name) | model
+  return f'{models.MODELS[name][0]} {json.dumps(said, sort_keys=True, default=str)}'
+
+
 @pytest.fixture(scope='module')
 def debug_run(tmp_path_factory, data_dir):
-  """`debug_run(name)`: trains `configs/<name>.py:debug` in this process, each config once."""
+  """`debug_run(name)`: trains `configs/<name>.py:debug` in this process.
+
+  Configs that differ in nothing but the name of what is then the same model share a run.
+  """
   monkeypatch = pytest.MonkeyPatch()
   root = logging.getLogger()
   handlers, level = root.handlers[:], root.level
@@ -154,14 +166,18 @@ def debug_run(tmp_path_factory, data_dir):
   for key, value in cache.items():
     jax.config.update(key, value)
 
-  @functools.cache
+  done: dict[str, Run] = {}
+
   def run(name: str) -> Run:
     config = load(name, 'debug')
-    config.data.data_dir = str(data_dir)
-    workdir = tmp_path_factory.mktemp(name)
-    with reads_of(config, monkeypatch) as reads:
-      train(config, str(workdir))
-    return Run(workdir, config, reads)
+    key = what_it_trains(config)
+    if key not in done:
+      config.data.data_dir = str(data_dir)
+      workdir = tmp_path_factory.mktemp(name)
+      with reads_of(config, monkeypatch) as reads:
+        train(config, str(workdir))
+      done[key] = Run(workdir, config, reads)
+    return done[key]
 
   yield run
   monkeypatch.undo()

@@ -28,15 +28,16 @@ from hivit_jax.models.itpn import (
 )
 from hivit_jax.models.mae import HiViTMAESettings, HiViTMaskedAutoencoder
 from hivit_jax.models.mask_rcnn import MaskRCNN, SwinMaskRCNN, ViTMaskRCNN
-from hivit_jax.models.simmim import SimMIM, SimMIMSettings
-from hivit_jax.models.swin import Swin, SwinClassifierSettings
-from hivit_jax.models.upernet import (
-  Segmenter,
+from hivit_jax.models.segmenter_settings import (
   SegmenterSettings,
   SwinSegmenterSettings,
   ViTSegmenterSettings,
 )
+from hivit_jax.models.simmim import SimMIM, SimMIMSettings
+from hivit_jax.models.swin import Swin, SwinClassifierSettings
+from hivit_jax.models.upernet import Segmenter
 from hivit_jax.models.vit import ViT, ViTClassifierSettings, ViTMAESettings, ViTMaskedAutoencoder
+from hivit_jax.ops import initializers
 from hivit_jax.ops.choice import choose
 
 _Sizes = dict[str, dict[str, Any]]
@@ -164,6 +165,6 @@ def create_model(
         + ', '.join(sorted({*accepted, 'attention', 'ops'}))
       )
   build: Any = cls
-  model = build(dataclasses.replace(preset, **overrides), rngs=nnx.Rngs(seed))
+  model = build(dataclasses.replace(preset, **overrides), rngs=initializers.keys(seed))
   model.set_attributes(ops=chosen)
   return model

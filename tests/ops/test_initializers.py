@@ -1,8 +1,10 @@
 """Initial values: their distributions, and that shapes share a program."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from scipy import stats
 
 from hivit_jax.ops import initializers
@@ -43,3 +45,9 @@ def test_shapes_share_one_program_and_shapes_alone_compute_nothing():
   assert initializers._normal._cache_size() == programs
   huge = (1 << 20, 1 << 20)  # 4 TB
   assert jax.eval_shape(lambda: draw(KEY, huge)).shape == huge
+
+
+def test_the_keys_are_those_of_flax():
+  ours, flax = initializers.keys(3), nnx.Rngs(3)
+  for _ in range(3):
+    assert jnp.array_equal(jax.random.key_data(ours.params()), jax.random.key_data(flax.params()))

@@ -14,8 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
   # model.name, data.name and evaluators also accept such a name.
   config.task = 'mae'  # what is trained
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
-  # Channels of the images: 3 (RGB) or 1 (greyscale); up to 64 of images that have as many.
-  config.channels = 3
+  config.channels = 3  # of the images: 3 (RGB), 1 (greyscale), or up to 64 as they are stored
   config.epochs = 300.0  # length of the run and of the learning rate's schedule
   config.steps = config_dict.placeholder(int)  # the same in steps; instead of epochs
   config.max_steps = config_dict.placeholder(int)  # end here; the schedule stays as it is
@@ -70,8 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.init = config_dict.placeholder(str)  # to start from: a weight file, checkpoint, workdir
   config.init_ema = False  # use the averaged weights of init
-  # What weights for 3 channels become for others: repeat (RGBRGB...), mean, copy (the others at 0).
-  config.init_channels = 'repeat'
+  config.init_channels = 'repeat'  # what RGB weights become for other channels; or mean, copy
 
   config.data = ml_collections.ConfigDict()
   config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, folder:/path, coco:/path
@@ -80,8 +78,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.eval_split = 'validation'  # for accuracies and pictures
   # Share of the sides that the central crop of an evaluation keeps; None: 7/8 up to 224 pixels.
   config.data.eval_crop = config_dict.placeholder(float)  # 1: the whole image
-  # Type of stored pixels: uint8, uint16 or float32. Integers are scaled to [0, 1] by its range.
-  config.data.dtype = 'uint8'
+  config.data.dtype = 'uint8'  # of stored pixels; uint16: both scaled to [0, 1]; float32: not
   config.data.mean = (0.485, 0.456, 0.406)  # per channel, of scaled pixels; tools.statistics
   config.data.std = (0.229, 0.224, 0.225)  # the same
   config.data.num_threads = 0  # threads that decode; 0: one per core, at most 16

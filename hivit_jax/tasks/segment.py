@@ -26,6 +26,7 @@ class SegmentTask(Task):
     mean, std: per channel, of pixels in [0, 1].
     image_size: (height, width) of the crops.
     num_classes: of the model.
+    channels: of the images.
     ignore_index, reduce_zero_label: see `ClassMap`.
     scale, ratios, max_share: see `RandomScaledCrop`.
     mirror: mirror half of the training images.
@@ -59,6 +60,7 @@ class SegmentTask(Task):
   std: Sequence[float]
   image_size: tuple[int, int]
   num_classes: int
+  channels: int = 3
   ignore_index: int = 255
   reduce_zero_label: bool = False
   scale: tuple[int, int] = (2560, 640)
@@ -84,6 +86,11 @@ class SegmentTask(Task):
       raise UserError(
         f'config.segment.mean_over={self.mean_over}: expected one of {", ".join(_MEANS)}'
       )
+    if self.photometric and self.channels != 3:
+      raise UserError(
+        f'config.segment.photometric=True changes colours, but config.channels={self.channels}; '
+        'set --config.segment.photometric=False'
+      )
     self.views  # noqa: B018  (it raises what is wrong with its settings)
 
   @property
@@ -93,7 +100,15 @@ class SegmentTask(Task):
     from hivit_jax.data.segmentation_transforms import ClassMap
 
     classes = ClassMap(self.num_classes, self.ignore_index, self.reduce_zero_label)
-    return Views(self.image_size, self.inference, self.stride, self.scales, self.mirrored, classes)
+    return Views(
+      self.image_size,
+      self.inference,
+      self.stride,
+      self.scales,
+      self.mirrored,
+      classes=classes,
+      channels=self.channels,
+    )
 
   def input(self, train: bool) -> Callable[..., dict[str, Any]]:
     if not train:
@@ -107,6 +122,7 @@ class SegmentTask(Task):
       ratios=self.ratios,
       max_share=self.max_share,
       flip=self.mirror,
+      channels=self.channels,
       ignore_index=self.ignore_index,
       reduce_zero_label=self.reduce_zero_label,
     )

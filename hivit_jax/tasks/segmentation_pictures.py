@@ -40,7 +40,7 @@ def colour(labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
-  """Image (H, W, 3) and colours of its labels, half each."""
+  """Image (H, W, 3 or 1) and colours of its labels, half each."""
   mixed = (image.astype(np.uint16) + colour(labels, colours)) // 2
   return mixed.astype(np.uint8)
 
@@ -71,7 +71,7 @@ def draw(
   """One row an image: image, truth, prediction, prediction over the image; a legend below.
 
   Args:
-    shown: images (H, W, 3) uint8, label maps and predictions (H, W).
+    shown: images (H, W, 3 or 1) uint8, label maps and predictions (H, W).
     names, colours: of the classes.
     title: above all.
     ignore_index: label of pixels that do not count; white.
@@ -80,6 +80,7 @@ def draw(
   for image, truth, found in shown:
     truth = np.where(truth == ignore_index, -1, truth.astype(np.int32))
     present |= {*np.unique(found).tolist(), *np.unique(truth[truth >= 0]).tolist()}
+    image = np.broadcast_to(image, (*image.shape[:2], 3))
     arrays = (image, colour(truth, colours), colour(found, colours), overlay(image, found, colours))
     panels.append([_scaled(Image.fromarray(array)) for array in arrays])
   listed = sorted(present)[:_LISTED]

@@ -55,6 +55,7 @@ class Views:
       count as 1 once more, as in the published evaluation.
     flip: each view mirrored as well.
     classes: what the numbers in label maps mean; None: the examples have none.
+    channels: of the images: 3 (RGB) or 1 (greyscale).
   """
 
   crop: Size
@@ -63,6 +64,7 @@ class Views:
   scales: tuple[float, ...] = (1.0,)
   flip: bool = False
   classes: 'ClassMap | None' = None
+  channels: int = 3
   ragged = True  # see `loader.eval_loader`
 
   def __post_init__(self):
@@ -112,37 +114,42 @@ class Views:
     """Decodes an example and cuts its windows.
 
     Returns:
-      `windows` (n, height, width, 3) uint8, the views' one after the other, row by row; `extent`
-      (n, 2) int32, how many rows and columns of each are of the image; `label_map` (H, W), if there
-      is one, and `image` (H, W, 3) uint8.
+      `windows` (n, height, width, channels) uint8, the views' one after the other, row by row;
+      `extent` (n, 2) int32, how many rows and columns of each are of the image; `label_map` (H, W),
+      if there is one, and `image` (H, W, channels) uint8.
     """
     from hivit_jax.data import fields
     from hivit_jax.data.segmentation_transforms import KEYS
 
-    decoded = fields.decode(example, ('image',) if self.classes is None else KEYS, 3)
+    decoded = fields.decode(example, ('image',) if self.classes is None else KEYS, self.channels)
     if self.classes is not None:
       decoded = self.classes(decoded)
     image = decoded['image']
     windows, extent = [], []
     for view in self.of((image.height, image.width)):
       shown = image.resize(view.size[::-1], Image.Resampling.BILINEAR)
-      pixels = np.asarray(shown)
+      pixels = _array(shown)
       pixels = pixels[:, ::-1] if view.mirrored else pixels
       for top in view.tops:
         for left in view.lefts:
           part = pixels[top : top + self.crop[0], left : left + self.crop[1]]
-          window = np.zeros((*self.crop, 3), np.uint8)
+          window = np.zeros((*self.crop, self.channels), np.uint8)
           window[: part.shape[0], : part.shape[1]] = part
           windows.append(window)
           extent.append(part.shape[:2])
     arrays = {
       'windows': np.stack(windows),
       'extent': np.array(extent, np.int32),
-      'image': np.asarray(image),
+      'image': _array(image),
     }
     if 'segmentation' in decoded:
       arrays['label_map'] = np.asarray(decoded['segmentation'])
     return arrays
+
+
+def _array(image: Image.Image) -> np.ndarray:
+  """(H, W, channels) uint8."""
+  return np.asarray(image).reshape(image.height, image.width, -1)
 
 
 def starts(side: int, crop: int, stride: int) -> tuple[int, ...]:

@@ -37,7 +37,11 @@ def task_of(metadata: Mapping[str, Any], model: Any, **pixels: Any) -> SegmentTa
   if not options:
     options = {'inference': 'slide', 'stride': tuple(2 * side // 3 for side in model.image_size)}
   return SegmentTask(
-    image_size=model.image_size, num_classes=model.num_classes, **options, **pixels
+    image_size=model.image_size,
+    num_classes=model.num_classes,
+    channels=model.channels,
+    **options,
+    **pixels,
   )
 
 

@@ -149,3 +149,9 @@ def test_the_loss_is_that_of_enlarged_logits():
   picked = np.take_along_axis(log, np.where(known, labels, 0)[..., None], axis=-1)[..., 0]
   assert_close(loss, -(picked * known).sum())
   assert right == ((large.argmax(-1) == labels) & known).sum()
+
+
+def test_colours_of_grey_images_do_not_change():
+  message = r'config\.segment\.photometric=True changes colours, but config\.channels=1'
+  with pytest.raises(UserError, match=message):
+    _task(channels=1, photometric=True)

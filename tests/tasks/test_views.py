@@ -168,15 +168,17 @@ def _unlabelled(task):
   return views.Views(task.image_size, task.inference, task.stride, task.scales, task.mirrored, None)
 
 
-def test_images_smaller_than_the_crop_and_their_padding():
+@pytest.mark.parametrize('channels', [3, 1])
+def test_images_smaller_than_the_crop_and_their_padding(channels):
   """A whole image that does not fill the crop: what is beyond it is the mean colour, and cut."""
-  made = views.Views((64, 64), classes=ClassMap(5))(
+  made = views.Views((64, 64), classes=ClassMap(5), channels=channels)(
     {
       'image': np.full((30, 60, 3), 200, np.uint8),
       'segmentation': np.zeros((30, 60), np.uint8),
     }
   )
-  assert made['windows'].shape == (1, 64, 64, 3)
+  assert made['windows'].shape == (1, 64, 64, channels)
+  assert made['image'].shape == (30, 60, channels)
   assert made['extent'].tolist() == [[32, 64]]
   assert made['label_map'].shape == (30, 60)
   shown = images.normalize_padded(made['windows'], made['extent'], MEAN, STD)

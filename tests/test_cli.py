@@ -159,14 +159,12 @@ def test_a_workdir_that_cannot_be_written_to(main):
 
 
 @pytest.mark.parametrize('mode', ['train', 'evaluate'])
-def test_a_workdir_in_a_bucket(main, mode):
-  done = main(DEBUG, f'--mode={mode}', '--workdir=gs://bucket/run')
+def test_a_workdir_in_a_bucket_of_no_known_kind(main, mode):
+  done = main(DEBUG, f'--mode={mode}', '--workdir=az://bucket/run')
   assert done.status == 2
   last = done.stderr.splitlines()[-1]
-  assert last.startswith(
-    'error: gs://bucket/run is not a path in the file system; mount the bucket'
-  )
-  assert not (ROOT / 'gs:').exists()
+  assert last.startswith('error: az://bucket/run: buckets are gs://BUCKET/PATH and s3://BUCKET/P')
+  assert not (ROOT / 'az:').exists()
 
 
 def test_the_default_workdir_is_named_after_config_and_variant(runs, finished, tmp_path):

@@ -10,6 +10,7 @@ from hivit_jax.interop import infer
 from hivit_jax.interop.files import StateDict
 from hivit_jax.interop.infer import Described
 from hivit_jax.reporting.metrics import rows_in
+from hivit_jax.train import places
 
 ADDRESS = 'OWNER/NAME'  # of the repository, in a card that is not there yet
 
@@ -95,7 +96,7 @@ def _training(metadata: Mapping[str, Any]) -> Iterator[str]:
 
 def _workdir(path: str | os.PathLike[str]) -> pathlib.Path | None:
   """The workdir of WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP."""
-  path = pathlib.Path(path).expanduser().absolute()
+  path = pathlib.Path(places.local(path)).expanduser().absolute()
   return next((p for p in (path, *path.parents[:2]) if (p / 'checkpoints').is_dir()), None)
 
 

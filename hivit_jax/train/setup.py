@@ -193,13 +193,8 @@ def _check_images(config: ml_collections.ConfigDict, mesh: Mesh, key: str) -> No
   )
 
 
-def check_local(path: str) -> None:
-  """UserError for the address of a bucket."""
-  if '://' in path:
-    raise UserError(
-      f'{path} is not a path in the file system; mount the bucket (gcsfuse, s3fs) and give '
-      'that path, or use a local disk or NFS'
-    )
+def check_name(path: str) -> None:
+  """UserError if files there could not be written for the letters in their names."""
   if not path.isascii() and sys.getfilesystemencoding() != 'utf-8':  # Orbax's are always UTF-8
     raise UserError(
       f'{path} cannot be written: file names are {sys.getfilesystemencoding()} here; start with '

@@ -14,7 +14,7 @@ from hivit_jax import models
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, exporter, files, hub, importer, layer_scale, pretrained
 from hivit_jax.interop.report import LoadReport
-from hivit_jax.train import manifest
+from hivit_jax.train import manifest, places
 from hivit_jax.train.checkpoint import load_params
 
 LOCAL = 'local-dir:'  # before a directory where a model's name is expected, as timm has it
@@ -39,12 +39,12 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> files.StateDict:
     )
   if hub.is_name(path):
     return hub.read(str(path), ema=ema)
-  path = pathlib.Path(str(path).removeprefix(LOCAL)).expanduser()
+  given, path = path, pathlib.Path(places.local(str(path).removeprefix(LOCAL))).expanduser()
   if pretrained.holds(path):
     return pretrained.read(path, ema=ema)
   if path.is_dir() or manifest.names_best(path):
     restored = load_params(path, key=_EMA_KEY if ema else 'params')
-    source = f'step {restored.step} of {path}'
+    source = f'step {restored.step} of {given if places.is_address(given) else path}'
     metadata = {**restored.metadata, 'step': restored.step}
     return files.StateDict(exporter.named_arrays(restored.state), source, metadata)
   if path.exists() or files.is_weight_file(path):

@@ -85,6 +85,7 @@ CONFINED = {
         'hints',
         'setup',
         'run',
+        'synthetic',
       )
     ),
   ),

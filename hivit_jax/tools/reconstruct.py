@@ -48,12 +48,17 @@ def main(argv: list[str]) -> None:
   if not config.task or 'pictures' not in assemble.task_class(config).measures:
     found = f'trained with config.task="{config.task}"' if config.task else 'converted, not trained'
     raise UserError(f'--workdir={workdir} was {found}; give the --workdir of a pretraining run')
+  config.data.dtype = config.data.get('dtype', 'uint8')  # older runs have none
   task: Any = assemble.task(config)
   graphdef, abstract = nnx.split(nnx.eval_shape(assemble.model_creator(config)))
   images = _read(files, config) if files else _evaluation_images(config)
   restored = load_params(workdir, nnx.to_pure_dict(abstract))
   pictures = reconstruction.Reconstructor(
-    graphdef, mean=task.mean, std=task.std, mask_ratio=_MASK_RATIO.value
+    graphdef,
+    mean=task.mean,
+    std=task.std,
+    mask_ratio=_MASK_RATIO.value,
+    channels=config.pictures.get('channels'),
   )
   result = pictures(restored.state, images, seed=_SEED.value)
   out = pathlib.Path(_OUT.value or _run_directory(workdir) / 'reconstruction.png')

@@ -59,21 +59,22 @@ def text(
     f"model = hivit_jax.create_model('hf-hub:{ADDRESS}')",
     '```',
     '',
-    *_images(config['pretrained_cfg']),
+    *_images(config['pretrained_cfg'], infer.pixels(state.metadata).get('dtype', 'uint8')),
     *_training(state.metadata),
     *(_records(run, state.metadata['step']) if run else ()),
   ]
   return '\n'.join(lines) + '\n'
 
 
-def _images(config: Mapping[str, Any]) -> Iterator[str]:
+def _images(config: Mapping[str, Any], dtype: str) -> Iterator[str]:
   mean, std = (', '.join(f'{number:g}' for number in config[key]) for key in ('mean', 'std'))
   crop = ''
   if 'crop_pct' in config:  # not of dense models
     crop = (
       f'; {config["interpolation"]}, the central crop keeps {config["crop_pct"]:g} of the sides'
     )
-  yield f'Images: pixels in [0, 1], minus {mean}, divided by {std}{crop}.'
+  pixels = 'floats as they are stored' if dtype == 'float32' else 'pixels in [0, 1]'
+  yield f'Images: {pixels}, minus {mean}, divided by {std}{crop}.'
 
 
 def _training(metadata: Mapping[str, Any]) -> Iterator[str]:

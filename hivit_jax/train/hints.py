@@ -56,7 +56,7 @@ _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] 
   *(({f'segment.{key}': default}, _not_read(key)) for key, default in _SEGMENT.items()),
   *(
     ({f'{section}.every_epochs': epochs}, _not_measured(section))
-    for section, epochs in (('evaluation', 1.0), ('pictures', 20.0))
+    for section, epochs in (('evaluation', 1.0), ('rankme', 0.0), ('pictures', 20.0))
   ),
   ({'augment.switch_probability': 0.5}, _no_choice),
   (
@@ -83,7 +83,7 @@ _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] 
     lambda c: 'optim.name=lars' if c.optim.name == 'lars' else None,
   ),
   ({'optim.momentum': 0.9}, lambda c: 'optim.name=adamw' if c.optim.name == 'adamw' else None),
-  ({'init_ema': False}, lambda c: None if c.init else 'init=None'),
+  ({'init_ema': False, 'init_channels': 'repeat'}, lambda c: None if c.init else 'init=None'),
   (
     {'data.data_dir': None},
     lambda c: 'data.name=folder:...' if c.data.name.startswith('folder:') else None,

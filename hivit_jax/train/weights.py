@@ -63,6 +63,7 @@ def create_model(
   partial: bool = False,
   ema: bool = False,
   fold_layer_scale: bool = False,
+  init_channels: str = 'repeat',
   **overrides: Any,
 ) -> nnx.Module:
   """Builds a model with weights from a path; arguments as for `hivit_jax.create_model`."""
@@ -79,7 +80,7 @@ def create_model(
   def create():
     return models.create_model(name, seed=seed, attention=attention, **overrides)
 
-  return importer.load_new(create, state, partial=partial)[0]
+  return importer.load_new(create, state, partial=partial, init_channels=init_channels)[0]
 
 
 def load_weights(
@@ -90,6 +91,7 @@ def load_weights(
   ema: bool = False,
   fold_layer_scale: bool = False,
   image_size: tuple[int, int] | None = None,
+  init_channels: str = 'repeat',
 ) -> LoadReport:
   """Loads weights into a model, in place.
 
@@ -107,6 +109,8 @@ def load_weights(
       of the products before them, for a model of `layer_scale=None`; for inference only.
     image_size: (height, width) that the weights are for; needed only if it was not square and the
       file does not say.
+    init_channels: how weights for RGB images start a model for other channels: repeat, mean or
+      copy, see `interop.channels`.
 
   Returns:
     What was loaded, resized, dropped, and what is new.
@@ -117,4 +121,6 @@ def load_weights(
   state = read(path, ema=ema)
   if fold_layer_scale:
     state = layer_scale.folded(state)
-  return importer.load_into(model, state, partial=partial, image_size=image_size)
+  return importer.load_into(
+    model, state, partial=partial, image_size=image_size, init_channels=init_channels
+  )

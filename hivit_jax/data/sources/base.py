@@ -45,7 +45,7 @@ class Source(Protocol):
 
     | key | value |
     |---|---|
-    | `image` | bytes of an image file, see `decode.FORMATS`, or uint8 (H, W) or (H, W, C) |
+    | `image` | bytes of an image file, see `decode` and `pixels`, or (H, W) or (H, W, C) |
     | `label` | int, its class; -1, or no such key: unknown (the test split of ImageNet) |
     | `segmentation` | bytes of a PNG file of the same size, or integers (H, W): a class a pixel |
     | `objects` | dict with `boxes`, float (n, 4), and what has a row a box, see below |

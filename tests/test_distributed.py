@@ -14,7 +14,7 @@ from hivit_jax.runtime import distributed
 from hivit_jax.train import places
 from hivit_jax.train.checkpoint import load_params
 from tests.buckets.servers import serve
-from tests.runs import content, error_of, last_step, metrics, on_devices, warnings_of
+from tests.runs import content, error_of, last_step, metrics, on_devices
 from tests.test_runs import folder_of_images
 
 HALF, ALL = 10, 20
@@ -114,10 +114,9 @@ def test_two_processes_continue_in_a_bucket_that_only_process_0_reaches(runs, al
     told = [f'{key}={value}' for key, value in s3.environment.items()]
     with runs.job(['env', *told, *command], command) as job:
       assert [process.wait() for process in job] == [0, 0], job[0].output() + job[1].output()
-      first, second = (process.output() for process in job)
+      first = job[0].output()
     assert f'resuming at step {HALF} of {ALL}' in first
     assert f'finished: checkpoint {there.address}/checkpoints/{ALL}' in first
-    assert warnings_of(second) == []
     assert_same_metrics(pathlib.Path(places.local(there.address)), alone)
     ours, theirs = (
       torch_names.flatten(load_params(path, step=ALL).state) for path in (there.address, alone)

@@ -30,7 +30,7 @@ def smallest(sizes: np.ndarray, canvases: Canvases) -> np.ndarray:
     UserError: a size fits on none.
   """
   table = np.array(canvases)
-  fits = (sizes[:, None] <= table).all(axis=2)
+  fits: Any = (sizes[:, None] <= table).all(axis=2)
   if not fits.any(axis=1).all():
     height, width = sizes[int(np.argmin(fits.any(axis=1)))]
     known = ', '.join(f'{h}x{w}' for h, w in canvases)

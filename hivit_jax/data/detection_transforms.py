@@ -23,7 +23,7 @@ def fitted_sizes(sizes: np.ndarray, short: Any, long: Any) -> np.ndarray:
   return np.maximum((sizes * factor[:, None] + 0.5).astype(np.int64), 1)
 
 
-def fitted(size: Size, short: int, long: int) -> Size:
+def fitted(size: Size, short: float, long: float) -> Size:
   """The size of an image after it is resized to fit these bounds, with its aspect ratio kept.
 
   No side becomes less than a pixel.
@@ -141,12 +141,13 @@ class ScaleJitter:
   def draw(self, size: Size, draws: np.ndarray) -> Chain:
     """See `Augmentation.draw`."""
     bounds, whole, cut = self._many(np.array([size]), draws[None])
+    bound = float(bounds[0])
     offset = (draws[2] * (whole[0] - cut[0] + 1)).astype(np.int64)
     (height, width), (top, left) = cut[0].tolist(), offset.tolist()
     # The last resizing changes nothing.
     return Chain(
       self.flip and bool(draws[0] < 0.5), min(height, width), max(height, width),
-      (float(bounds[0]),) * 2, (height, width), (top, left),
+      (bound, bound), (height, width), (top, left),
     )  # fmt: skip
 
   def sizes(self, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray:

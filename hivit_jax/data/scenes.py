@@ -105,7 +105,7 @@ def scene(example: Mapping[str, Any], channels: int = 3) -> Scene:
   else:
     raise UserError("the objects have neither 'masks' nor is there a map 'instances' of them")
   if bitmaps.shape[1:] != size:
-    height, width = bitmaps.shape[1:]
+    height, width = map(int, bitmaps.shape[1:])
     raise BrokenImage(f'the image has {size[1]}x{size[0]} pixels, its masks {width}x{height}')
   return Scene(
     picture,
@@ -208,4 +208,5 @@ def crop(scene: Scene, size: Size, offset: tuple[int, int]) -> Scene:
   boxes = scene.boxes - np.array([left, top, left, top], np.float32)
   boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
   cut = scene.shown(rows, columns, image=scene.image[rows, columns], boxes=boxes)
-  return cut.only((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+  inside: Any = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+  return cut.only(inside)

@@ -8,6 +8,7 @@ in JAX 0.11 and still there in 0.12.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def attend(
   d = c // 3 // heads
   if bias is not None or qkv.dtype != jnp.bfloat16 or n > MOST or d not in (16, 32, 64, 128):
     return attention.projected_auto(qkv, heads, bias)
-  out = _attend(qkv.reshape(-1, n, 3, heads, d), interpret)
+  out: Any = _attend(qkv.reshape(-1, n, 3, heads, d), interpret)
   return out.reshape(*leading, n, c // 3)
 
 

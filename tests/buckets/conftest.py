@@ -18,7 +18,7 @@ def server(request) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch):
   """A server that does not answer as it should ends a test, not the patience of who runs it."""
-  monkeypatch.setattr(bucket, 'PATIENCE', 10)
+  monkeypatch.setattr(bucket, 'PATIENCE', 60)
 
 
 @pytest.fixture(autouse=True)

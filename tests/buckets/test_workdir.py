@@ -210,7 +210,7 @@ for key, value in values.items():
 
 def test_of_two_processes_only_the_first_needs_the_bucket_and_both_get_the_same_bits(tmp_path):
   with serve('s3') as s3, socket.socket() as free:
-    address = s3.address('run')
+    address = s3.address('two_processes')
     free.bind(('127.0.0.1', 0))
     port = str(free.getsockname()[1])
     free.close()
@@ -232,7 +232,7 @@ def test_killed_while_it_saves_and_without_a_server_for_a_while_a_run_ends_with_
   runs, forks, finished, tmp_path
 ):
   with serve('s3') as s3:
-    address = s3.address('run')
+    address = s3.address('killed')
     command = runs.command(address)
     environment = {**s3.environment, 'TMPDIR': str(tmp_path)}
     reached, go_on = threading.Event(), threading.Event()

@@ -78,6 +78,7 @@ CONFINED = {
         'inputs',
         'validate',
         'hints',
+        'launch',
         'setup',
         'run',
       )

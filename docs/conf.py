@@ -35,6 +35,7 @@ copyright = author
 
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode']
 exclude_patterns = ['README.md']
+highlight_language = 'text'  # blocks without a language are shell commands
 default_role = 'code'  # `name` in docstrings
 nitpicky = True
 # Types of other packages, and names that only stand in annotations: no inventory is fetched.
@@ -55,7 +56,7 @@ autodoc_preserve_defaults = True
 
 html_theme = 'sphinx_book_theme'
 html_title = 'hivit_jax'
-html_theme_options = {'show_toc_level': 2}
+html_theme_options = {'show_toc_level': 2, 'navbar_persistent': []}
 if REPOSITORY:
   html_theme_options |= {
     'repository_url': REPOSITORY,

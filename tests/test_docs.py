@@ -147,6 +147,10 @@ def test_the_sizes_of_models_are_those_of_the_configs():
   assert {model: sizes[model] for model in compared} == {m: expected[m] for m in compared}
 
 
+def test_the_citation_has_the_version():
+  assert f'\nversion: {hivit_jax.__version__}\n' in (ROOT / 'CITATION.cff').read_text()
+
+
 def test_the_readme_is_short():
   assert len(README.splitlines()) <= 170
 

@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
   # model.name, data.name and evaluators also accept such a name.
   config.task = 'mae'  # what is trained
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
-  config.channels = 3  # channels of the images: 3 (RGB) or 1 (greyscale)
+  config.channels = 3  # of the images: 3 (RGB), 1 (greyscale), or up to 64 as they are stored
   config.epochs = 300.0  # length of the run and of the learning rate's schedule
   config.steps = config_dict.placeholder(int)  # the same in steps; instead of epochs
   config.max_steps = config_dict.placeholder(int)  # end here; the schedule stays as it is
@@ -69,6 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.init = config_dict.placeholder(str)  # to start from: a weight file, checkpoint, workdir
   config.init_ema = False  # use the averaged weights of init
+  config.init_channels = 'repeat'  # what RGB weights become for other channels; or mean, copy
 
   config.data = ml_collections.ConfigDict()
   config.data.name = 'imagenet2012'  # a TFDS name, an embedded set, folder:/path, coco:/path
@@ -77,8 +78,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.eval_split = 'validation'  # for accuracies and pictures
   # Share of the sides that the central crop of an evaluation keeps; None: 7/8 up to 224 pixels.
   config.data.eval_crop = config_dict.placeholder(float)  # 1: the whole image
-  config.data.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
-  config.data.std = (0.229, 0.224, 0.225)  # per channel, of pixels in [0, 1]
+  config.data.dtype = 'uint8'  # of stored pixels; uint16: both scaled to [0, 1]; float32: not
+  config.data.mean = (0.485, 0.456, 0.406)  # per channel, of scaled pixels; tools.statistics
+  config.data.std = (0.229, 0.224, 0.225)  # the same
   config.data.num_threads = 0  # threads that decode; 0: one per core, at most 16
   config.data.num_workers = 0  # processes that decode; 0: threads of this one
   config.data.max_broken_fraction = 0.01  # more unreadable images than this stop the run
@@ -191,8 +193,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.knn.temperature = 0.07  # of the votes; a small one lets the nearest decide
   config.knn.bank_size = 50_000  # training images to compare with; 0: all
 
+  config.rankme = ml_collections.ConfigDict()  # RankMe, the effective rank of features: no labels
+  config.rankme.every_epochs = 0.0  # 0: never
+  config.rankme.size = 5000  # evaluation images at most; 0: all
+
   config.pictures = ml_collections.ConfigDict()  # reconstructions of evaluation images
   config.pictures.every_epochs = 20.0  # 0: never
   config.pictures.count = 8  # images in a picture
+  # Channels, counted from 1, that are shown as red, green and blue, or one as grey.
+  config.pictures.channels = config_dict.placeholder(tuple)  # None: the first three, or the first
 
   return config.lock()  # a misspelt setting in a config file is an error

@@ -27,6 +27,7 @@ def create_model(
   partial: bool = False,
   ema: bool = False,
   fold_layer_scale: bool = False,
+  init_channels: str = 'repeat',
   **overrides: Any,
 ) -> Any:
   """Builds a model, with new parameters or with given weights.
@@ -54,6 +55,7 @@ def create_model(
     partial: see `load_weights`.
     ema: see `load_weights`.
     fold_layer_scale: see `load_weights`.
+    init_channels: see `load_weights`.
     **overrides: settings instead of the named model's or the weights', see below. `dtype`,
       `attention`, `ops`, `remat` and `scan` never come with weights. `ops='plain'`, which
       is no setting of a family, computes every operation by its definition, see `ops.choice`.
@@ -123,7 +125,12 @@ def create_model(
     return models.create_model(name, seed=seed, attention=attention, **overrides)
   from hivit_jax.train import weights as reader
 
-  options: dict[str, Any] = {'partial': partial, 'ema': ema, 'fold_layer_scale': fold_layer_scale}
+  options: dict[str, Any] = {
+    'partial': partial,
+    'ema': ema,
+    'fold_layer_scale': fold_layer_scale,
+    'init_channels': init_channels,
+  }
   return reader.create_model(name, weights, seed=seed, attention=attention, **options, **overrides)
 
 

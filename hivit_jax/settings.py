@@ -10,6 +10,15 @@ from typing import Any
 
 from hivit_jax.errors import UserError, suggest
 
+DTYPES = ('uint8', 'uint16', 'float32')  # of stored pixels
+MAX_CHANNELS = 64
+RGB = 3  # channels
+
+
+def is_picture(channels: int, dtype: str) -> bool:
+  """Whether images are converted to RGB or grey bytes; all others are taken as they are stored."""
+  return channels in (1, 3) and dtype == 'uint8'
+
 
 def image_size(value: Any, name: str) -> tuple[int, int]:
   """(height, width) in pixels, from any form that people and files give it in.

@@ -74,7 +74,8 @@ VALUES = [
   ('image_size=large', 'expected a side or (height, width)'),
   ('image_size=1048576,1048576', 'config.image_size=1048576,1048576 take 158329.7 GB on each of'),
   ('model.embed_dim=400000', 'the training state takes '),
-  ('channels=2', 'config.channels=2: expected 3 (RGB) or 1 (greyscale)'),
+  ('channels=65', 'config.channels=65: expected a number from 1 to 64'),
+  ('channels=2', 'config.data.mean: 3 numbers for config.channels=2; python -m hivit_jax.tools.'),
   ('epochs=-1', 'config.epochs=-1.0: expected more than 0'),
   ('epochs=inf', 'config.epochs=inf: expected more than 0'),
   ('max_steps=0', 'config.max_steps=0: expected at least 1'),
@@ -96,7 +97,7 @@ VALUES = [
   ('pictures.count=0', 'config.pictures.count=0: expected at least 1'),
   ('optim.b2=1', 'config.optim.b2=1.0: expected 0 or more, and less than 1'),
   ('optim.clip_norm=0', 'config.optim.clip_norm=0.0: expected more than 0'),
-  ('data.mean=0.5,0.5', 'config.data.mean=(0.5, 0.5): expected one number per channel'),
+  ('data.mean=0.5,0.5', 'config.data.mean: 2 numbers for config.channels=3; if all channels have'),
   ('data.mean=(0.5,)', 'if all channels have the same: --config.data.mean=0.5,0.5,0.5'),
   ('data.std=0.,0.,0.', 'config.data.std=(0.0, 0.0, 0.0): expected one number per channel'),
   ('augment.crop_scale=0.5,0.2', 'config.augment.crop_scale=(0.5, 0.2): expected two shares'),
@@ -158,14 +159,12 @@ def test_a_workdir_that_cannot_be_written_to(main):
 
 
 @pytest.mark.parametrize('mode', ['train', 'evaluate'])
-def test_a_workdir_in_a_bucket(main, mode):
-  done = main(DEBUG, f'--mode={mode}', '--workdir=gs://bucket/run')
+def test_a_workdir_in_a_bucket_of_no_known_kind(main, mode):
+  done = main(DEBUG, f'--mode={mode}', '--workdir=az://bucket/run')
   assert done.status == 2
   last = done.stderr.splitlines()[-1]
-  assert last.startswith(
-    'error: gs://bucket/run is not a path in the file system; mount the bucket'
-  )
-  assert not (ROOT / 'gs:').exists()
+  assert last.startswith('error: az://bucket/run: buckets are gs://BUCKET/PATH and s3://BUCKET/P')
+  assert not (ROOT / 'az:').exists()
 
 
 def test_the_default_workdir_is_named_after_config_and_variant(runs, finished, tmp_path):

@@ -35,6 +35,7 @@ PARAMETERS = {
   'mae_hivit_s': 57_845_536,
   'mae_hivit_b': 87_041_152,
   'mae_hivit_l': 311_765_824,
+  'continue_mae_hivit_b': 87_041_152,
   'supervised_hivit_t': 19_181_668,
   'supervised_hivit_s': 37_526_464,
   'supervised_hivit_b': 66_418_952,

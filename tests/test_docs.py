@@ -62,6 +62,9 @@ def test_every_page_can_be_found():
   linked = {(ROOT / 'docs' / link).resolve() for link in re.findall(r'\]\(([^)#\s]+)\)', index)}
   pages = {page for page in PAGES if 'docs' in page.parts and '{include}' not in page.read_text()}
   assert pages - linked == {ROOT / 'docs' / 'README.md'}
+  site = (ROOT / 'docs' / 'index.md').read_text()
+  shown = {(ROOT / 'docs' / f'{line}.md') for line in re.findall(r'^[\w/-]+$', site, re.MULTILINE)}
+  assert pages - shown == {ROOT / 'docs' / 'README.md'}
 
 
 def test_the_site_describes_all_that_is_public():

@@ -23,6 +23,7 @@ ALLOWED = {
   'environment': {'errors'},
   'cli': {'errors', 'environment', 'settings'},
   'ops': {'errors'},
+  'buckets': {'errors'},
   'detection': set(),
   'models': {'errors', 'settings', 'ops', 'detection'},
   'data': {'errors', 'settings', 'reporting'},
@@ -32,6 +33,7 @@ ALLOWED = {
   'reporting': {'errors', 'settings'},
   'train': {
     *('errors', 'settings', 'ops', 'models', 'interop', 'tasks', 'data', 'runtime', 'reporting'),
+    'buckets',
   },
   'planning': {'errors', 'train'},
   'tools': {
@@ -54,6 +56,9 @@ CONFINED = {
   'pycocotools': ('hivit_jax/data/coco.py',),
   'faster_coco_eval': ('hivit_jax/data/coco.py',),
   'tensorboard': ('hivit_jax/reporting/tensorboard.py',),
+  'boto3': ('hivit_jax/buckets/stores.py',),
+  'botocore': ('hivit_jax/buckets/stores.py',),
+  'google': ('hivit_jax/buckets/stores.py',),
   'wandb': ('hivit_jax/reporting/trackers.py',),
   'mlflow': ('hivit_jax/reporting/trackers.py',),
   'matplotlib': (
@@ -216,6 +221,7 @@ def test_every_import_is_declared_in_requirements_txt():
   distributions = importlib.metadata.packages_distributions()
   # Asked for by name where they are needed.
   optional = {'torch', 'wandb', 'mlflow', 'huggingface_hub', 'faster_coco_eval'}
+  optional |= {'boto3', 'botocore', 'google'}
   known = set(sys.stdlib_module_names) | {'hivit_jax', 'configs'} | optional
   for file in OURS:
     for package in {i.split('.')[0] for i in imports(file)} - known:

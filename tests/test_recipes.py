@@ -67,6 +67,14 @@ VARIATIONS = {
   'mae_hivit_t': ('mae_hivit_b', {'model.name': 'mae_hivit_tiny'}),
   'mae_hivit_s': ('mae_hivit_b', {'model.name': 'mae_hivit_small'}),
   'mae_hivit_l': ('mae_hivit_b', {'model.name': 'mae_hivit_large', 'optim.base_lr': 1.5e-4}),
+  'continue_mae_hivit_b': (
+    'mae_hivit_b',
+    {
+      'epochs': 400.0, 'batch_size': 256, 'optim.base_lr': 5e-5, 'optim.warmup_epochs': 20.0,
+      'checkpoint.every_epochs': 20.0, 'checkpoint.keep_every_epochs': 0.0, 'log_every_steps': 20,
+      'knn.every_epochs': 0.0, 'rankme.every_epochs': 20.0,
+    },
+  ),
   'finetune_hivit_t': (
     'finetune_hivit_b',
     {'model.name': 'hivit_tiny', 'init': 'workdirs/mae_hivit_t', 'model.drop_path_rate': 0.1},

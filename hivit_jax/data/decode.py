@@ -14,6 +14,7 @@ from hivit_jax.errors import UserError
 # plugins start external programs (EPS runs Ghostscript), which data must not be able to do.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'JPEG2000', 'AVIF')
 MODES = {1: 'L', 3: 'RGB'}
+NUMPY_FILES = (b'\x93NUMPY', b'PK\x03\x04')  # how .npy and .npz begin
 
 _UPRIGHT = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,7 +47,8 @@ def decode_image(
   and an animation gives its first frame.
 
   Args:
-    data: An encoded file (`FORMATS`), or pixels as uint8 (H, W) or (H, W, C) with C = 1, 3 or 4.
+    data: An encoded file (`FORMATS`, .npy, .npz), or pixels as uint8 (H, W) or (H, W, C) with C =
+      1, 3 or 4.
     channels: 3 for an RGB image, 1 for greyscale.
     upright: Apply the rotation that EXIF tells.
 
@@ -60,6 +62,8 @@ def decode_image(
   """
   if channels not in MODES:
     raise UserError(f'Images can be decoded to 1 or 3 channels, not to {channels!r}.')
+  if not isinstance(data, np.ndarray) and data.startswith(NUMPY_FILES):
+    data = read_numpy(data)
   if isinstance(data, np.ndarray):
     return _to_mode(_from_array(data), MODES[channels])
   try:
@@ -68,7 +72,7 @@ def decode_image(
   except BrokenImage:
     raise
   except Exception as error:  # PIL's parsers fail in every possible way on damaged input.
-    raise BrokenImage(_reason(error, data)) from error
+    raise BrokenImage(reason(error, data)) from error
 
 
 def decode_label_map(data: bytes | np.ndarray) -> Image.Image:
@@ -98,7 +102,7 @@ def decode_label_map(data: bytes | np.ndarray) -> Image.Image:
     stored = image.tile[0].args
     labels = np.asarray(image)
   except Exception as error:  # As above.
-    raise BrokenImage(f'label map: {_reason(error, data)}') from error
+    raise BrokenImage(f'label map: {reason(error, data)}') from error
   if labels.ndim != 2:
     raise BrokenImage(f'label map: has mode {image.mode}; expected one integer a pixel')
   # PIL stretches greys of 2 and 4 bits to 0..255, as is right for pictures.
@@ -116,6 +120,20 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     raise BrokenImage(error.strerror) from error
 
 
+def read_numpy(data: bytes) -> np.ndarray:
+  """Returns the array of a .npy file, or that of a .npz file named `image` or alone there."""
+  try:
+    loaded = np.load(io.BytesIO(data), allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+      return loaded
+    names = loaded.files
+    if 'image' in names or len(names) == 1:
+      return loaded['image' if 'image' in names else names[0]]
+  except Exception as error:  # As above.
+    raise BrokenImage(reason(error, data)) from error
+  raise UserError(f'.npz file with the arrays {", ".join(names)}: name that of the image "image"')
+
+
 def _from_array(array: np.ndarray) -> Image.Image:
   if array.ndim == 3 and array.shape[-1] == 1:
     array = array[..., 0]
@@ -124,7 +142,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
   ):
     raise UserError(
       f'Image array of type {array.dtype} and shape {array.shape}: expected uint8 (height, width) '
-      'or (height, width, channels) with 1, 3 or 4 channels.'
+      'or (height, width, channels) with 1, 3 or 4 channels. Others are taken as they are stored, '
+      f'with --config.channels=C --config.data.dtype={array.dtype}.'
     )
   return Image.fromarray(array)
 
@@ -150,7 +169,10 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
   if image.mode.startswith('I'):
     image = _scale_16_bit(image)
   elif image.mode == 'F':
-    raise BrokenImage('pixels are 32-bit floats of unknown range; save it with 8 or 16 bits')
+    raise BrokenImage(
+      'pixels are 32-bit floats of unknown range; save it with 8 or 16 bits, '
+      'or take them as they are, --config.data.dtype=float32'
+    )
   if image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
     image = _over_white(image)
   return image if image.mode == mode else image.convert(mode)
@@ -174,7 +196,8 @@ def _over_white(image: Image.Image) -> Image.Image:
   return white.convert('RGB')
 
 
-def _reason(error: Exception, data: bytes) -> str:
+def reason(error: Exception, data: bytes) -> str:
+  """Returns why a file could not be decoded, in one line."""
   if isinstance(error, Image.UnidentifiedImageError):
     return f'not an image ({len(data)} bytes, starting with {bytes(data[:8])!r})'
   return ' '.join(str(error).split()) or type(error).__name__

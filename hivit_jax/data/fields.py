@@ -4,7 +4,7 @@ A change of geometry - `crop`, `resize`, `mirror` - is made to every field in th
 
 | field | from a source | decoded | geometry |
 |---|---|---|---|
-| `image` | encoded file, or uint8 array | PIL image, 'RGB' or 'L' | pixels, interpolated |
+| `image` | encoded file, or array | PIL image, 'RGB' or 'L', or `Pixels` | pixels, interpolated |
 | `segmentation` | PNG, or 2-D array of integers | PIL image, 'L' or 'I;16' | labels, nearest |
 | `instances` | the same | the same | the same |
 | `objects` | dict: `boxes`, and arrays with a row a box | `boxes` as float32 (n, 4) | coordinates |
@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hivit_jax import settings
+from hivit_jax.data import pixels
 from hivit_jax.data.decode import BrokenImage, decode_image, decode_label_map
 from hivit_jax.errors import UserError
 
@@ -31,13 +33,17 @@ _LABEL_MAPS = ('segmentation', 'instances')
 _SCALARS = (str, int, float, np.generic)  # bool is an int
 
 
-def decode(example: Mapping[str, Any], keys: Sequence[str], channels: int) -> Example:
+def decode(
+  example: Mapping[str, Any], keys: Sequence[str], channels: int, dtype: str = 'uint8'
+) -> Example:
   """Returns the named fields of an example, decoded.
 
   Args:
     example: From a source. Without `label` that is -1: unknown.
     keys: Those to take; the others cost nothing.
-    channels: Of the image: 3 (RGB) or 1 (greyscale).
+    channels: Of the image.
+    dtype: Of its pixels. Bytes of 3 (RGB) or 1 (greyscale) channels are a PIL image, all others
+      `pixels.Pixels`.
 
   Raises:
     BrokenImage: The image or label map is damaged, or they differ in size.
@@ -50,6 +56,8 @@ def decode(example: Mapping[str, Any], keys: Sequence[str], channels: int) -> Ex
         known = ', '.join(example)
         raise UserError(f'there is no {name!r} to learn from; the data set has: {known}')
       decoded[name] = -1
+    elif name == 'image' and not settings.is_picture(channels, dtype):
+      decoded[name] = pixels.decode(example[name], channels, dtype)
     elif name == 'image':
       # What lies on an image lies on the pixels as they are stored.
       alone = not {*_LABEL_MAPS, 'objects'} & set(keys)
@@ -151,7 +159,7 @@ def mirror(example: Example, step: object) -> Example:
     left, top, right, bottom = boxes.T
     return np.stack([width - right, top, width - left, bottom], 1)
 
-  def flip(image: Image.Image) -> Image.Image:
+  def flip(image: Any) -> Any:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
   return per_field(
@@ -168,7 +176,7 @@ def mirror(example: Example, step: object) -> Example:
 def to_arrays(example: Example) -> dict[str, np.ndarray]:
   """Returns the arrays that a batch is made of.
 
-  The image as uint8 (H, W, C), a label map as uint8 or uint16 (H, W), integers as int32 (), other
+  The image as (H, W, C), a label map as uint8 or uint16 (H, W), integers as int32 (), other
   numbers as float32 (). Arrays stay as they are. Strings are left out: devices have none.
 
   Raises:
@@ -178,7 +186,9 @@ def to_arrays(example: Example) -> dict[str, np.ndarray]:
   for name, value in example.items():
     if isinstance(value, str):
       continue
-    if isinstance(value, Image.Image):
+    if isinstance(value, pixels.Pixels):
+      arrays[name] = value.array
+    elif isinstance(value, Image.Image):
       array = np.asarray(value)
       arrays[name] = array[..., None] if name == 'image' and array.ndim == 2 else array
     elif isinstance(value, np.ndarray):

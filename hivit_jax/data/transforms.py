@@ -20,10 +20,9 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from hivit_jax.data import fields, randaugment
-from hivit_jax.data.decode import MODES
 from hivit_jax.data.fields import Example
 from hivit_jax.errors import UserError
-from hivit_jax.settings import image_size
+from hivit_jax.settings import DTYPES, MAX_CHANNELS, image_size, is_picture
 
 Size = int | Sequence[int]
 Step = Callable[[Example, np.random.Generator], Example]
@@ -139,16 +138,18 @@ class TrainTransform:
   Attributes:
     steps: On decoded examples. Those with an attribute `size`, (height, width), give their output
       in the shape of a training step where it has one of its own.
-    channels: Of the image: 3 (RGB) or 1 (greyscale).
+    channels: Of the image.
     keys: Fields of the example that are used.
+    dtype: Of the image's pixels, see `fields.decode`.
   """
 
   steps: tuple[Step, ...]
   channels: int = 3
   keys: tuple[str, ...] = fields.CLASSIFIED
+  dtype: str = 'uint8'
 
   def __post_init__(self):
-    _check_channels(self.channels)
+    _check_pixels(self.channels, self.dtype)
 
   def __call__(
     self,
@@ -156,7 +157,7 @@ class TrainTransform:
     rng: np.random.Generator,
     shape: tuple[int, ...] | None = None,
   ) -> dict[str, np.ndarray]:
-    decoded = fields.decode(example, self.keys, self.channels)
+    decoded = fields.decode(example, self.keys, self.channels, self.dtype)
     for step in self.steps:
       if shape is not None and hasattr(step, 'size'):
         step = dataclasses.replace(step, size=shape)  # pyright: ignore[reportArgumentType]
@@ -168,6 +169,7 @@ def train_transform(
   size: Size,
   *,
   channels: int = 3,
+  dtype: str = 'uint8',
   keys: Sequence[str] = fields.CLASSIFIED,
   scale: tuple[float, float] = (0.2, 1.0),
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -185,19 +187,25 @@ def train_transform(
 
   Args:
     size: Side of the square output, or (height, width), in pixels.
-    channels: Of the image: 3 (RGB) or 1 (greyscale).
+    channels, dtype: Of the image, see `fields.decode`.
     keys: Fields of the example that are used, such as 'segmentation'; the label is -1 where a
       source has none.
     scale, ratio, clamp, interpolation: See `RandomResizedCrop`.
     flip: Mirror half of the images; off for data in which left and right matter, such as digits.
     rand_augment: Such as 'rand-m9-mstd0.5-inc1', see `randaugment.rand_augment`; None or '': off.
-    color_jitter: See `ColorJitter`; 0: off. RandAugment, when given, takes its place.
+    color_jitter: See `ColorJitter`; 0: off. RandAugment, when given, takes its place. Both are for
+      bytes of 1 or 3 channels.
     mean: Colour that RandAugment fills in, per channel, in [0, 1]: that of the data set.
 
   Raises:
     UserError: The size, the channels, the crop, RandAugment or the jitter makes no sense.
   """
   jitter, size = ColorJitter(color_jitter), image_size(size, 'image_size')
+  if (rand_augment or color_jitter) and not is_picture(channels, dtype):
+    raise UserError(
+      f'rand_augment={rand_augment}, color_jitter={color_jitter:g}: they take bytes of 1 or 3 '
+      f'channels, not {dtype} of {channels}.'
+    )
   steps: list[Step] = [RandomResizedCrop(size, scale, ratio, clamp, interpolation)]
   if flip:
     steps.append(RandomFlip())
@@ -205,7 +213,7 @@ def train_transform(
     steps.append(randaugment.rand_augment(rand_augment, mean))
   elif color_jitter:
     steps.append(jitter)
-  return TrainTransform(tuple(steps), channels, tuple(keys))
+  return TrainTransform(tuple(steps), channels, tuple(keys), dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,12 +225,13 @@ class EvalTransform:
   channels: int = 3
   keys: tuple[str, ...] = fields.CLASSIFIED
   steps: tuple[Callable[[Example], Example], ...] = ()
+  dtype: str = 'uint8'
 
   def __post_init__(self):
-    _check_channels(self.channels)
+    _check_pixels(self.channels, self.dtype)
 
   def __call__(self, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    decoded = fields.decode(example, self.keys, self.channels)
+    decoded = fields.decode(example, self.keys, self.channels, self.dtype)
     for step in self.steps:
       decoded = step(decoded)
     width, height = decoded['image'].size
@@ -246,6 +255,7 @@ def eval_transform(
   crop: float | None = None,
   *,
   channels: int = 3,
+  dtype: str = 'uint8',
   keys: Sequence[str] = fields.CLASSIFIED,
   steps: Sequence[Callable[[Example], Example]] = (),
 ) -> EvalTransform:
@@ -259,7 +269,7 @@ def eval_transform(
     size: Side of the square output, or (height, width), in pixels.
     crop: Share of the resized image's sides that the crop keeps, in (0, 1], instead of 7/8 up to
       224 pixels and 1 above: 1 for images whose borders matter.
-    channels, keys: See `train_transform`.
+    channels, dtype, keys: See `train_transform`.
     steps: On decoded examples, before they are resized.
 
   Raises:
@@ -267,9 +277,12 @@ def eval_transform(
   """
   if crop is not None and not 0 < crop <= 1:
     raise UserError(f'Evaluation crop {crop!r}: expected more than 0, at most 1.')
-  return EvalTransform(image_size(size, 'image_size'), crop, channels, tuple(keys), tuple(steps))
+  size = image_size(size, 'image_size')
+  return EvalTransform(size, crop, channels, tuple(keys), tuple(steps), dtype)
 
 
-def _check_channels(channels: int) -> None:
-  if channels not in MODES:
-    raise UserError(f'channels={channels!r}: expected 3 (RGB) or 1 (greyscale).')
+def _check_pixels(channels: int, dtype: str) -> None:
+  if not (isinstance(channels, int) and 1 <= channels <= MAX_CHANNELS):
+    raise UserError(f'channels={channels!r}: expected a number from 1 to {MAX_CHANNELS}.')
+  if dtype not in DTYPES:
+    raise UserError(f'dtype={dtype!r}: expected one of {", ".join(DTYPES)}.')

@@ -12,11 +12,12 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import UserError
-from hivit_jax.interop import files, infer, mismatch, shapes, torch_names
+from hivit_jax.interop import channels, files, infer, mismatch, shapes, torch_names
 from hivit_jax.interop.files import StateDict
 from hivit_jax.interop.report import LoadReport
 from hivit_jax.models import positions, resize
 from hivit_jax.models.classifier import Classifier
+from hivit_jax.settings import RGB
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def load_into(
   partial: bool = False,
   image_size: tuple[int, int] | None = None,
   redraw: Mapping[str, str] = MappingProxyType({}),
+  init_channels: str = 'repeat',
 ) -> LoadReport:
   """Puts a state dict into a model, in place; warns of NaN and infinite numbers.
 
@@ -83,11 +85,19 @@ def load_into(
       permission: whatever is missing beside it is new.
     image_size: (height, width) of the weights, where it was not square and nothing else tells it.
     redraw: names that keep the model's initialisation, with why.
+    init_channels: how weights for RGB images become those of other channels, see `channels`.
 
   Raises:
     UserError: missing, unused or mis-shaped names, all with the likely cause.
   """
-  values, report = fit(model, state, partial=partial, image_size=image_size, redraw=redraw)
+  values, report = fit(
+    model,
+    state,
+    partial=partial,
+    image_size=image_size,
+    redraw=redraw,
+    init_channels=init_channels,
+  )
   return _put(model, state, values, report)
 
 
@@ -118,6 +128,7 @@ def fit(
   partial: bool = False,
   image_size: tuple[int, int] | None = None,
   redraw: Mapping[str, str] = MappingProxyType({}),
+  init_channels: str = 'repeat',
 ) -> tuple[dict[Path, np.ndarray], LoadReport]:
   """The values for a model's parameters, in its layout; arguments as for `load_into`."""
   leaves = torch_names.flatten(nnx.to_pure_dict(nnx.state(model)))
@@ -134,6 +145,7 @@ def fit(
   for name in report.ignored:
     del arrays[name]
   sizes = _Sizes(model, state, image_size)
+  own_channels = getattr(getattr(model, 'backbone', model), 'channels', RGB)
   values: dict[Path, np.ndarray] = {}
   misshaped: list[str] = []
   for name, (path, leaf) in wanted.items():
@@ -145,8 +157,8 @@ def fit(
       report.redrawn[name] = redraw[name]
       continue
     value, how = sizes.resized(name, arrays.pop(name), leaf)
-    if name == 'patch_embed.proj.weight' and value.ndim == 4:
-      value, how = _channels(value, leaf.shape[2])
+    if how is None:
+      value, how = channels.adapted(name, value, leaf, own_channels, init_channels)
     if how:
       report.resized[name] = how
     value = torch_names.from_torch(path, value) if value.ndim in (2, 4) else value
@@ -291,19 +303,6 @@ class _Sizes:
       f'{self._source} is for images of {units} units, which is not a square: give its size, '
       'image_size=(height, width) or --image_size=HEIGHTxWIDTH'
     )
-
-
-def _channels(kernel: np.ndarray, channels: int) -> tuple[np.ndarray, str | None]:
-  """A patch embedding (C, channels, h, w) for images of other channels, and what was done.
-
-  From three to one: the same function of grey images. From three to twice three, of an image and
-  another one as trackers have them: the mean of both.
-  """
-  if kernel.shape[1] == 3 and channels == 1:
-    return kernel.sum(axis=1, keepdims=True), 'from 3 channels to 1: their sum, for grey images'
-  if kernel.shape[1] == 3 and channels == 6:
-    return np.concatenate([kernel, kernel], axis=1) / 2, 'from 3 channels to 6: half for each three'
-  return kernel, None
 
 
 def _text(grid: Grid) -> str:

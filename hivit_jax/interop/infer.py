@@ -44,9 +44,9 @@ class Described(NamedTuple):
 
 
 def pixels(metadata: Mapping[str, Any]) -> dict[str, Any]:
-  """`mean`, `std` and `eval_crop` (see configs/base.py) in a metadata; {} if there are none."""
+  """`mean`, `std`, `dtype` and `eval_crop` (see configs/base.py) in a metadata, if any."""
   told = metadata.get('data') or metadata.get('config', {}).get('data', {})
-  return {key: told[key] for key in ('mean', 'std', 'eval_crop') if key in told}
+  return {key: told[key] for key in ('mean', 'std', 'dtype', 'eval_crop') if key in told}
 
 
 def image_size(metadata: Mapping[str, Any]) -> tuple[int, int] | None:

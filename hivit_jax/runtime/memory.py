@@ -22,8 +22,9 @@ def check_images(
   key: str = 'batch_size',
   *,
   prefetched: int = 0,
+  dtype: str = 'uint8',
 ) -> None:
-  """UserError if there is no room for batches of uint8 images, whatever the model is.
+  """UserError if there is no room for batches of images, whatever the model is.
 
   Each device holds one batch. On CPUs those that the loader has prefetched are in the same memory.
 
@@ -34,10 +35,11 @@ def check_images(
     batch_size: over all devices.
     key: the setting that it comes from.
     prefetched: batches that the host holds meanwhile.
+    dtype: of their pixels.
   """
   room = host_memory.available(mesh.local_devices)
   copies = 1 + prefetched if mesh.devices.flat[0].platform == 'cpu' else 1
-  one = copies * math.prod(image_size) * channels
+  one = copies * math.prod(image_size) * channels * np.dtype(dtype).itemsize
   own = batch_size // mesh.size * one
   if room is None or own <= room:
     return

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.tasks import knn, mixing
+from hivit_jax.tasks import knn, mixing, rankme
 from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics, Summed
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tasks.task import Batch, ImageTask
@@ -35,7 +35,7 @@ class ClassifyTask(ImageTask):
     (r'absolute_pos_embed|pos_embed|cls_token|.*/relative_position_bias_table', 'no_decay'),
   )
   needs_classes = True
-  measures = frozenset(('evaluation', 'knn'))
+  measures = frozenset(('evaluation', 'knn', 'rankme'))
   example = 'predict {workdir} PICTURE.jpg'
 
   num_classes: int
@@ -51,18 +51,18 @@ class ClassifyTask(ImageTask):
 
     Args:
       model: the model to be trained.
-      batch: `image` (B, H, W, C) uint8, `label` (B,) int32; -1: unknown, the example is ignored.
+      batch: `image` (B, H, W, C) as stored, `label` (B,) int32; -1: unknown, it is ignored.
       rng: PRNG key of this step.
 
     Returns:
-      `image` (B, H, W, C): float32 normalised, or uint8 still if nothing is done to it here;
+      `image` (B, H, W, C): float32 normalised, or integers still if nothing is done to it here;
       `target` (B, classes) probabilities, of which an example has as much as is known of it;
       `weight` (B,) how much that is, and `count` () their sum; with drop path, `drop_path_noise`
       (B, blocks, 2).
     """
     erasing, mixing_key, drop_path = jax.random.split(rng, 3)
     images = batch['image']
-    if self.erase or self.mixup or self.cutmix:
+    if self.erase or self.mixup or self.cutmix or not _stored(images):
       images = normalize(images, self.mean, self.std)
     if self.erase:
       images = mixing.random_erase(images, erasing, self.erase)
@@ -99,7 +99,7 @@ class ClassifyTask(ImageTask):
     mixup or cutmix there are two, and the larger share counts.
     """
     images = batch['image']
-    if images.dtype == jnp.uint8:  # a quarter of the memory until here, for a batch in parts
+    if _stored(images):  # a quarter or half of the memory until here, for a batch in parts
       images = normalize(images, self.mean, self.std)
     logits = model(images, drop_path_noise=batch.get('drop_path_noise'), train=True)
     right = (logits.argmax(axis=-1) == batch['target'].argmax(axis=-1)) * batch['weight']
@@ -107,7 +107,7 @@ class ClassifyTask(ImageTask):
     return loss, {'accuracy': right.sum() / batch['count']}
 
   def evaluators(self, context: Context) -> list[Evaluator]:
-    """Accuracy on each set whose classes are the model's, and that of k nearest neighbours."""
+    """Accuracy on each set whose classes are the model's; what is measured of its features."""
     every, accuracies = context.every('evaluation'), []
     if every is not None:
       accuracies = [
@@ -116,7 +116,11 @@ class ClassifyTask(ImageTask):
         )
         for name, source in context.class_sets.items()
       ]
-    return [*accuracies, *knn.evaluators(context, self.features, self.unit_features)]
+    return [
+      *accuracies,
+      *knn.evaluators(context, self.features, self.unit_features),
+      *rankme.evaluators(context, self.features),
+    ]
 
   def evaluate(self, model: Classifier, batch: Batch) -> dict[str, jax.Array]:
     """Sums over the examples of an evaluation batch.
@@ -153,6 +157,11 @@ class ClassifyTask(ImageTask):
     """(B, H, W, C) uint8 -> (B, rows, columns, C) float32 tokens, for k-NN segmentation."""
     tokens = model.unit_tokens(normalize(images, self.mean, self.std))[-1]
     return tokens.astype(jnp.float32).mean(axis=3)
+
+
+def _stored(images: jax.Array) -> bool:
+  """Whether images are still integers; floats are normalised as soon as a task gets them."""
+  return jnp.issubdtype(images.dtype, jnp.integer)
 
 
 def _shares_of(source: Any, name: str):

@@ -73,6 +73,7 @@ class DetectTask(ImageTask):
   encoder = 'backbone/'
   stem_is_one_layer = True
   object_classes = True
+  any_images = False
   measures = frozenset(('evaluation', 'pictures'))
   example = 'predict {workdir} PICTURE.jpg --save=FOLDER'
 

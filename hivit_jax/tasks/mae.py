@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.simmim import SimMIM
-from hivit_jax.tasks import knn, reconstruction
+from hivit_jax.tasks import knn, rankme, reconstruction
 from hivit_jax.tasks.evaluators import Context, Evaluator
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tasks.task import Batch, ImageTask
@@ -30,7 +30,7 @@ class MAETask(ImageTask):
     (r'(.*/)?kernel', 'decay'),
     (r'absolute_pos_embed|cls_token|mask_token|.*/relative_position_bias_table', 'decay'),
   )
-  measures = frozenset(('knn', 'pictures'))
+  measures = frozenset(('knn', 'rankme', 'pictures'))
   example = 'reconstruct {workdir} --images=PICTURE.jpg --mask_ratio=0.6'
 
   def prepare(self, model: Model, batch: Batch, rng: jax.Array) -> Batch:
@@ -66,9 +66,10 @@ class MAETask(ImageTask):
     return out.loss * (len(batch['image']) / batch['count']), {}
 
   def evaluators(self, context: Context) -> list[Evaluator]:
-    """k-NN accuracy or segmentation by the features, and pictures of reconstructions."""
+    """k-NN accuracy or segmentation by features, their rank, pictures of reconstructions."""
     return [
       *knn.evaluators(context, self.features, self.unit_features),
+      *rankme.evaluators(context, self.features),
       *reconstruction.evaluators(context, mean=self.mean, std=self.std),
     ]
 

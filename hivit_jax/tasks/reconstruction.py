@@ -19,7 +19,7 @@ from hivit_jax.models.simmim import SimMIM
 from hivit_jax.models.units import join_units, split_units
 from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics
 from hivit_jax.tasks.fonts import default_font
-from hivit_jax.tasks.images import denormalize, normalize
+from hivit_jax.tasks.images import Display, denormalize, normalize, scaled
 
 _HIDDEN = 128  # grey level of units that a panel leaves out
 _MIN_SIDE = 144  # pixels: smaller images are enlarged by a whole factor
@@ -28,7 +28,7 @@ _MARGIN = 8
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-  """Arrays (B, H, W, C) uint8, and how they came about.
+  """Arrays (B, H, W, 3 or 1) uint8, and how they came about.
 
   Attributes:
     original: the images.
@@ -61,7 +61,7 @@ def predict_pixels(
 
   Args:
     model: the autoencoder.
-    images: (B, H, W, C) uint8.
+    images: (B, H, W, C) as stored.
     noise: (B, N), the smallest are kept.
     mean, std: per channel, of pixels in [0, 1].
     mask_ratio: instead of the model's.
@@ -89,18 +89,28 @@ def assemble(
   mean: Sequence[float],
   std: Sequence[float],
   norm_pix: bool,
+  channels: Sequence[int] | None = None,
 ) -> Reconstruction:
-  """Pictures from the images (B, H, W, C) uint8 and the results of `predict_pixels`."""
+  """Pictures from the images (B, H, W, C) as stored and the results of `predict_pixels`.
+
+  Args:
+    images, pixels, mask: see there.
+    mean, std: per channel, of pixels in [0, 1], or of floats as they are.
+    norm_pix: see `Reconstruction`.
+    channels: that are shown, see `Display.of`.
+  """
   b, h, w, _ = images.shape
   side = math.isqrt(h * w // mask.shape[1])
   removed = np.asarray(mask, bool).reshape(b, h // side, w // side)
   removed = removed.repeat(side, axis=1).repeat(side, axis=2)[..., None]  # (B, H, W, 1)
-  predicted = denormalize(np.asarray(pixels, np.float32), mean, std)
+  display = Display.of(images, channels)
+  original = display(scaled(images))
+  predicted = display(denormalize(np.asarray(pixels, np.float32), mean, std))
   return Reconstruction(
-    original=images,
-    masked=np.where(removed, np.uint8(_HIDDEN), images),
+    original=original,
+    masked=np.where(removed, np.uint8(_HIDDEN), original),
     reconstruction=np.where(removed, predicted, np.uint8(_HIDDEN)),
-    pasted=np.where(removed, predicted, images),
+    pasted=np.where(removed, predicted, original),
     mask_ratio=float(np.mean(mask)),
     norm_pix=norm_pix,
   )
@@ -152,6 +162,7 @@ class Reconstructor:
     graphdef: static half of a masked autoencoder or a `SimMIM`, from `nnx.split`.
     mean, std: per channel, of pixels in [0, 1].
     mask_ratio: instead of the model's.
+    channels: that are shown, see `assemble`.
   """
 
   def __init__(
@@ -161,6 +172,7 @@ class Reconstructor:
     mean: Sequence[float],
     std: Sequence[float],
     mask_ratio: float | None = None,
+    channels: Sequence[int] | None = None,
   ):
     def predict(params, images, noise):
       model = nnx.merge(graphdef, params)
@@ -168,10 +180,10 @@ class Reconstructor:
 
     self._graphdef = graphdef
     self._predict = jax.jit(predict)
-    self._statistics = {'mean': mean, 'std': std}
+    self._options: dict[str, Any] = {'mean': mean, 'std': std, 'channels': channels}
 
   def __call__(self, params: Any, images: np.ndarray, *, seed: int) -> Reconstruction:
-    """(B, H, W, C) uint8 images -> pictures; the same seed draws the same masks."""
+    """(B, H, W, C) images as stored -> pictures; the same seed draws the same masks."""
     model = nnx.merge(self._graphdef, params)
     predicts = getattr(model, 'predicts', targets.PIXELS)
     if predicts != targets.PIXELS:
@@ -181,7 +193,7 @@ class Reconstructor:
     shape = (len(images), math.prod(model.grid))
     noise = np.random.default_rng(seed).random(shape, np.float32)
     pixels, mask = jax.device_get(self._predict(params, images, noise))
-    return assemble(images, pixels, mask, norm_pix=model.norm_pix_loss, **self._statistics)
+    return assemble(images, pixels, mask, norm_pix=model.norm_pix_loss, **self._options)
 
 
 NAME = 'reconstructions'  # of the pictures' directory
@@ -200,7 +212,8 @@ def evaluators(context: Context, *, mean: Sequence[float], std: Sequence[float])
     return []
   source = context.some(next(iter(context.sets.values())), context.setting('pictures.count'))
   images = context.examples(source)['image']
-  reconstruct = Reconstructor(context.graphdef, mean=mean, std=std)
+  channels = context.setting('pictures.channels')
+  reconstruct = Reconstructor(context.graphdef, mean=mean, std=std, channels=channels)
 
   def run(step: int, state: Any) -> Metrics:
     params = context.here(state['params'])

@@ -35,8 +35,9 @@ class Task(Protocol):
     needs_classes: the examples need integer labels, and the model one output for each class.
     pixel_classes: the examples need label maps, and the model one output for each class.
     object_classes: the same of examples with objects.
+    any_images: images may have any channels and type; else they are bytes, RGB or grey.
     whole_batches: why a batch cannot be computed in parts, if it cannot.
-    measures: sections of the config that its evaluators read: evaluation, knn, pictures.
+    measures: sections of the config that its evaluators read: evaluation, knn, rankme, pictures.
     without_weights: warning for a run that starts from random parameters, if it needs one.
     example: arguments of `python -m hivit_jax.tools.` for a finished run, {workdir} in them.
   """
@@ -52,6 +53,7 @@ class Task(Protocol):
   needs_classes: ClassVar[bool] = False
   pixel_classes: ClassVar[bool] = False
   object_classes: ClassVar[bool] = False
+  any_images: ClassVar[bool] = False
   whole_batches: ClassVar[str | None] = None
   measures: ClassVar[frozenset[str]] = frozenset()
   without_weights: ClassVar[str | None] = None
@@ -125,18 +127,25 @@ class ImageTask(Task):
 
   Attributes:
     fields: of the examples that the task uses.
-    mean, std: per channel, of pixels in [0, 1].
+    mean, std: per channel, of pixels in [0, 1], or of floats as they are.
+    dtype: of stored pixels.
     transforms: `(train, keys=fields) -> transform` that the config describes; None where no data
       are read.
   """
 
+  any_images = True
   fields: ClassVar[tuple[str, ...]] = ('image', 'label')
 
   mean: Sequence[float]
   std: Sequence[float]
+  dtype: str = dataclasses.field(default='uint8', kw_only=True)
   transforms: Callable[..., Callable[..., dict[str, Any]]] | None = dataclasses.field(
     default=None, kw_only=True, compare=False
   )
+
+  def shapes(self, size: tuple[int, int], channels: int) -> dict[str, jax.ShapeDtypeStruct]:
+    image = jax.ShapeDtypeStruct((*size, channels), jnp.dtype(self.dtype))
+    return super().shapes(size, channels) | {'image': image}
 
   def input(self, train: bool) -> Callable[..., dict[str, Any]]:
     assert self.transforms is not None, 'this task was made without data'

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 
 from hivit_jax.errors import UserError
 from hivit_jax.reporting.metrics import rows_in
+from hivit_jax.train import places
 
 Rows = dict[int, dict[str, float]]  # metrics by step, in order of the steps
 
@@ -42,7 +43,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> Rows:
   Raises:
     UserError: there is no such file, or nothing in it.
   """
-  path = pathlib.Path(workdir).expanduser() / 'metrics.jsonl'
+  path = pathlib.Path(places.local(workdir)).expanduser() / 'metrics.jsonl'
   try:
     content = path.read_bytes()
   except OSError as error:

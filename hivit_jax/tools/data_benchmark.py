@@ -27,7 +27,7 @@ from hivit_jax.data import segmentation_transforms
 from hivit_jax.data.loader import train_loader, usable_cores
 from hivit_jax.data.order import generator
 from hivit_jax.data.transforms import RandomResizedCrop, train_transform
-from hivit_jax.tools import detection_data_benchmark
+from hivit_jax.tools import bands_data_benchmark, detection_data_benchmark
 from hivit_jax.tools.photographs import PHOTO_SIZE, photo_files
 
 BATCH_SIZE = 64
@@ -199,21 +199,28 @@ def format_report(report: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def main(*, as_json: bool = False, detected: int = 64, **options: Any) -> dict[str, Any]:
+def main(
+  *, as_json: bool = False, detected: int = 64, banded: int = 64, **options: Any
+) -> dict[str, Any]:
   """Measures, prints a table or one JSON object, and returns the numbers.
 
   Args:
     as_json: Print JSON.
     detected: Images of `detection_data_benchmark`, whose report is under `detection`.
+    banded: Images of `bands_data_benchmark`, whose report is under `bands`.
     **options: Those of `measure`.
   """
   report = measure(**options)
   report['detection'] = detection_data_benchmark.measure(detected)
+  report['bands'] = bands_data_benchmark.measure(banded)
   if as_json:
     print(json.dumps(report))
   else:
     print(
-      format_report(report), detection_data_benchmark.format_report(report['detection']), sep='\n\n'
+      format_report(report),
+      detection_data_benchmark.format_report(report['detection']),
+      bands_data_benchmark.format_report(report['bands']),
+      sep='\n\n',
     )
   return report
 

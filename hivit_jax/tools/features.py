@@ -31,7 +31,7 @@ from PIL import Image
 from hivit_jax import cli, settings
 from hivit_jax.data.decode import decode_image
 from hivit_jax.errors import UserError
-from hivit_jax.interop import carried
+from hivit_jax.interop import carried, infer
 from hivit_jax.models import inside
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
@@ -66,6 +66,12 @@ def main(argv: list[str]) -> None:
   compilation_cache.turn_on()
   state = weights.read(source, ema=image_flags.EMA.value)
   described = carried.model_of(state)
+  dtype = infer.pixels(state.metadata).get('dtype', 'uint8')
+  if not settings.is_picture(described.arguments['channels'], dtype):
+    raise UserError(
+      f'{state.source} is for images of {described.arguments["channels"]} channels of {dtype}; '
+      'this tool shows RGB and grey ones. Features of others in Python: model.features(images)'
+    )
   model: Any = loaded.model(state, described)
   statistics = carried.statistics(state, described)
   failed: list[str] = []

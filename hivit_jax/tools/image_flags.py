@@ -1,6 +1,6 @@
 """The flags of tools that show images to a model."""
 
-import pathlib
+import os
 from collections.abc import Sequence
 
 from absl import flags
@@ -12,10 +12,10 @@ WEIGHTS = flags.DEFINE_string('weights', None, 'A .pth or .safetensors file inst
 EMA = flags.DEFINE_bool('ema', False, 'Use the averaged weights (EMA).')
 
 
-def checked(argv: Sequence[str]) -> pathlib.Path:
+def checked(argv: Sequence[str]) -> str:
   """Where the weights are; UserError where there are none or several, or no images."""
   if (WORKDIR.value is None) == (WEIGHTS.value is None):
     raise UserError("which model? Either a run's --workdir=DIRECTORY or --weights=FILE")
   if not argv[1:]:
     raise UserError('which images? Name files or folders of them')
-  return pathlib.Path(WORKDIR.value or WEIGHTS.value or '').expanduser()
+  return os.path.expanduser(WORKDIR.value or WEIGHTS.value or '')

@@ -47,6 +47,8 @@ def read(paths: Sequence[str], decode: Any, failed: list[str]) -> Iterator[tuple
   for path in paths:
     try:
       yield path, decode(read_file(path))
+    except UserError as error:
+      raise UserError(f'{path}: {error}') from error
     except BrokenImage as error:
       print(f'cannot read the image {path}: {error}', file=sys.stderr)
       failed.append(path)

@@ -31,7 +31,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, infer
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
-from hivit_jax.tasks.images import normalize
+from hivit_jax.tasks.images import Display, normalize, scaled
 from hivit_jax.tools import contact_sheet, image_flags, loaded, predict_objects, predict_pixels
 from hivit_jax.train import weights
 
@@ -68,10 +68,11 @@ def main(argv: list[str]) -> None:
   labels = _labels(state, len(state.arrays['head.weight']))
   predict = _predictor(state, described, batch_size=min(_BATCH_SIZE, len(paths)))
   failed: list[str] = []
-  crop = infer.pixels(state.metadata).get('eval_crop')
+  known = infer.pixels(state.metadata)
+  crop, dtype = known.get('eval_crop'), known.get('dtype', 'uint8')
   arguments = described.arguments
   transform = transforms.eval_transform(
-    arguments['image_size'], crop, channels=arguments['channels']
+    arguments['image_size'], crop, channels=arguments['channels'], dtype=dtype
   )
   images = loaded.read(paths, lambda data: transform({'image': data})['image'], failed)
   shown: list[contact_sheet.Predicted] = []
@@ -84,7 +85,8 @@ def main(argv: list[str]) -> None:
       print(_to_json(path, predictions) if _JSON.value else _to_text(path, predictions))
       if _SAVE.value:
         classes = [(p['label'], p['probability']) for p in predictions]
-        shown.append(contact_sheet.Predicted(path, image, classes))
+        pixels = Display.of(image)(scaled(image))
+        shown.append(contact_sheet.Predicted(path, pixels, classes))
   if _SAVE.value and shown:
     sheet = contact_sheet.draw(shown)
     with cli.writing('save', _SAVE.value):
@@ -125,7 +127,7 @@ def _predictor(
     return jax.nn.softmax(nnx.merge(graphdef, params)(normalize(images, **statistics)))
 
   def predict(images):
-    batch = np.zeros((batch_size, *images[0].shape), np.uint8)  # of one size: compiled once
+    batch = np.zeros((batch_size, *images[0].shape), images[0].dtype)  # of one size: compiled once
     batch[: len(images)] = images
     return np.asarray(probabilities(params, batch))[: len(images)]
 

@@ -26,7 +26,7 @@ _ALWAYS_SET = frozenset(
 )
 # Fields of tasks and the settings that they are; all others are of one of `_SECTIONS`.
 _FIELDS = {
-  **{key: f'data.{key}' for key in ('mean', 'std', 'eval_crop')},
+  **{key: f'data.{key}' for key in ('mean', 'std', 'dtype', 'eval_crop')},
   **{key: key for key in ('channels', 'seed')},
   'num_classes': 'model.num_classes',
   'mirror': 'augment.flip',
@@ -191,8 +191,8 @@ def check_model(config: ml_collections.ConfigDict) -> None:
 def task(config: ml_collections.ConfigDict, transforms: Callable[..., Any] | None = None) -> Task:
   """The task named by `config.task`; its fields are filled with the settings of their names.
 
-  These are the settings of `config.augment` and `config.segment`, `mean`, `std` and `eval_crop` of
-  the data, the model's `num_classes`, `image_size`, `channels`, and `transforms`.
+  These are the settings of `config.augment` and `config.segment`, `mean`, `std`, `dtype` and
+  `eval_crop` of the data, the model's `num_classes`, `image_size`, `channels`, and `transforms`.
 
   Args:
     config: see configs/base.py.

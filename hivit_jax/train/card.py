@@ -10,6 +10,7 @@ from hivit_jax.interop import infer
 from hivit_jax.interop.files import StateDict
 from hivit_jax.interop.infer import Described
 from hivit_jax.reporting.metrics import rows_in
+from hivit_jax.train import places
 
 ADDRESS = 'OWNER/NAME'  # of the repository, in a card that is not there yet
 
@@ -58,21 +59,22 @@ def text(
     f"model = hivit_jax.create_model('hf-hub:{ADDRESS}')",
     '```',
     '',
-    *_images(config['pretrained_cfg']),
+    *_images(config['pretrained_cfg'], infer.pixels(state.metadata).get('dtype', 'uint8')),
     *_training(state.metadata),
     *(_records(run, state.metadata['step']) if run else ()),
   ]
   return '\n'.join(lines) + '\n'
 
 
-def _images(config: Mapping[str, Any]) -> Iterator[str]:
+def _images(config: Mapping[str, Any], dtype: str) -> Iterator[str]:
   mean, std = (', '.join(f'{number:g}' for number in config[key]) for key in ('mean', 'std'))
   crop = ''
   if 'crop_pct' in config:  # not of dense models
     crop = (
       f'; {config["interpolation"]}, the central crop keeps {config["crop_pct"]:g} of the sides'
     )
-  yield f'Images: pixels in [0, 1], minus {mean}, divided by {std}{crop}.'
+  pixels = 'floats as they are stored' if dtype == 'float32' else 'pixels in [0, 1]'
+  yield f'Images: {pixels}, minus {mean}, divided by {std}{crop}.'
 
 
 def _training(metadata: Mapping[str, Any]) -> Iterator[str]:
@@ -94,7 +96,7 @@ def _training(metadata: Mapping[str, Any]) -> Iterator[str]:
 
 def _workdir(path: str | os.PathLike[str]) -> pathlib.Path | None:
   """The workdir of WORKDIR, WORKDIR/best or WORKDIR/checkpoints/STEP."""
-  path = pathlib.Path(path).expanduser().absolute()
+  path = pathlib.Path(places.local(path)).expanduser().absolute()
   return next((p for p in (path, *path.parents[:2]) if (p / 'checkpoints').is_dir()), None)
 
 

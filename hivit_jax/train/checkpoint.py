@@ -31,7 +31,7 @@ import numpy as np
 
 from hivit_jax.errors import UserError
 from hivit_jax.runtime import distributed
-from hivit_jax.train import integrity, manifest, storage
+from hivit_jax.train import integrity, manifest, places, storage
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class Checkpoints:
     *,
     keep_last: int = 2,
     keep_every_steps: int | None = None,
+    place: places.Disk | None = None,
   ):
     """Opens the directory, creates it if needed, and removes what an interrupted save left there.
 
@@ -73,24 +74,24 @@ class Checkpoints:
       directory: where the checkpoints lie, usually `workdir/checkpoints`.
       keep_last: how many of the newest checkpoints are kept, at least 1.
       keep_every_steps: checkpoints at multiples of this step are kept for good; None: none.
+      place: opened, of the run, if that is not the directory alone.
 
     Raises:
       UserError: an option is out of range, or the directory cannot be created or written to.
     """
-    if keep_last < 1:
-      raise UserError(f'keep_last must be at least 1, got {keep_last}')
-    if keep_every_steps is not None and keep_every_steps < 1:
-      raise UserError(f'keep_every_steps must be at least 1 or None, got {keep_every_steps}')
+    for name, count in (('keep_last', keep_last), ('keep_every_steps', keep_every_steps)):
+      if count is not None and count < 1:
+        raise UserError(f'{name} must be at least 1, got {count}')
     self.directory = pathlib.Path(directory).absolute()
-    self._keep_last = keep_last
-    self._keep_every_steps = keep_every_steps
+    self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
     self.best: manifest.Best | None = None
+    self._place = places.Disk(self.directory.parent) if place is None else place
     self._primary = jax.process_index() == 0
     self._ours: set[int] = set()  # steps restored or saved here; other steps are another run's
     self._pending: tuple[int, concurrent.futures.Future] | None = None
     self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
     try:
-      self.directory.mkdir(parents=True, exist_ok=True)
+      self._place.make(self.directory)
       for path in self._remove_unfinished('*') if self._primary else ():
         _log.info('removed the incomplete checkpoint %s', path)
     except OSError as error:
@@ -117,9 +118,9 @@ class Checkpoints:
     """The newest complete checkpoint's step, or None."""
     return max(self.steps(), default=None)
 
-  def path(self, step: int) -> pathlib.Path:
-    """Where the checkpoint of `step` lies or would lie."""
-    return self.directory / str(step)
+  def path(self, step: int) -> pathlib.Path | str:
+    """Where the checkpoint of `step` lies or would lie; an address if that is in a bucket."""
+    return self._place.shown(self._path(step))
 
   def save(self, step: int, state: Any, metadata: Mapping[str, Any], *, wait: bool = False) -> bool:
     """Saves `state`, then removes the checkpoints that are no longer to be kept.
@@ -140,10 +141,10 @@ class Checkpoints:
     self.wait()
     if step in self._ours:
       return False
-    if self.path(step).exists():
+    if self._path(step).exists():
       raise UserError(
         f'{self.path(step)} exists already, from a run that this one does not continue; '
-        f'choose another --workdir, or remove it: rm -r {self.path(step)}'
+        f'choose another --workdir, or remove it: {self._place.removal(self._path(step))}'
       )
     leaves, _ = manifest.flatten(state)
     record = manifest.make_record(leaves, metadata, self.best)
@@ -151,7 +152,7 @@ class Checkpoints:
       if self._primary:  # a probe: Orbax notices only in the background, and leaves warnings behind
         self._writing(step).mkdir(parents=True)
         self._writing(step).rmdir()
-      response = storage.save(self._writing(step), leaves, record)
+      response = storage.save(self._writing(step), leaves, record, shared=self._place.shared)
     except Exception as error:
       self._abandon(step)
       raise self._explain(step, error) from error
@@ -185,24 +186,25 @@ class Checkpoints:
     choice = distributed.on_primary(functools.partial(self._choose, step))
     if choice is None:
       return None
-    found, damaged = choice
-    path = self.path(found)
-    record = manifest.read_record(path)
+    found, damaged, content = choice
+    path = self._path(found)
+    record = manifest.parsed(path, content)
     manifest.check_continuable(path, record)
     manifest.check_fit(path, record.leaves, leaves)
-    values = storage.load(path, leaves)
+    values = storage.load(path, leaves, shared=self._place.shared)
+    self._place.strip(path)
     self._ours.add(found)
     there = record.best is not None and record.best.step in self.steps()
     self.best = record.best if distributed.on_primary(lambda: there) else None
     for bad in damaged if self._primary else ():
-      integrity.set_aside(self.path(bad))
+      self._place.set_aside(self._path(bad))
     return Restored(found, jax.tree.unflatten(treedef, values.values()), record.metadata)
 
-  def _choose(self, step: int | None) -> tuple[int, list[int]] | None:
+  def _choose(self, step: int | None) -> tuple[int, list[int], dict[str, Any]] | None:
     if step is None and not self.steps():
       return None
-    found, _, damaged = manifest.newest_usable(self.directory, step, manifest.read_verified)
-    return found, damaged
+    found, _, damaged = manifest.newest_usable(self.directory, step, self._place.read)
+    return found, damaged, manifest.content(self._path(found))
 
   def wait(self) -> None:
     """Returns when no save is under way; raises the error of the one that was."""
@@ -230,6 +232,9 @@ class Checkpoints:
     finally:
       self._worker.shutdown()
 
+  def _path(self, step: int) -> pathlib.Path:
+    return self.directory / str(step)
+
   def _writing(self, step: int) -> pathlib.Path:
     return self.directory / f'{step}{_WRITING}'
 
@@ -240,23 +245,21 @@ class Checkpoints:
       if not self._primary:
         return
       integrity.write_sums(self._writing(step))
-      self._writing(step).rename(self.path(step))
+      self._place.publish(self._writing(step), step)
+      self._writing(step).rename(self._path(step))
       integrity.sync(self.directory)
+      self._place.strip(self._path(step))
     except Exception:
       self._abandon(step)
       raise
-    for old in self._superseded(step, best):
-      try:
-        shutil.rmtree(self.path(old))
-      except OSError as error:
-        _log.warning('could not remove the old checkpoint %s: %s', self.path(old), error)
-
-  def _superseded(self, newest: int, best: int | None) -> list[int]:
     # Later steps are another run's and do not count: the one just saved must never be the victim.
-    steps = [step for step in self.steps() if step <= newest]
-    every = self._keep_every_steps
-    old = [s for s in steps[: -self._keep_last] if every is None or s % every != 0]
-    return [s for s in old if s != best]
+    steps = [s for s in self.steps() if s <= step]
+    kept, every = {*steps[-self._keep_last :], best}, self._keep_every_steps
+    for old in (s for s in steps if s not in kept and (every is None or s % every)):
+      try:
+        self._place.remove(self._path(old))
+      except (OSError, UserError) as error:
+        _log.warning('could not remove the old checkpoint %s: %s', self.path(old), error)
 
   def _abandon(self, step: int) -> None:
     """Removes what a failed save has left: a full disk needs the room."""
@@ -281,6 +284,8 @@ class Checkpoints:
     message = f'could not save the checkpoint {self.path(step)}'
     last = self.latest_step()
     kept = 'there is no earlier one' if last is None else f'{self.path(last)} is kept'
+    if isinstance(error, UserError):
+      return UserError(f'{message}: {error}; {kept}')
     reason = storage.fault_of_the_disk(error)
     if reason is not None:
       return UserError(
@@ -302,7 +307,7 @@ def load_metadata(path: str | os.PathLike[str], step: int | None = None) -> dict
   Raises:
     UserError: there is no such checkpoint.
   """
-  directory, step = manifest.locate(path, step)
+  directory, step = manifest.locate(places.local(path, step), step)
   return manifest.newest_usable(directory, step, manifest.read_record)[1].metadata
 
 
@@ -328,7 +333,7 @@ def load_params(
   Raises:
     UserError: there is no usable checkpoint, it has no such part, or `abstract` does not fit.
   """
-  directory, step = manifest.locate(path, step)
+  directory, step = manifest.locate(places.local(path, step), step)
   step, record, _ = manifest.newest_usable(directory, step, manifest.read_verified)
   path = directory / str(step)
   part = {name: leaf for name, leaf in record.leaves.items() if name[0] == key}

@@ -7,6 +7,7 @@ from typing import Any, cast
 import ml_collections
 
 from hivit_jax import settings
+from hivit_jax.data.loader import MAX_THREADS, usable_cores
 from hivit_jax.errors import flag
 from hivit_jax.reporting.run_info import ABSENT
 from hivit_jax.train import assemble
@@ -55,7 +56,7 @@ _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] 
   *(({f'segment.{key}': default}, _not_read(key)) for key, default in _SEGMENT.items()),
   *(
     ({f'{section}.every_epochs': epochs}, _not_measured(section))
-    for section, epochs in (('evaluation', 1.0), ('pictures', 20.0))
+    for section, epochs in (('evaluation', 1.0), ('rankme', 0.0), ('pictures', 20.0))
   ),
   ({'augment.switch_probability': 0.5}, _no_choice),
   (
@@ -82,7 +83,7 @@ _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] 
     lambda c: 'optim.name=lars' if c.optim.name == 'lars' else None,
   ),
   ({'optim.momentum': 0.9}, lambda c: 'optim.name=adamw' if c.optim.name == 'adamw' else None),
-  ({'init_ema': False}, lambda c: None if c.init else 'init=None'),
+  ({'init_ema': False, 'init_channels': 'repeat'}, lambda c: None if c.init else 'init=None'),
   (
     {'data.data_dir': None},
     lambda c: 'data.name=folder:...' if c.data.name.startswith('folder:') else None,
@@ -134,6 +135,15 @@ def for_finite_numbers(config: _Config) -> str:
   if assemble.compute_dtype(config) != 'float32':
     ways.append(flag('model.dtype', 'float32'))
   return ', '.join(ways)
+
+
+def for_data(config: _Config) -> str:
+  """Ways to load data faster."""
+  cores, threads, workers = usable_cores(), config.data.num_threads, config.data.num_workers
+  used = max(1, workers) * (threads or max(1, min(MAX_THREADS, cores // max(1, workers))))
+  if used < cores:  # a process keeps some 8 cores busy
+    return f'{flag("data.num_workers", max(workers + 1, cores // 8))} uses more of {cores} cores'
+  return f'all {cores} cores load already; store smaller images, or take more cores a device'
 
 
 def to_train_longer(config: _Config) -> str:

@@ -33,14 +33,20 @@ def initial_model(
     class_names: of the training data.
   """
   create = assemble.model_creator(config)
-  path, ema = config.init, config.init_ema
+  path, ema, init_channels = config.init, config.init_ema, config.init_channels
 
   def load():
     model = create()
     if path:
       try:
         state = weights.read(path, ema=ema)
-        importer.load_into(model, state, partial=True, redraw=_redrawn(config, state, class_names))
+        importer.load_into(
+          model,
+          state,
+          partial=True,
+          redraw=_redrawn(config, state, class_names),
+          init_channels=init_channels,
+        )
       except UserError as error:
         raise UserError(f'config.init: {error}') from error
     return model

@@ -186,6 +186,7 @@ def train_transform(config: ml_collections.ConfigDict, **options: Any) -> transf
   return transforms.train_transform(
     image_size(config),
     channels=config.channels,
+    dtype=config.data.dtype,
     scale=tuple(a.crop_scale),
     ratio=tuple(a.crop_ratio),
     clamp=a.crop_clamp,
@@ -206,7 +207,9 @@ def eval_transform(config: ml_collections.ConfigDict, **options: Any) -> transfo
     **options: of `transforms.eval_transform` that a task decides on, such as `keys`.
   """
   size, crop = image_size(config), config.data.eval_crop
-  return transforms.eval_transform(size, crop, channels=config.channels, **options)
+  return transforms.eval_transform(
+    size, crop, channels=config.channels, dtype=config.data.dtype, **options
+  )
 
 
 def train_batches(

@@ -14,7 +14,7 @@ import shutil
 from hivit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
-_SUMS_FILE = 'SHA256SUMS'
+SUMS_FILE = 'SHA256SUMS'
 
 
 class Damaged(Exception):
@@ -24,7 +24,7 @@ class Damaged(Exception):
 def _files(path: pathlib.Path) -> list[str]:
   """The files of a checkpoint, except the list of sums, relative to it."""
   files = (file.relative_to(path).as_posix() for file in path.rglob('*') if file.is_file())
-  return sorted(file for file in files if file != _SUMS_FILE)
+  return sorted(file for file in files if file != SUMS_FILE)
 
 
 def write_sums(path: pathlib.Path) -> None:
@@ -34,7 +34,7 @@ def write_sums(path: pathlib.Path) -> None:
     with open(path / name, 'rb') as file:
       lines.append(f'{hashlib.file_digest(file, "sha256").hexdigest()}  {name}\n')
       os.fsync(file.fileno())
-  with open(path / _SUMS_FILE, 'w') as file:
+  with open(path / SUMS_FILE, 'w') as file:
     file.writelines(lines)
     file.flush()
     os.fsync(file.fileno())
@@ -52,20 +52,20 @@ def sync(directory: pathlib.Path) -> None:
 
 def verify(path: pathlib.Path, names: list[str] | None) -> None:
   """Raises Damaged unless the named files (None: all, and no others) are as they were written."""
-  name = _SUMS_FILE
+  name = SUMS_FILE
   try:
-    text = (path / _SUMS_FILE).read_bytes().decode(errors='replace')
+    text = (path / SUMS_FILE).read_bytes().decode(errors='replace')
     sums = {name: digest for digest, name in re.findall(r'^([0-9a-f]{64})  (.+)\n', text, re.M)}
     if text != ''.join(f'{digest}  {name}\n' for name, digest in sums.items()):
-      raise Damaged(f'{_SUMS_FILE} was altered: it is malformed')
+      raise Damaged(f'{SUMS_FILE} was altered: it is malformed')
     if names is None:
       names = sorted({*_files(path), *sums})
     for name in names:
       if name not in sums:
-        raise Damaged(f'{name} is not listed in {_SUMS_FILE}')
+        raise Damaged(f'{name} is not listed in {SUMS_FILE}')
       with open(path / name, 'rb') as file:
         if hashlib.file_digest(file, 'sha256').hexdigest() != sums[name]:
-          raise Damaged(f'{name} was altered: it does not match {_SUMS_FILE}')
+          raise Damaged(f'{name} was altered: it does not match {SUMS_FILE}')
   except PermissionError as error:
     raise UserError(f'cannot read {error.filename}: {error.strerror}') from error
   except FileNotFoundError as error:

@@ -22,6 +22,7 @@ from hivit_jax.train.best import KeepBest
 
 _log = logging.getLogger(__name__)
 _IN_FLIGHT = 2  # steps given to the device beyond the one it works on
+_STARVED, _STARVED_SECONDS = 0.1, 60  # share of the time, and for how long, that is worth a line
 _FINITE = ('loss', 'grad_norm', 'param_norm')  # metrics that tell whether a state is sound
 
 
@@ -80,6 +81,7 @@ class Run:
     writer: has `write(step, metrics)`.
     progress: has `update(step, metrics)`.
     log_every: steps between log lines.
+    for_data: what a user may do when the devices wait for data.
   """
 
   state: Any
@@ -99,6 +101,7 @@ class Run:
   progress: Any
   log_every: int
   keep_best: KeepBest | None = None
+  for_data: str = ''
 
 
 def train(run: Run, signals: StopSignals) -> Any:
@@ -125,10 +128,12 @@ def train(run: Run, signals: StopSignals) -> Any:
   """
   state, batches, checkpoints, writer = run.state, run.batches, run.checkpoints, run.writer
   interval, late = _Interval(), None
+  starved = 0.0  # seconds in a row, of log lines with much waiting
   vote = distributed.Votes(run.mesh)
   interruptible = contextlib.nullcontext if jax.process_count() > 1 else signals.interruptible
 
   def flush(done: _Interval | None) -> None:
+    nonlocal starved
     if done is None or not done.steps:
       return
     values = jax.device_get([metrics for _, metrics in done.steps])
@@ -142,6 +147,10 @@ def train(run: Run, signals: StopSignals) -> Any:
     means |= {**timing, **host_memory.in_use(), 'epoch': step * run.epochs_per_step}
     if done.broken:
       means['broken_images'] = done.broken
+    waited = timing.get('data_wait_fraction', 0.0)
+    before, starved = starved, starved + done.seconds if waited > _STARVED else 0.0
+    if before < _STARVED_SECONDS <= starved:
+      _log.warning('the devices wait for data %.0f %% of the time: %s', 100 * waited, run.for_data)
     writer.write(step, {f'train/{key}': value for key, value in means.items()})
     shown = {'loss': means['loss']}
     if timing:

@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 FORMAT = 2
 _READABLE = (1, FORMAT)  # 1: the optimizer's moments of biases and scales were one array
-_FILE = '_CHECKPOINT_METADATA'  # documented in Orbax's checkpoint format guide
+FILE = '_CHECKPOINT_METADATA'  # documented in Orbax's checkpoint format guide
 _SHOWN_DIFFERENCES = 3
 
 KeyPath = tuple[str | int, ...]
@@ -200,8 +200,17 @@ def make_record(
 
 def read_record(path: pathlib.Path) -> Record:
   """Reads and verifies what `make_record` made; the file is JSON, so this needs no Orbax."""
-  integrity.verify(path, [_FILE])
-  record = json.loads((path / _FILE).read_bytes())['custom_metadata']
+  return parsed(path, content(path))
+
+
+def content(path: pathlib.Path) -> dict[str, Any]:
+  """The verified record of a checkpoint, as JSON has it."""
+  integrity.verify(path, [FILE])
+  return json.loads((path / FILE).read_bytes())['custom_metadata']
+
+
+def parsed(path: pathlib.Path, record: Mapping[str, Any]) -> Record:
+  """What `content` returns, as a Record; UserError if a later version wrote it."""
   if record['format'] not in _READABLE:
     raise UserError(
       f'{path} has checkpoint format {record["format"]}, and this version of hivit_jax reads up to '

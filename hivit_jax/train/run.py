@@ -20,7 +20,7 @@ from hivit_jax.reporting import trackers
 from hivit_jax.reporting.console import Progress, setup_logging
 from hivit_jax.reporting.metrics import MetricWriter
 from hivit_jax.reporting.run_info import config_changes, write_run_info
-from hivit_jax.runtime import distributed, host_memory, lock, memory, watchdog
+from hivit_jax.runtime import distributed, host_memory, memory, watchdog
 from hivit_jax.runtime.signals import Interrupted, StopSignals
 from hivit_jax.train import (
   assemble,
@@ -29,6 +29,7 @@ from hivit_jax.train import (
   hints,
   initialise,
   loop,
+  places,
   resume,
   sharding,
   step,
@@ -36,7 +37,7 @@ from hivit_jax.train import (
   weights,
 )
 from hivit_jax.train.checkpoint import Checkpoints
-from hivit_jax.train.setup import Setup, check_local, has_head, set_up
+from hivit_jax.train.setup import Setup, check_name, has_head, set_up
 
 _log = logging.getLogger(__name__)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -47,7 +48,8 @@ def train(config: ml_collections.ConfigDict, workdir: str, given: Collection[str
 
   Args:
     config: see configs/base.py.
-    workdir: directory of everything that the run leaves; created if needed.
+    workdir: directory of everything that the run leaves, created if needed; or gs://BUCKET/PATH or
+      s3://BUCKET/PATH.
     given: dotted settings on the command line, for `hints.without_effect`.
 
   Raises:
@@ -58,12 +60,12 @@ def train(config: ml_collections.ConfigDict, workdir: str, given: Collection[str
   host_memory.keep_freed_memory(one_arena=assemble.is_large(config))
   primary = distributed.primary()
   setup_logging(primary)
-  check_local(workdir)
-  directory = pathlib.Path(workdir).expanduser().absolute()
+  check_name(workdir)
+  place = places.of(workdir)
   with (
     watchdog.Watch(),
     _told_of_full_memory(config),
-    _told_of_full_disk(directory),
+    _told_of_full_disk(place),
     StopSignals() as signals,
     contextlib.ExitStack() as stack,
   ):
@@ -73,7 +75,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, given: Collection[str
         ignored = hints.without_effect(checked, given)
         if ignored and primary:
           _log.warning('settings without effect in this run: %s', ', '.join(ignored))
-        run = _begin(set_up(checked), directory, stack)
+        run = _begin(set_up(checked), place, stack)
     except Interrupted:
       raise Stopped(
         f'{signals.received}: stopped before training began; the same command starts it again'
@@ -88,7 +90,7 @@ def train(config: ml_collections.ConfigDict, workdir: str, given: Collection[str
   if broken:
     _log.warning('%d broken training images were replaced; each is named above', broken)
   if primary:
-    _report(config, directory, run.checkpoints.path(run.total_steps))
+    _report(config, place, run.checkpoints.path(run.total_steps))
 
 
 def evaluate(
@@ -131,7 +133,7 @@ def _evaluate(
   path = workdir or (config.init if 'init' in given or not trained else default_workdir)
   if not path:
     raise UserError('what to evaluate? Give --workdir=DIRECTORY or --config.init=FILE')
-  check_local(path)
+  check_name(path)
   state = weights.read(path, ema=config.init_ema)
   setup = set_up(initialise.config_for(config, state, given), evaluated=state)
   graphdef, params = _evaluated(setup, state)
@@ -167,7 +169,7 @@ def _evaluated(setup: Setup, state: files.StateDict) -> tuple[nnx.GraphDef, Any]
 
 
 @contextlib.contextmanager
-def _told_of_full_disk(directory: pathlib.Path) -> Iterator[None]:
+def _told_of_full_disk(place: places.Disk) -> Iterator[None]:
   """Turns the error into a UserError; checkpoints have their own."""
   try:
     yield
@@ -175,7 +177,7 @@ def _told_of_full_disk(directory: pathlib.Path) -> Iterator[None]:
     if error.errno not in _NO_ROOM:
       raise
     raise UserError(
-      f'cannot write to {directory}: {error.strerror}; the checkpoints there are kept; '
+      f'cannot write to {place.directory}: {error.strerror}; the checkpoints there are kept; '
       'make room (df -h) and start the same command again'
     ) from error
 
@@ -194,7 +196,7 @@ def _told_of_full_memory(config: ml_collections.ConfigDict) -> Iterator[None]:
     ) from error
 
 
-def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -> loop.Run | None:
+def _begin(setup: Setup, place: places.Disk, stack: contextlib.ExitStack) -> loop.Run | None:
   """The run at its first step or where it was left; None if it is finished; `stack` closes it."""
   config, mesh, steps = setup.config, setup.mesh, setup.steps
   primary = distributed.primary()
@@ -206,15 +208,18 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
   keep_best = config.checkpoint.keep_best
   total = config.max_steps or config.steps or steps.of(config.epochs)
 
-  distributed.on_primary(lambda: stack.enter_context(lock.hold(directory)))
+  place.open(stack)
+  directory = place.directory
   checkpoints = stack.enter_context(
     Checkpoints(
       directory / 'checkpoints',
       keep_last=config.checkpoint.keep_last,
       keep_every_steps=steps.between_kept(config.checkpoint),
+      place=place,
     )
   )
-  distributed.check_shared(directory)
+  if place.shared:
+    distributed.check_shared(directory)
   changes = config_changes(directory, config.to_dict())
   restored = resume.restore(checkpoints, training.abstract, changes)
   start = restored.step if restored else 0
@@ -274,6 +279,7 @@ def _begin(setup: Setup, directory: pathlib.Path, stack: contextlib.ExitStack) -
     writer=writer,
     progress=stack.enter_context(Progress(total, start_step=start, primary=primary)),
     log_every=config.log_every_steps,
+    for_data=hints.for_data(config),
   )
 
 
@@ -294,17 +300,16 @@ def _log_overview(params: Any) -> None:
   _log.info('\n%s', parameter_overview.get_parameter_overview(flat, include_stats=False))
 
 
-def _report(
-  config: ml_collections.ConfigDict, directory: pathlib.Path, checkpoint: pathlib.Path
-) -> None:
-  workdir = f'--workdir={shlex.quote(str(directory))}'
+def _report(config: ml_collections.ConfigDict, place: places.Disk, checkpoint: Any) -> None:
+  shown = shlex.quote(str(place.shown(place.directory)))
+  workdir = f'--workdir={shown}'
   python = pathlib.Path(sys.executable).name
   lines = [f'finished: checkpoint {checkpoint}']
-  picture = evaluation.newest_picture(directory)
+  picture = evaluation.newest_picture(place.directory)
   if picture:
     lines.append(f'{picture.parent.name}: {picture}')
   if 'tensorboard' in trackers.listed(config.trackers):
-    lines.append(f'curves: tensorboard --logdir={shlex.quote(str(directory))}/tensorboard')
+    lines.append(f'curves: tensorboard --logdir={shown}/tensorboard')
   example = assemble.task_class(config).example
   if example:
     command = f'{python} -m hivit_jax.tools.{example.format(workdir=workdir)}'

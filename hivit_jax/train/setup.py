@@ -94,7 +94,7 @@ def set_up(config: ml_collections.ConfigDict, evaluated: files.StateDict | None 
   if training:
     sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
     _check_images(config, mesh, 'batch_size')
-  if config.evaluation.every_epochs or config.knn.every_epochs:
+  if config.evaluation.every_epochs or config.knn.every_epochs or config.rankme.every_epochs:
     key = 'evaluation.batch_size'
     sharding.check_batch_size(config.evaluation.batch_size, mesh, key=key)
     _check_images(config, mesh, key)
@@ -182,16 +182,19 @@ def _transform(config: config_dict.FrozenConfigDict, train: bool, **options: Any
 
 def _check_images(config: ml_collections.ConfigDict, mesh: Mesh, key: str) -> None:
   size = settings.get(config, key)
-  memory.check_images(mesh, config.image_size, config.channels, size, key, prefetched=PREFETCH)
+  memory.check_images(
+    mesh,
+    config.image_size,
+    config.channels,
+    size,
+    key,
+    prefetched=PREFETCH,
+    dtype=config.data.dtype,
+  )
 
 
-def check_local(path: str) -> None:
-  """UserError for the address of a bucket."""
-  if '://' in path:
-    raise UserError(
-      f'{path} is not a path in the file system; mount the bucket (gcsfuse, s3fs) and give '
-      'that path, or use a local disk or NFS'
-    )
+def check_name(path: str) -> None:
+  """UserError if files there could not be written for the letters in their names."""
   if not path.isascii() and sys.getfilesystemencoding() != 'utf-8':  # Orbax's are always UTF-8
     raise UserError(
       f'{path} cannot be written: file names are {sys.getfilesystemencoding()} here; start with '

@@ -13,8 +13,9 @@ import ml_collections
 
 from hivit_jax.data import randaugment, transforms
 from hivit_jax.errors import UserError, flag
+from hivit_jax.interop import channels
 from hivit_jax.reporting import trackers
-from hivit_jax.settings import dotted, get, is_imported
+from hivit_jax.settings import DTYPES, MAX_CHANNELS, dotted, get, is_imported, is_picture
 from hivit_jax.train import assemble, best, schedules
 
 _Test = Callable[[Any], bool]
@@ -37,8 +38,9 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'optim.base_warmup_start_lr optim.warmup_start_lr optim.warmup_epochs optim.warmup_steps '
     'optim.milestone_factor '
     'augment.mix_group optim.weight_decay checkpoint.every_epochs checkpoint.keep_every_epochs '
-    'evaluation.every_epochs knn.every_epochs knn.bank_size pictures.every_epochs augment.mixup '
-    'augment.cutmix augment.color_jitter model.head_std model.mlp_stages',
+    'evaluation.every_epochs knn.every_epochs knn.bank_size rankme.every_epochs rankme.size '
+    'pictures.every_epochs augment.mixup augment.cutmix augment.color_jitter '
+    'model.head_std model.mlp_stages',
   ),
   (
     'more than 0',
@@ -59,7 +61,16 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'data.max_broken_fraction augment.erase augment.switch_probability',
   ),
   ('0 or more, and less than 2**32', lambda x: 0 <= x < 2**32, 'seed'),
-  ('3 (RGB) or 1 (greyscale)', lambda x: x in (1, 3), 'channels'),
+  (
+    f'a number from 1 to {MAX_CHANNELS}',
+    lambda x: isinstance(x, int) and 1 <= x <= MAX_CHANNELS,
+    'channels',
+  ),
+  (
+    'one channel, or three, counted from 1, such as 3,2,1',
+    lambda x: len(x) in (1, 3) and all(isinstance(c, int) and c >= 1 for c in x),
+    'pictures.channels',
+  ),
   (
     'depths of the stages, such as (2, 2, 20): none negative, the last at least 1',
     lambda x: len(x) in (3, 4) and min(x) >= 0 < x[-1] and all(isinstance(d, int) for d in x),
@@ -106,6 +117,8 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
       ('optim.schedule', schedules.NAMES),
       ('optim.layer_decay_of', schedules.SCALED),
       ('augment.interpolation', tuple(transforms.INTERPOLATIONS)),
+      ('data.dtype', DTYPES),
+      ('init_channels', channels.WAYS),
     )
   ),
   (
@@ -124,13 +137,13 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'augment.crop_ratio',
   ),
   (
-    'one number per channel, for pixels in [0, 1]',
-    lambda x: len(x) in (1, 3) and all(0 <= v <= 1 for v in x),
+    'one number per channel',
+    lambda x: len(x) >= 1 and all(map(math.isfinite, x)),
     'data.mean',
   ),
   (
     'one number per channel, more than 0',
-    lambda x: len(x) in (1, 3) and all(0 < v < math.inf for v in x),
+    lambda x: len(x) >= 1 and all(0 < v < math.inf for v in x),
     'data.std',
   ),
   (
@@ -158,7 +171,7 @@ _OPTIONAL = (
   'model.nms_pre model.proposals model.detections model.candidates model.score_threshold '
   'init data.data_dir data.eval_crop augment.rand_augment augment.mix_group optim.lr optim.end_lr '
   'optim.warmup_start_lr optim.warmup_steps optim.layer_decay optim.clip_norm ema_decay '
-  'checkpoint.keep_best'
+  'checkpoint.keep_best pictures.channels'
 )
 OPTIONAL = frozenset(_OPTIONAL.split())
 
@@ -202,13 +215,44 @@ def check(config: ml_collections.ConfigDict, given: Collection[str] = ()) -> Non
     raise UserError('config.task=segment_linear needs config.model.linear_levels, such as (1,2,3)')
   if config.augment.rand_augment:
     randaugment.rand_augment(config.augment.rand_augment, tuple(config.data.mean))
+  _check_pixels(config)
+
+
+def _check_pixels(config: ml_collections.ConfigDict) -> None:
+  """UserError unless what is about pixels goes together: their statistics, changes, pictures."""
+  count, dtype = config.channels, config.data.dtype
   for key in ('data.mean', 'data.std'):
-    count = len(get(config, key))
-    if count != config.channels and config.channels != 1:  # one channel gets the average of three
-      raise UserError(
-        f'config.{key}: {count} numbers for config.channels={config.channels}; if all channels '
-        f'have the same: {flag(key, get(config, key)[:1] * config.channels)}'
+    value = get(config, key)
+    if len(value) != count and (count, len(value)) != (1, 3):  # one channel gets their average
+      way = (
+        f'if all channels have the same: {flag(key, value[:1] * count)}'
+        if is_picture(count, dtype)
+        else 'python -m hivit_jax.tools.statistics DATA measures them'
       )
+      raise UserError(f'config.{key}: {len(value)} numbers for config.channels={count}; {way}')
+    if key == 'data.mean' and dtype != 'float32' and not all(0 <= v <= 1 for v in value):
+      raise UserError(
+        f'config.{key}={tuple(value)}: {dtype} is scaled to [0, 1], and so are its statistics'
+      )
+  shown = config.pictures.channels
+  if shown is not None and max(shown) > count:
+    raise UserError(
+      f'config.pictures.channels={tuple(shown)}: there are config.channels={count}, counted from 1'
+    )
+  if is_picture(count, dtype):
+    return
+  such = f'config.channels={count} and config.data.dtype={dtype}'
+  for key, off in (('rand_augment', None), ('color_jitter', 0)):
+    if config.augment[key]:
+      raise UserError(
+        f'config.augment.{key}={config.augment[key]} changes colours, of bytes of 1 or 3 channels; '
+        f'with {such}: {flag(f"augment.{key}", off)}'
+      )
+  if not assemble.task_class(config).any_images:
+    raise UserError(
+      f'config.task={config.task} takes bytes of 3 channels or 1, not {such}; mae, simmim, '
+      'classify and linear take any'
+    )
 
 
 def listed(text: str) -> list[str]:

@@ -14,7 +14,7 @@ from hivit_jax import models
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, exporter, files, hub, importer, layer_scale, pretrained
 from hivit_jax.interop.report import LoadReport
-from hivit_jax.train import manifest
+from hivit_jax.train import manifest, places
 from hivit_jax.train.checkpoint import load_params
 
 LOCAL = 'local-dir:'  # before a directory where a model's name is expected, as timm has it
@@ -39,12 +39,12 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> files.StateDict:
     )
   if hub.is_name(path):
     return hub.read(str(path), ema=ema)
-  path = pathlib.Path(str(path).removeprefix(LOCAL)).expanduser()
+  given, path = path, pathlib.Path(places.local(str(path).removeprefix(LOCAL))).expanduser()
   if pretrained.holds(path):
     return pretrained.read(path, ema=ema)
   if path.is_dir() or manifest.names_best(path):
     restored = load_params(path, key=_EMA_KEY if ema else 'params')
-    source = f'step {restored.step} of {path}'
+    source = f'step {restored.step} of {given if places.is_address(given) else path}'
     metadata = {**restored.metadata, 'step': restored.step}
     return files.StateDict(exporter.named_arrays(restored.state), source, metadata)
   if path.exists() or files.is_weight_file(path):
@@ -63,6 +63,7 @@ def create_model(
   partial: bool = False,
   ema: bool = False,
   fold_layer_scale: bool = False,
+  init_channels: str = 'repeat',
   **overrides: Any,
 ) -> nnx.Module:
   """Builds a model with weights from a path; arguments as for `hivit_jax.create_model`."""
@@ -79,7 +80,7 @@ def create_model(
   def create():
     return models.create_model(name, seed=seed, attention=attention, **overrides)
 
-  return importer.load_new(create, state, partial=partial)[0]
+  return importer.load_new(create, state, partial=partial, init_channels=init_channels)[0]
 
 
 def load_weights(
@@ -90,6 +91,7 @@ def load_weights(
   ema: bool = False,
   fold_layer_scale: bool = False,
   image_size: tuple[int, int] | None = None,
+  init_channels: str = 'repeat',
 ) -> LoadReport:
   """Loads weights into a model, in place.
 
@@ -107,6 +109,8 @@ def load_weights(
       of the products before them, for a model of `layer_scale=None`; for inference only.
     image_size: (height, width) that the weights are for; needed only if it was not square and the
       file does not say.
+    init_channels: how weights for RGB images start a model for other channels: repeat, mean or
+      copy, see `interop.channels`.
 
   Returns:
     What was loaded, resized, dropped, and what is new.
@@ -117,4 +121,6 @@ def load_weights(
   state = read(path, ema=ema)
   if fold_layer_scale:
     state = layer_scale.folded(state)
-  return importer.load_into(model, state, partial=partial, image_size=image_size)
+  return importer.load_into(
+    model, state, partial=partial, image_size=image_size, init_channels=init_channels
+  )

@@ -454,6 +454,7 @@ SCRIPT = """
     for _ in range(20):
       next(loader)
     loader.close()
+    settings['num_workers'] = 1
     forgotten = train_loader(MemorySource(50), stamp, **settings)
     next(forgotten)
     try:

@@ -331,6 +331,48 @@ class TextIds(Pictures, skip_registration=True):
       yield i, {'image': image_bytes(i), 'label': 0, 'image_id': 'a', 'size': 3}
 
 
+class Fields(Pictures, skip_registration=True):
+  """Arrays instead of encoded images, in every form that TFDS stores them in."""
+
+  FEATURES = tfds.features.FeaturesDict(
+    {
+      'bands': tfds.features.Tensor(shape=(6, 5, 13), dtype=np.uint16),
+      'label': tfds.features.ClassLabel(names=['x', 'y']),
+    }
+  )
+  KEYS = ('bands', 'label')
+
+  def _generate_examples(self, numbers):
+    feature = self.FEATURES['bands']
+    for i in numbers:
+      array = np.arange(390).reshape(6, 5, 13) * 168 + i
+      yield i, {'bands': array.astype(feature.np_dtype), 'label': i % 2}
+
+
+class SomeRows(Fields, skip_registration=True):
+  FEATURES = tfds.features.FeaturesDict(
+    {
+      'image': tfds.features.Tensor(shape=(None, 5, 13), dtype=np.float32),
+      'label': tfds.features.ClassLabel(names=['x', 'y']),
+    }
+  )
+  KEYS = None
+
+  def _generate_examples(self, numbers):
+    for i in numbers:
+      rows = np.arange(390).reshape(6, 5, 13)[: 1 + i % 6] / 7 + i
+      yield i, {'image': rows.astype(np.float32), 'label': i % 2}
+
+
+class AnySize(SomeRows, skip_registration=True):
+  FEATURES = tfds.features.FeaturesDict(
+    {
+      'image': tfds.features.Tensor(shape=(None, None, 13), dtype=np.float32, encoding='zlib'),
+      'label': tfds.features.ClassLabel(names=['x', 'y']),
+    }
+  )
+
+
 def prepare_with_tfds(builder_class, folder, **options) -> Path:
   builder = builder_class(data_dir=folder, file_format='array_record', **options)
   builder.download_and_prepare()
@@ -352,6 +394,21 @@ def test_keys_come_from_the_supervised_keys_of_the_set(tmp_path):
 def test_ids_and_sizes_of_other_kinds_are_left_out(tmp_path):
   prepare_with_tfds(TextIds, tmp_path)
   assert open_source('text_ids', 'train', str(tmp_path))[0].keys() == {'image', 'label'}
+
+
+@pytest.mark.parametrize('builder', [Fields, SomeRows, AnySize])
+def test_arrays_come_as_they_were_stored(tmp_path, builder):
+  prepare_with_tfds(builder, tmp_path)
+  source = pickle.loads(pickle.dumps(open_source(builder.name, 'train', str(tmp_path))))
+  expected = {
+    next(iter(e.values())).tobytes(): e for _, e in builder._generate_examples(builder, range(20))
+  }
+  for i in range(20):
+    example = source[i]
+    image, label = expected.pop(example['image'].tobytes()).values()
+    assert example['label'] == label
+    assert example['image'].dtype == image.dtype
+    np.testing.assert_array_equal(example['image'], image)
 
 
 @pytest.mark.parametrize('builder', [Scenes, LabelledScenes])

@@ -319,7 +319,7 @@ def test_senseless_crop_is_a_user_error(options):
     ({'color_jitter': -0.4}, r'Colour jitter -0\.4: expected 0'),
     ({'rand_augment': 'rand-m9', 'color_jitter': -1.0}, 'Colour jitter'),
     ({'rand_augment': 'augmix'}, 'RandAugment "augmix": expected'),
-    ({'channels': 4}, 'channels=4: expected 3'),
+    ({'channels': 65}, 'channels=65: expected a number from 1 to 64'),
   ],
 )
 def test_senseless_augmentation_is_a_user_error(options, message):

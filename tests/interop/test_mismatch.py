@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from hivit_jax import models
 from hivit_jax.errors import UserError
@@ -129,3 +130,13 @@ def test_a_resnet_is_nothing_that_is_here():
   state = {'conv1.weight': np.zeros((64, 3, 7, 7)), 'fc.weight': np.zeros((10, 512))}
   with pytest.raises(UserError, match=r'none of the layouts known here.*no patch_embed\.proj'):
     infer.describe(state, 'FILE')
+
+
+def test_an_autoencoder_continues_from_an_encoder_alone_with_a_new_decoder():
+  state = {k: v for k, v in golden_state('mae_hifeat_normpix').items() if 'decoder' not in k}
+  state.pop('mask_token')
+  abstract = nnx.eval_shape(lambda: models.create_model('mae_hivit_tiny', **TINY_MAE))
+  values, report = importer.fit(abstract, StateDict(state, 'FILE', {}), partial=True)
+  assert report.dropped == []
+  assert {name.split('.')[0].split('_')[0] for name in report.new} == {'decoder', 'mask'}
+  assert len(values) == len(state)

@@ -567,9 +567,7 @@ def test_channels_of_the_patch_embedding(saratrx):
   assert_close(run(models[1], images[..., :1]), run(models[3], images), relative=5e-6)
   pair = np.concatenate([images, other], axis=3)
   assert_close(run(models[6], pair), run(models[3], (images + other) / 2), relative=5e-6)
-  assert 'from 3 channels to 6: half for each three' in str(report)
-  with pytest.raises(UserError, match=r'patch_embed.proj.weight is \(4, 3, 4, 4\) there, \(4, 2'):
-    importer.load_into(hivit_jax.create_model('backbone_hivit_tiny', **shapes, channels=2), encoder)
+  assert 'from 3 channels to 6, init_channels=repeat' in str(report)
 
 
 def test_nothing_is_drawn_of_features():

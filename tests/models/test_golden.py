@@ -94,7 +94,7 @@ class Golden:
         self.check(name, value)
 
 
-@cases(('hivit_rpe', {}), ('hivit_norpe', {}), ('hivit_rpe', SCAN_REMAT))
+@cases(('hivit_rpe', {}), ('hivit_norpe', {}))
 def test_classifier(name, options, dtype):
   config, arrays = load_golden(f'{name}.npz')
   config.pop('ape')
@@ -117,7 +117,6 @@ def test_classifier(name, options, dtype):
   ('mae_hifeat_normpix', {}),
   ('mae_hifeat_rawpix_r60', {}),
   ('mae_rpe_nohifeat', {}),
-  ('mae_rpe_nohifeat', SCAN_REMAT),
 )
 def test_mae(name, options, dtype):
   config, arrays = load_golden(f'{name}.npz')

@@ -1,6 +1,7 @@
 """The classification task: targets, loss, exact evaluation sums."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -127,3 +128,18 @@ def test_a_model_that_says_the_same_of_all_is_not_right(value):
     _Fixed(np.full((2, CLASSES), value)), _batch([0, 1])
   )
   assert (sums['count'], sums['top1'], sums['top5']) == (2, 0, 0)
+
+
+def test_floats_are_normalised_as_they_are_and_integers_by_their_range():
+  """As soon as the task gets them: nothing else tells floats that are normalised from others."""
+  statistics = {'mean': (250.0,), 'std': (20.0,)}
+  task = ClassifyTask(num_classes=3, dtype='float32', **statistics)
+  floats = np.random.default_rng(0).normal(250, 20, (4, 8, 8, 1)).astype(np.float32)
+  batch = {'image': jnp.array(floats), 'label': jnp.zeros(4, jnp.int32)}
+  model = types.SimpleNamespace(drop_path_rates=())
+  prepared = task.prepare(model, batch, jax.random.key(0))['image']
+  np.testing.assert_allclose(prepared, (floats - 250) / 20, atol=1e-5)
+  assert task.shapes((8, 8), 1)['image'].dtype == jnp.float32
+  wide = np.array([[[[0, 65535]]]], np.uint16)
+  half = normalize(jnp.array(wide), (0.5, 0.5), (0.5, 0.25))
+  np.testing.assert_allclose(half, [[[[-1, 2]]]], rtol=1e-6)

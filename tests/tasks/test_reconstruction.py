@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.masking import MAEOutput, kept_units, random_masking
 from hivit_jax.tasks import reconstruction
-from hivit_jax.tasks.images import denormalize, normalize
+from hivit_jax.tasks.images import Display, denormalize, normalize
 from tests.helpers import TINY_MAE, TINY_SWIN, random_model
 
 STATISTICS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
@@ -46,8 +46,10 @@ def test_normalize_and_back():
   normalized = np.asarray(normalize(images, **STATISTICS))
   expected = (images / 255 - STATISTICS['mean']) / STATISTICS['std']
   np.testing.assert_allclose(normalized, expected, atol=1e-5)
-  np.testing.assert_array_equal(denormalize(normalized, **STATISTICS), images)
-  assert denormalize(np.array([[-9.0, 0.0, 9.0]]), **STATISTICS).tolist() == [[0, 116, 255]]
+  display = Display.of(images)
+  np.testing.assert_array_equal(display(denormalize(normalized, **STATISTICS)), images)
+  far = denormalize(np.array([[-9.0, 0.0, 9.0]]), **STATISTICS)
+  assert display(far).tolist() == [[0, 116, 255]]
   # One channel takes the statistics' average.
   grey = np.asarray(normalize(images[..., :1], **STATISTICS))
   np.testing.assert_allclose(grey[0, 15, 15], (1 - 0.449) / 0.226, rtol=1e-5)
@@ -173,10 +175,30 @@ def test_panels_show_the_pixels_of_each_image():
   assert found[0][0] > 160  # below the first image
 
 
-@pytest.mark.parametrize('channels', [1, 4])
-def test_other_channel_counts_are_drawn_grey(channels):
+@pytest.mark.parametrize(
+  ('channels', 'shown'), [(None, [0, 1, 2]), ((5, 2, 1), [4, 1, 0]), ((4,), [3])]
+)
+def test_chosen_channels_of_many_are_stretched_alike_before_and_after(channels, shown):
+  ramp = np.arange(2 * 16 * 32)
+  images = np.stack([np.roll(ramp, 100 * c) for c in range(5)], axis=-1).astype(np.uint16)
+  images = images.reshape(2, 16, 32, 5)  # a small part of the range of 16 bits
+  statistics = {'mean': (0.1,) * 5, 'std': (0.2,) * 5}
+  perfect, mask = np.asarray(normalize(images, **statistics)), np.array([[1, 0], [0, 1]])
+  result = reconstruction.assemble(
+    images, perfect, mask, **statistics, norm_pix=False, channels=channels
+  )
+  assert result.original.shape == (2, 16, 32, len(shown))
+  np.testing.assert_array_equal(result.pasted, result.original)
+  for i, channel in enumerate(shown):
+    # From the darkest to the brightest pixel of that channel, and of no other.
+    found = result.original[..., i].ravel()[np.argsort(images[..., channel], axis=None)].astype(int)
+    assert (np.diff(found) >= 0).all()
+    assert [(found == level).mean().round(2) for level in (0, 255)] == [0.02, 0.02]
+
+
+def test_one_channel_is_drawn_grey():
   result = reconstruction.Reconstruction(
-    *[np.full((1, 32, 32, channels), level, np.uint8) for level in (10, 60, 110, 160)],
+    *[np.full((1, 32, 32, 1), level, np.uint8) for level in (10, 60, 110, 160)],
     mask_ratio=0.5, norm_pix=False,
   )  # fmt: skip
   canvas = np.asarray(reconstruction.draw(result))

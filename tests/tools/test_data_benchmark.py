@@ -10,7 +10,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.tools import data_benchmark, photographs
 
 TINY = {'images': 65, 'repeats': 2, 'size': 64, 'segmented': 96, 'num_threads': 2}
-MAIN = TINY | {'detected': 2}
+MAIN = TINY | {'detected': 2, 'banded': 2}
 
 
 def test_photographs_are_jpeg_files_of_imagenet_like_size():
@@ -30,6 +30,7 @@ def test_report_has_every_side_per_core_and_by_the_clock(capsys):
   assert found['ms'].keys() == {'decode', 'rasterise', 'geometry', 'arrays'}
   assert min(found['ms'].values()) > 0
   assert found['cores'] == pytest.approx(found['ms_per_image'] * 8 * 30 / 1000)
+  assert min(report['bands']['ms'].values()) > 0
   # A loose bound for a loaded machine: the sides did the same amount of the same work.
   assert 0.4 < report['pipeline']['kept'] < 1.5
   assert 0.4 < report['supervised']['kept'] < 1.5
@@ -49,6 +50,7 @@ def test_table_names_the_targets_and_what_was_measured(capsys):
     '2 threads',
     'masks from polygons',
     '8 GPUs at 30 images/s each (assumed) need',
+    '.npy, 13 channels of 16 bits',
   ):
     assert expected in table
 

@@ -80,6 +80,14 @@ def test_the_ways_to_finite_numbers_start_from_what_there_is():
   ]  # fmt: skip
 
 
+def test_the_way_to_more_data_uses_cores_that_there_are(monkeypatch):
+  config = base.get_config()
+  monkeypatch.setattr(hints, 'usable_cores', lambda: 96)
+  assert hints.for_data(config) == '--config.data.num_workers=12 uses more of 96 cores'
+  config.data.num_workers = 12
+  assert hints.for_data(config).startswith('all 96 cores load already; ')
+
+
 def test_a_run_warns_once_of_all_settings_without_effect(runs, tmp_path):
   changed = {'augment__mixup': 0.5, 'optim__momentum': 0.5, 'max_steps': 1, 'knn__every_epochs': 0}
   done = runs.train(tmp_path / 'run', **changed)

@@ -206,6 +206,22 @@ def test_the_share_of_the_time_that_data_is_waited_for(clock):
   assert shares == pytest.approx(dict.fromkeys((3, 6, 9, 10), 0.25))
 
 
+@pytest.mark.parametrize(('seconds', 'told'), [(5, True), (1, False)])
+def test_when_devices_wait_for_data_for_a_minute_a_line_tells_once_what_helps(
+  clock, caplog, seconds, told
+):
+  run = Run(
+    before_step(lambda: clock.sleep(5)),
+    wait=lambda step: clock.sleep(seconds if step != 1 else 0) if seconds > 1 else None,
+    total_steps=30,
+    save_every=None,
+    for_data='more cores',
+  )
+  run()
+  lines = [text for text in caplog.messages if 'wait for data' in text]
+  assert lines == ['the devices wait for data 50 % of the time: more cores'] * told
+
+
 def test_broken_images_are_a_metric_once_there_are_any():
   run = Run(
     wait=lambda step: run.batches.broken.update({7: 'a.jpg'}) if step == 8 else None,

@@ -12,7 +12,7 @@ from hivit_jax.data.order import InOrder
 from hivit_jax.errors import UserError
 from hivit_jax.interop.files import StateDict
 from hivit_jax.train import validate
-from hivit_jax.train.setup import check_local, set_up
+from hivit_jax.train.setup import set_up
 
 
 @pytest.fixture
@@ -140,8 +140,3 @@ def test_what_does_not_fit_the_devices_or_the_task_is_said_before_data_are_looke
   config.model.name = 'mae_hivit_tiny'
   with pytest.raises(UserError, match='is not a classifier'):
     set_up(validate.checked(config))
-
-
-def test_buckets_are_refused():
-  with pytest.raises(UserError, match=r'gs://x is not a path in the file system; mount the bucket'):
-    check_local('gs://x')

@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (
   *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff'),
-  *('.ppm', '.pgm', '.pbm', '.jp2', '.avif'),
+  *('.ppm', '.pgm', '.pbm', '.jp2', '.avif', '.npy', '.npz'),
 )
 LAYOUT = '<root>/<split>/<class>/*.jpg, for example <root>/train/cat/1.jpg'
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tensorflow_datasets.core.utils import file_utils, version
 from tensorflow_datasets.proto import tf_example_pb2
 
 from hivit_jax.data.sources import splits
+from hivit_jax.data.sources.tensors import StoredArray, is_image
 from hivit_jax.errors import UserError
 
 INFO_FILE = 'dataset_info.json'
@@ -194,6 +196,7 @@ class TfdsSource:
     self._image_key, self._label_key = _image_and_label(
       name, features, info.supervised_keys, needs_label=not (self._map_key or self._object_keys)
     )
+    self._array = StoredArray.of(self._image_key, features[self._image_key])
     self._file_name_key = next((k for k in ('file_name', 'filename') if k in features), None)
     key = self._label_key or self._map_key
     named = features[key] if key else features['objects'].feature['classes']
@@ -238,9 +241,13 @@ class TfdsSource:
     return len(self._records)
 
   def __getitem__(self, index: int) -> dict:
-    """Returns what there is of the keys of `base.Source`; images are encoded files."""
+    """Returns what there is of the keys of `base.Source`; images are encoded files, or arrays."""
     features = self._features(index)
-    example = {'image': features[self._image_key].bytes_list.value[0]}
+    example: dict[str, Any] = {}
+    if self._array is None:
+      example['image'] = features[self._image_key].bytes_list.value[0]
+    else:
+      example['image'] = self._array.read(features)
     if self._label_key:
       example['label'] = features[self._label_key].int64_list.value[0]
     if self._map_key:
@@ -306,17 +313,21 @@ def _image_and_label(
   if len(keys) < 2 or not all(isinstance(key, str) and key in features for key in keys):
     keys = [None, None]
 
-  def find(kind: type, usual: str, supervised: str | None) -> str | None:
-    found = [k for k, v in features.items() if isinstance(v, kind) and supervised in (None, k)]
+  def find(fits: Callable[[Any], bool], usual: str, supervised: str | None) -> str | None:
+    found = [k for k, v in features.items() if fits(v) and supervised in (None, k)]
     return usual if usual in found else found[0] if len(found) == 1 else None
 
-  image = find(tfds.features.Image, 'image', keys[0])
-  label = find(tfds.features.ClassLabel, 'label', keys[1])
+  def encoded(feature: Any) -> bool:
+    return isinstance(feature, tfds.features.Image)
+
+  image = find(encoded, 'image', keys[0]) or find(is_image, 'image', keys[0])
+  label = find(lambda v: isinstance(v, tfds.features.ClassLabel), 'label', keys[1])
   if image and (label or not needs_label):
     return image, label
   listing = ', '.join(f'{key} ({type(value).__name__})' for key, value in features.items())
   raise UserError(
-    f'{name} is not an image classification data set: it needs one Image and one ClassLabel, a '
+    f'{name} is not an image classification data set: it needs one Image, or one Tensor of '
+    '(height, width, channels), and one ClassLabel, a '
     f'label map ({", ".join(LABEL_MAPS)}), or objects with boxes, and has {listing}'
   )
 

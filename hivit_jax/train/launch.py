@@ -44,18 +44,18 @@ def run(
     Stopped: after an interrupt or SIGTERM, with a checkpoint saved.
   """
   if isinstance(config, str):
-    config = recipe(config)
+    own = recipe(config)
   elif isinstance(config, ml_collections.ConfigDict):
-    config = config.copy_and_resolve_references()
+    own = config.copy_and_resolve_references()
   else:
     kind = type(config).__name__
     raise UserError(f'config is of type {kind}: expected the name of a recipe, or a ConfigDict')
   overrides = overrides or {}
   for key, value in overrides.items():
-    _override(config, key, value)
+    _override(own, key, value)
   path = pathlib.Path(workdir).expanduser().absolute()
   compilation_cache.turn_on()
-  runs.train(config, str(path), overrides.keys())
+  runs.train(own, str(path), overrides.keys())
   return path
 
 
@@ -87,7 +87,8 @@ def _override(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
   if isinstance(default, ml_collections.ConfigDict):
     raise UserError(f'{key}={value}: this is a section; give {key}.{next(iter(default))} or others')
   try:
-    section[last] = tuple(value) if kind is tuple and isinstance(value, list) else value
+    value = tuple(value) if kind is tuple and isinstance(value, list) else value
+    section.update({last: value})
   except (TypeError, ValueError) as error:
     example = '' if default is None else f' such as {default!r}'
     raise UserError(f'{key}={value!r}: expected {kind.__name__}{example}') from error

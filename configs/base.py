@@ -124,6 +124,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.detect.long_side = 1333  # of all images at most
   config.detect.crop_first = (400, 500, 600)  # every second image: to one of these, then cropped
   config.detect.crop_sides = (384, 600)  # least and most of a crop's sides
+  # Large-scale jitter instead: images are resized to fit a square image_size times a random factor
+  # between two numbers, such as (0.1, 2.0), and cut to it.
+  config.detect.scale_jitter = ()  # none: the settings above
   config.detect.eval_short_side = 800  # of evaluation images at most
   # Canvases (height, width) instead of image_size, where the sizes of images are known before they
   # are read (COCO): a batch is on the smallest that its images fit on.

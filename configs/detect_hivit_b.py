@@ -1,4 +1,4 @@
-"""Mask R-CNN on HiViT-B, on COCO after MAE (arXiv 2205.14949); variants :cascade, :debug."""
+"""Mask R-CNN on HiViT-B, on COCO after MAE (arXiv 2205.14949); variants :cascade, :lsj, :debug."""
 
 from hivit_jax.configs import recipes
 

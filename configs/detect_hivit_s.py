@@ -1,4 +1,4 @@
-"""Mask R-CNN on HiViT-S, on COCO after MAE, with less drop path; variants :cascade, :debug."""
+"""Mask R-CNN on HiViT-S, on COCO after MAE, with less drop path; :cascade, :lsj, :debug."""
 
 from hivit_jax.configs import recipes
 

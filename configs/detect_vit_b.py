@@ -1,4 +1,4 @@
-"""Mask R-CNN on ViT-B as in ViTDet (arXiv 2203.16527), on COCO; variants :cascade, :debug."""
+"""Mask R-CNN on ViT-B as in ViTDet (arXiv 2203.16527), on COCO; variants :cascade, :lsj, :debug."""
 
 from hivit_jax.configs import recipes
 

@@ -268,7 +268,8 @@ def detect(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
 
   Args:
     model: a HiViT, ViT or Swin, such as hivit_base.
-    variant: 'cascade' (arXiv 1712.00726), 'debug' or None.
+    variant: 'cascade' (arXiv 1712.00726), 'lsj' (ViTDet's recipe; not for Swin, whose windows do
+      not divide its canvas), 'debug' or None.
   """
   config = base.get_config()
   drop_path, layer_decay = _DETECTION[model]
@@ -289,9 +290,23 @@ def detect(model: str, variant: str | None = None) -> ml_collections.ConfigDict:
   config.knn.every_epochs = 0.0
   if variant == 'cascade':
     config.model.cascade = True
+  elif variant == 'lsj' and not model.startswith('swin'):
+    _large_scale_jitter(config)
   elif variant and variant != 'debug':
-    raise unknown(variant, 'cascade', 'debug')
+    raise unknown(variant, 'cascade', *(() if model.startswith('swin') else ('lsj',)), 'debug')
   return debug(config) if variant == 'debug' else config
+
+
+def _large_scale_jitter(config: ml_collections.ConfigDict) -> None:
+  """ViTDet's recipe for B (arXiv 2203.16527, and detectron2's mask_rcnn_vitdet_b_100ep.py)."""
+  config.image_size = (1024, 1024)
+  config.detect.update(scale_jitter=(0.1, 2.0), buckets=(), eval_buckets=())
+  config.detect.update(eval_short_side=1024, long_side=1024)
+  config.model.drop_path_rate = 0.1
+  config.batch_size = 64
+  config.steps = 184_375  # 100 epochs of 118 000 images
+  config.optim.update(weight_decay=0.1, layer_decay=0.7, warmup_steps=250)
+  config.optim.milestones = (163_889, 177_546)
 
 
 def _and_upright(*wide: tuple[int, int]) -> tuple[tuple[int, int], ...]:

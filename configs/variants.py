@@ -94,3 +94,4 @@ def _debug_detector(config: ml_collections.ConfigDict, own: dict) -> None:
   config.model.update(nms_pre=(32, 32), proposals=16, detections=4, candidates=64)
   config.detect.update(short_sides=(48, 64), long_side=64, crop_first=(), eval_short_side=64)
   config.detect.update(objects=4, anchors=16, rois=16)
+  config.detect.update(buckets=((64, 64),), eval_buckets=((64, 64),))

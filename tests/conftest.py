@@ -11,12 +11,13 @@ import jax
 import pytest
 
 from tests import slowest
-from tests.runs import STEPS, Forks, Runs
+from tests.runs import QUICK, STEPS, Forks, Runs
 
 # Compiles to slower code in half the time, here and in the processes that tests start: nearly every
 # program runs once. `helpers.optimized` and `runs.OPTIMIZED` are for the others.
 jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK}'.strip()
 
 
 class Finished(NamedTuple):

@@ -31,7 +31,7 @@ TINY_MAE = TINY | {'decoder_embed_dim': 16, 'decoder_depth': 2, 'decoder_num_hea
 
 @contextlib.contextmanager
 def optimized() -> Iterator[None]:
-  """Compiles inside the block with all optimisations, as for users."""
+  """Compiles inside the block with most optimisations, as for users."""
   jax.clear_caches()  # what is compiled already is not compiled again: no key has the setting
   jax.config.update('jax_disable_most_optimizations', False)
   try:

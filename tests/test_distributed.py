@@ -1,20 +1,13 @@
 """Runs of two processes: as one, until one of them ends."""
 
-import pathlib
 import re
 import shutil
 import signal
 
-import numpy as np
 import pytest
 
-from hivit_jax.buckets.bucket import Bucket
-from hivit_jax.interop import torch_names
 from hivit_jax.runtime import distributed
-from hivit_jax.train import places
-from hivit_jax.train.checkpoint import load_params
-from tests.buckets.servers import serve
-from tests.runs import content, error_of, last_step, metrics, on_devices, warnings_of
+from tests.runs import error_of, last_step, metrics, on_devices
 from tests.test_runs import folder_of_images
 
 HALF, ALL = 10, 20
@@ -102,28 +95,6 @@ def test_two_processes_continue_what_one_saved_and_stop_at_one_step(runs, alone,
   assert told[2] == told[3] == by_signal[2] == by_signal[3]
   assert (workdir / 'checkpoints' / told[2]).is_dir()
   assert_same_metrics(workdir, alone)
-
-
-def test_two_processes_continue_in_a_bucket_that_only_process_0_reaches(runs, alone, tmp_path):
-  with serve('s3') as s3:
-    workdir = shutil.copytree(alone, tmp_path / 'run')
-    keep_first_half(workdir)
-    there = Bucket(s3.address('runs/a'))
-    there.upload({name: workdir / name for name in content(workdir) if name != 'lock'})
-    command = runs.command(there.address, max_steps=ALL, **SETTINGS)
-    told = [f'{key}={value}' for key, value in s3.environment.items()]
-    with runs.job(['env', *told, *command], command) as job:
-      assert [process.wait() for process in job] == [0, 0], job[0].output() + job[1].output()
-      first, second = (process.output() for process in job)
-    assert f'resuming at step {HALF} of {ALL}' in first
-    assert f'finished: checkpoint {there.address}/checkpoints/{ALL}' in first
-    assert warnings_of(second) == []
-    assert_same_metrics(pathlib.Path(places.local(there.address)), alone)
-    ours, theirs = (
-      torch_names.flatten(load_params(path, step=ALL).state) for path in (there.address, alone)
-    )
-    for name, value in theirs.items():
-      np.testing.assert_allclose(ours[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_of_three_processes_two_end_with_one_line_each(runs, tmp_path):

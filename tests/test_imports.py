@@ -86,6 +86,7 @@ CONFINED = {
         'launch',
         'setup',
         'run',
+        'synthetic',
       )
     ),
   ),

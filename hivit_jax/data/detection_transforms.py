@@ -1,8 +1,7 @@
 """From an image and its objects to arrays: mirrored, resized, cropped, padded, as mmdetection does.
 
-Masks are whole bitmaps until the end, where each becomes a crop to its box. What happens to an
-image is a function of its size and of eight random numbers, so that the size of the result is known
-before the image is read.
+At the end each mask becomes a crop to its box. What happens to an image is a function of its size
+and of eight random numbers, so that the size of the result is known before the image is read.
 """
 
 import dataclasses
@@ -40,7 +39,7 @@ class Chain:
   Attributes:
     flip: left and right are swapped.
     short, long: bounds of the last resizing, see `fitted`.
-    first: bounds (short, long) of a resizing before, followed by a crop.
+    first: bounds (short, long) of a resizing before, followed by a crop; not only whole numbers.
     crop: height and width of the crop.
     offset: its upper left corner.
   """
@@ -48,7 +47,7 @@ class Chain:
   flip: bool
   short: int
   long: int
-  first: tuple[int, int] | None = None
+  first: tuple[float, float] | None = None
   crop: Size = (0, 0)
   offset: tuple[int, int] = (0, 0)
 
@@ -123,6 +122,45 @@ class Augmentation:
     return draws[:, 1] < 0.5, short, first, sides, corners
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaleJitter:
+  """Draws a `Chain` of large-scale jitter (arXiv 2012.07177), as ViTDet is trained with.
+
+  An image is resized to fit into a square, times a random factor, and cut to the square.
+
+  Attributes:
+    scale: least and most of the factor.
+    side: of the square, in pixels.
+    flip: half of the images are mirrored.
+  """
+
+  scale: tuple[float, float]
+  side: int
+  flip: bool = True
+
+  def draw(self, size: Size, draws: np.ndarray) -> Chain:
+    """See `Augmentation.draw`."""
+    bounds, whole, cut = self._many(np.array([size]), draws[None])
+    offset = (draws[2] * (whole[0] - cut[0] + 1)).astype(np.int64)
+    (height, width), (top, left) = cut[0].tolist(), offset.tolist()
+    # The last resizing changes nothing.
+    return Chain(
+      self.flip and bool(draws[0] < 0.5), min(height, width), max(height, width),
+      (float(bounds[0]),) * 2, (height, width), (top, left),
+    )  # fmt: skip
+
+  def sizes(self, sizes: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """See `Augmentation.sizes`."""
+    return self._many(sizes, draws)[2]
+
+  def _many(self, sizes: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Longer sides (n,) at most, and what images become by resizing and by cutting (n, 2)."""
+    least, most = self.scale
+    bounds = self.side * (least + (most - least) * draws[:, 1])
+    whole = fitted_sizes(sizes, bounds, bounds)
+    return bounds, whole, np.minimum(whole, self.side)
+
+
 def to_arrays(scene: Scene, canvas: Size, slots: int) -> dict[str, np.ndarray]:
   """Arrays of fixed shape, as `tasks.detect` describes them; crowds and objects of no use go.
 
@@ -156,8 +194,10 @@ def to_arrays(scene: Scene, canvas: Size, slots: int) -> dict[str, np.ndarray]:
   }
   arrays['image'][:height, :width] = scene.image
   arrays['boxes'][:count], arrays['labels'][:count] = scene.boxes, scene.labels
-  for i, (bitmap, box) in enumerate(zip(scene.masks, scene.boxes, strict=True)):
-    arrays['masks'][i] = masks.crop(bitmap, box)
+  for i, box in enumerate(scene.boxes):
+    rows, columns = masks.touched(box, scene.size)
+    corner = np.array([columns.start, rows.start] * 2)
+    arrays['masks'][i] = masks.crop(scene.mask(i, rows, columns), box - corner)
   return arrays
 
 
@@ -174,7 +214,7 @@ class TrainTransform:
     channels: of the image.
   """
 
-  augmentation: Augmentation
+  augmentation: Augmentation | ScaleJitter
   canvas: Size
   slots: int = 100
   channels: int = 3

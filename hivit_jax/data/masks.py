@@ -5,19 +5,6 @@ import numpy as np
 CROP = 112  # cells along a side of a crop, as in `detection.mask_targets`
 
 
-def coverage_weights(start: float, stop: float, cells: int, pixels: int) -> np.ndarray:
-  """Share of each pixel in each of `cells` equal parts of [start, stop]: (cells, pixels) float32.
-
-  Rows add up to 1 where the part is inside the image.
-  """
-  edges = np.linspace(start, stop, cells + 1)
-  low, high = edges[:-1, None], edges[1:, None]
-  pixel = np.arange(pixels)
-  common = np.minimum(high, pixel + 1) - np.maximum(low, pixel)
-  width = np.maximum(high - low, 1e-9)
-  return (np.maximum(common, 0) / width).astype(np.float32)
-
-
 def crop(mask: np.ndarray, box: np.ndarray, side: int = CROP) -> np.ndarray:
   """Coverage of a mask within a box.
 
@@ -29,13 +16,33 @@ def crop(mask: np.ndarray, box: np.ndarray, side: int = CROP) -> np.ndarray:
   Returns:
     (side, side) uint8: 255 where a cell is covered completely.
   """
+  rows, columns = touched(box, mask.shape)
   x1, y1, x2, y2 = (float(value) for value in box)
-  top, bottom = max(int(np.floor(y1)), 0), min(int(np.ceil(y2)), mask.shape[0])
-  left, right = max(int(np.floor(x1)), 0), min(int(np.ceil(x2)), mask.shape[1])
-  within = mask[top:bottom, left:right].astype(np.float32)
-  down = coverage_weights(y1 - top, y2 - top, side, within.shape[0])
-  across = coverage_weights(x1 - left, x2 - left, side, within.shape[1])
-  return np.rint(255 * np.clip(down @ within @ across.T, 0, 1)).astype(np.uint8)
+  down = _means(mask[rows, columns], y1 - rows.start, y2 - rows.start, side)
+  across = _means(down.T, x1 - columns.start, x2 - columns.start, side)
+  return np.rint(255 * across.T.clip(0, 1)).astype(np.uint8)
+
+
+def touched(box: np.ndarray, size: tuple[int, ...]) -> tuple[slice, slice]:
+  """The rows and columns of an image of a size (height, width) that a box covers any part of."""
+  x1, y1, x2, y2 = (float(value) for value in box)
+  top, bottom = max(int(np.floor(y1)), 0), min(int(np.ceil(y2)), size[0])
+  left, right = max(int(np.floor(x1)), 0), min(int(np.ceil(x2)), size[1])
+  return slice(top, bottom), slice(left, right)
+
+
+def _means(rows: np.ndarray, start: float, stop: float, parts: int) -> np.ndarray:
+  """Means over equal parts of [start, stop], from the integral over rows, which are 1 apart.
+
+  (n, columns) -> (parts, columns) float64; outside of the rows there are zeros.
+  """
+  dtype = np.int32 if rows.dtype == np.uint8 else np.float64
+  integral = np.zeros((len(rows) + 1, rows.shape[1]), dtype)
+  np.cumsum(rows, axis=0, dtype=dtype, out=integral[1:])
+  edges = np.linspace(start, stop, parts + 1).clip(0, len(rows))
+  whole = np.minimum(edges.astype(np.int64), len(rows) - 1)
+  at_edges = integral[whole] + (edges - whole)[:, None] * rows[whole]
+  return np.diff(at_edges, axis=0) / max((stop - start) / parts, 1e-9)
 
 
 def paste(probabilities: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Images with their objects: decoded, mirrored, resized and cropped as mmdetection does.
 
 Boxes and bitmaps equal mmdetection's, and so do images but for one grey level in one pixel of 250:
-they are resized without antialiasing, in OpenCV's integers.
+they are resized without antialiasing, in OpenCV's integers. Masks stay as they are stored; a scene
+knows which of their rows and columns it shows, so that only what is needed of them is ever copied.
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ from hivit_jax.errors import UserError
 
 Size = tuple[int, int]  # (height, width) in pixels
 
+_BLOCK = 32  # rows of an image that are resized at a time: few enough for a core's cache
+
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
@@ -25,20 +28,39 @@ class Scene:
     image: (H, W, channels) uint8.
     boxes: (n, 4) float32.
     labels: (n,) int32.
-    masks: (n, H, W) uint8 of 0 and 1.
+    stored: (n, h, w) uint8 of 0 and 1, masks before any change of geometry.
     crowd: (n,) bool, groups that nobody told apart.
+    rows, columns: (H,) and (W,), of the stored masks, that the image shows; by default all.
   """
 
   image: np.ndarray
   boxes: np.ndarray
   labels: np.ndarray
-  masks: np.ndarray
+  stored: np.ndarray
   crowd: np.ndarray
+  rows: Any = ...
+  columns: Any = ...
 
   @property
   def size(self) -> Size:
     """(height, width) in pixels."""
     return self.image.shape[0], self.image.shape[1]
+
+  @property
+  def masks(self) -> np.ndarray:
+    """(n, H, W) uint8 of 0 and 1."""
+    return self.stored[:, self.rows][:, :, self.columns]
+
+  def mask(self, index: int, rows: slice, columns: slice) -> np.ndarray:
+    """A part of the mask of one object."""
+    part = self.shown(rows, columns)
+    return self.stored[index][part.rows][:, part.columns]
+
+  def shown(self, rows: Any, columns: Any, **changed: np.ndarray) -> 'Scene':
+    """The scene with some rows and columns (indices or slices) of its masks, and other changes."""
+    height, width = self.stored.shape[1:]
+    rows, columns = np.arange(height)[self.rows][rows], np.arange(width)[self.columns][columns]
+    return dataclasses.replace(self, rows=rows, columns=columns, **changed)
 
   @classmethod
   def without_objects(cls, image: np.ndarray) -> 'Scene':
@@ -49,7 +71,7 @@ class Scene:
 
   def only(self, keep: np.ndarray) -> 'Scene':
     """The scene with some of its objects, (n,) bool."""
-    fields = {name: getattr(self, name)[keep] for name in ('boxes', 'labels', 'masks', 'crowd')}
+    fields = {name: getattr(self, name)[keep] for name in ('boxes', 'labels', 'stored', 'crowd')}
     return dataclasses.replace(self, **fields)
 
 
@@ -115,9 +137,7 @@ def mirror(scene: Scene) -> Scene:
   x1, y1, x2, y2 = scene.boxes.T
   width = np.float32(scene.size[1])
   boxes = np.stack([width - x2, y1, width - x1, y2], axis=1)
-  return dataclasses.replace(
-    scene, image=scene.image[:, ::-1], boxes=boxes, masks=scene.masks[:, :, ::-1]
-  )
+  return scene.shown(slice(None), slice(None, None, -1), image=scene.image[:, ::-1], boxes=boxes)
 
 
 def resize(scene: Scene, size: Size) -> Scene:
@@ -126,8 +146,7 @@ def resize(scene: Scene, size: Size) -> Scene:
   ratio = np.array([size[1] / width, size[0] / height] * 2, np.float32)
   boxes = (scene.boxes * ratio).clip(0, np.array([size[1], size[0]] * 2, np.float32))
   rows, columns = (_nearest(new, old) for new, old in zip(size, scene.size, strict=True))
-  bitmaps = scene.masks[:, rows][:, :, columns]
-  return dataclasses.replace(scene, image=_bilinear(scene.image, size), boxes=boxes, masks=bitmaps)
+  return scene.shown(rows, columns, image=_bilinear(scene.image, size), boxes=boxes)
 
 
 def _nearest(new: int, old: int) -> np.ndarray:
@@ -147,20 +166,24 @@ def _bilinear(image: np.ndarray, size: Size) -> np.ndarray:
   )
   # In place wherever possible: memory is what takes the time.
   wide = image.astype(np.int32)
-  first, second = wide.take(left, axis=1), wide.take(right, axis=1)
-  first *= columns[0][:, None]
+  across, second = wide.take(left, axis=1), wide.take(right, axis=1)
+  across *= columns[0][:, None]
   second *= columns[1][:, None]
-  first += second
-  first >>= 4
-  first, second = first.take(top, axis=0), first.take(bottom, axis=0)
-  first *= rows[0][:, None, None]
-  second *= rows[1][:, None, None]
-  first >>= 16
-  second >>= 16
-  first += second
-  first += 2
-  first >>= 2
-  return first.astype(np.uint8)
+  across += second
+  across >>= 4
+  resized = np.empty((*size, image.shape[2]), np.uint8)
+  for start in range(0, size[0], _BLOCK):
+    block = slice(start, start + _BLOCK)
+    first, second = across.take(top[block], axis=0), across.take(bottom[block], axis=0)
+    first *= rows[0][block, None, None]
+    second *= rows[1][block, None, None]
+    first >>= 16
+    second >>= 16
+    first += second
+    first += 2
+    first >>= 2
+    resized[block] = first
+  return resized
 
 
 def _neighbours(new: int, old: int) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
@@ -184,7 +207,5 @@ def crop(scene: Scene, size: Size, offset: tuple[int, int]) -> Scene:
   rows, columns = slice(top, top + height), slice(left, left + width)
   boxes = scene.boxes - np.array([left, top, left, top], np.float32)
   boxes = boxes.clip(0, np.array([width, height, width, height], np.float32))
-  cut = dataclasses.replace(
-    scene, image=scene.image[rows, columns], boxes=boxes, masks=scene.masks[:, rows, columns]
-  )
+  cut = scene.shown(rows, columns, image=scene.image[rows, columns], boxes=boxes)
   return cut.only((boxes[:, 2:] > boxes[:, :2]).all(axis=1))

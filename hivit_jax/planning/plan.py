@@ -20,7 +20,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.planning import roofline
 from hivit_jax.planning.collectives import collectives
 from hivit_jax.planning.flops import matmul_bytes, matmul_flops
-from hivit_jax.train import assemble, sharding, validate
+from hivit_jax.train import assemble, sharding, synthetic, validate
 
 # libtpu asks the cloud where it runs, complains where that is none, and wants to be alone.
 _LIBTPU_ALONE = {
@@ -113,6 +113,8 @@ def plan(
 ) -> dict[str, Any]:
   """Compiles the training step of a config for devices and returns what it needs.
 
+  Of several canvases (`config.detect.buckets`) the step on the largest one is compiled.
+
   Args:
     config: see configs/base.py.
     devices: from `find_devices`.
@@ -132,11 +134,11 @@ def plan(
   config.model.dtype = assemble.compute_dtype(config, devices[0].platform)
   training = assemble.training(config, mesh)
   abstract, train_step = training.abstract, training.train_step
-  batch = assemble.abstract_batch(config, mesh)
+  batch = synthetic.abstract_batch(config, mesh)
   report = {
     'model': config.model.name,
     'task': config.task,
-    'image_size': list(assemble.image_size(config)),
+    'image_size': list(synthetic.canvas(config)),
     'dtype': config.model.dtype,
     'attention': assemble.attention(config, devices),
     'batch_size': config.batch_size,

@@ -57,6 +57,8 @@ class DetectTask(ImageTask):
       `detection_transforms.Augmentation`.
     crop_first: the same for the images that are cropped; empty: no image is.
     crop_sides: least and most of a crop's sides.
+    scale_jitter: least and most of the factor of `detection_transforms.ScaleJitter`, which takes
+      the place of these on a square canvas; empty: it does not.
     eval_short_side: of images in evaluations.
     objects: slots for the objects of an image.
     anchors: of an image that the proposals learn from.
@@ -85,6 +87,7 @@ class DetectTask(ImageTask):
   long_side: int = 1333
   crop_first: tuple[int, ...] = (400, 500, 600)
   crop_sides: tuple[int, int] = (384, 600)
+  scale_jitter: tuple[float, ...] = ()
   eval_short_side: int = 800
   buckets: tuple[tuple[int, int], ...] = ()
   eval_buckets: tuple[tuple[int, int], ...] = ()
@@ -97,6 +100,12 @@ class DetectTask(ImageTask):
       sizes = getattr(self, key.removeprefix('detect.'))
       if np.any(np.array(sizes, int) % PADDING):
         raise UserError(f'{key}={sizes}: detection needs sides that are multiples of {PADDING}')
+    if self.scale_jitter and len({*self.image_size}) > 1:
+      height, width = self.image_size
+      raise UserError(
+        f'config.detect.scale_jitter={self.scale_jitter} needs a square canvas, and '
+        f'config.image_size is {height}x{width}; try --config.image_size={max(height, width)}'
+      )
 
   def input(self, train: bool) -> Callable[..., dict[str, Any]]:
     """See `detection_transforms.TrainTransform` and `EvalTransform`."""
@@ -114,6 +123,9 @@ class DetectTask(ImageTask):
   def _augmentation(self) -> Any:
     from hivit_jax.data import detection_transforms
 
+    if self.scale_jitter:
+      least, most = self.scale_jitter
+      return detection_transforms.ScaleJitter((least, most), self.image_size[0], self.flip)
     return detection_transforms.Augmentation(
       self.short_sides, self.long_side, self.crop_first, self.crop_sides, self.flip
     )

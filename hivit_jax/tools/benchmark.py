@@ -32,7 +32,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import host_memory
 from hivit_jax.tools.timing import Matmul, TrainingStep
-from hivit_jax.train import assemble
+from hivit_jax.train import assemble, synthetic
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config whose training step is measured.')
 _COMPARE = flags.DEFINE_string('compare', None, 'paper, ladder, or configs, separated by commas.')
@@ -169,7 +169,7 @@ def measure_step(
   starts = _host_seconds(config)
   return {
     'model': config.model.name,
-    'image_size': list(assemble.image_size(config)),
+    'image_size': list(synthetic.canvas(config)),
     'device': f'{step.mesh.size} x {device.device_kind}',
     'jax': jax.__version__,
     'dtype': step.dtype,
@@ -208,6 +208,7 @@ def _host_seconds(config: ml_collections.ConfigDict) -> list[float]:
     config.model.update(embed_dim=16, num_heads=1)
   if 'decoder_num_heads' in own:
     config.model.update(decoder_embed_dim=16, decoder_num_heads=1)
+  config.detect.buckets = ()
   config.segment.stride = config.image_size  # a window larger than the image is refused
   step = TrainingStep(config, batch_size=2 * config.accumulate_steps)  # BatchNorm takes two
   return [step.host_seconds() for _ in range(2 + _STARTS)][2:]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from hivit_jax.planning.flops import matmul_flops
 from hivit_jax.runtime import memory
-from hivit_jax.train import assemble, sharding, step
+from hivit_jax.train import assemble, sharding, step, synthetic
 
 _STEP_SECONDS = 0.2  # minimum duration of one measurement
 _MATMUL_SECONDS = 0.1  # and one of the reference
@@ -49,9 +49,8 @@ class TrainingStep:
       config.batch_size = batch_size * mesh.size
       sharding.check_batch_size(config.batch_size, mesh, config.accumulate_steps)
       self.config, self.mesh, self.dtype = config, mesh, assemble.compute_dtype(config)
-      size = assemble.image_size(config)
-      memory.check_images(mesh, size, config.channels, config.batch_size)
-      training, batch = assemble.training(config, mesh), assemble.abstract_batch(config, mesh)
+      memory.check_images(mesh, synthetic.canvas(config), config.channels, config.batch_size)
+      training, batch = assemble.training(config, mesh), synthetic.abstract_batch(config, mesh)
       memory.check_state(mesh, training.abstract)
       self._training, self._step = training, training.train_step
       start = time.perf_counter()
@@ -69,7 +68,7 @@ class TrainingStep:
 
   def start(self) -> None:
     """Allocates state and batch, and runs the step twice."""
-    self._batch = _synthetic_batch(self.config, self.mesh)
+    self._batch = synthetic.batch(self.config, self.mesh)
     training = self._training
     self._state = step.init_state(
       lambda: _random_model(training), training.optimizer, training.abstract
@@ -140,16 +139,6 @@ def _bytes_in_use(analysis: Any) -> int:
 def _traffic(compiled: Any) -> float | None:
   costs = compiled.cost_analysis() or {}
   return costs.get('bytes accessed')
-
-
-def _synthetic_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, jax.Array]:
-  batch, count = {}, config.batch_size // jax.process_count()
-  for key, leaf in assemble.abstract_batch(config, mesh).items():
-    shape = (count, *leaf.shape[1:])
-    batch[key] = np.zeros(shape, leaf.dtype)
-    if key == 'image':
-      batch[key] = np.random.default_rng(0).integers(0, 256, shape, leaf.dtype)
-  return sharding.put_batch(batch, mesh)
 
 
 class Matmul:

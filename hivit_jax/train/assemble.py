@@ -16,7 +16,7 @@ from hivit_jax.models.units import UNIT
 from hivit_jax.ops import barriers
 from hivit_jax.ops.choice import ATTENTION
 from hivit_jax.tasks import TASKS, Task
-from hivit_jax.train import optim, schedules, sharding, step
+from hivit_jax.train import optim, schedules, step
 
 _DTYPES = ('auto', 'float32', 'bfloat16')
 _LARGE_WIDTH = 256  # channels of the main stage
@@ -339,12 +339,3 @@ def training(
     compiler_options=barriers.compiler_options(mesh.devices.flat[0].platform),
   )
   return Training(chosen, graphdef, tx, abstract, train_step)
-
-
-def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
-  """Shapes, types and places of what a training step of the config takes."""
-  place, count = sharding.batch_sharding(mesh), config.batch_size
-  return {
-    key: jax.ShapeDtypeStruct((count, *one.shape), one.dtype, sharding=place)
-    for key, one in task(config).shapes(image_size(config), config.channels).items()
-  }

@@ -152,7 +152,7 @@ class Checkpoints:
       if self._primary:  # a probe: Orbax notices only in the background, and leaves warnings behind
         self._writing(step).mkdir(parents=True)
         self._writing(step).rmdir()
-      response = storage.save(self._writing(step), leaves, record, shared=self._place.shared)
+      response = storage.save(self._writing(step), leaves, record, self._place.shared)
     except Exception as error:
       self._abandon(step)
       raise self._explain(step, error) from error
@@ -191,7 +191,7 @@ class Checkpoints:
     record = manifest.parsed(path, content)
     manifest.check_continuable(path, record)
     manifest.check_fit(path, record.leaves, leaves)
-    values = storage.load(path, leaves, shared=self._place.shared)
+    values = storage.load(path, leaves, self._place.shared)
     self._place.strip(path)
     self._ours.add(found)
     there = record.best is not None and record.best.step in self.steps()

@@ -16,7 +16,10 @@ _ORDER = {'seed', 'batch_size', 'data.name', 'data.train_split'}
 _BUCKETS = 'detect.buckets'
 _BUCKETED = {
   _BUCKETS,
-  *(f'detect.{key}' for key in ('short_sides', 'long_side', 'crop_first', 'crop_sides')),
+  *(
+    f'detect.{key}'
+    for key in ('short_sides', 'long_side', 'crop_first', 'crop_sides', 'scale_jitter')
+  ),
 }
 
 

@@ -17,7 +17,7 @@ from hivit_jax.train.manifest import KeyPath, nest
 
 
 def save(
-  path: pathlib.Path, leaves: Mapping[KeyPath, Any], record: dict, *, shared: bool = True
+  path: pathlib.Path, leaves: Mapping[KeyPath, Any], record: dict, shared: bool = True
 ) -> Any:
   """Returns, with the means to wait for the rest, when the values are copied to the host.
 
@@ -35,7 +35,7 @@ def save(
 
 
 def load(
-  path: pathlib.Path, wanted: Mapping[KeyPath, Any], *, shared: bool = True
+  path: pathlib.Path, wanted: Mapping[KeyPath, Any], shared: bool = True
 ) -> dict[KeyPath, jax.Array]:
   """Loads leaves of a checkpoint that is known to hold them, in the order of `wanted`.
 

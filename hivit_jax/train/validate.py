@@ -97,6 +97,11 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'detect.crop_first',
   ),
   (
+    'two numbers above 0, the smaller one first, or none',
+    lambda x: not len(x) or (len(x) == 2 and 0 < x[0] <= x[1]),
+    'detect.scale_jitter',
+  ),
+  (
     'two numbers, 1 <= smallest <= largest',
     lambda x: len(x) == 2 and 1 <= x[0] <= x[1],
     'detect.crop_sides',

@@ -1,9 +1,11 @@
 """Workdirs in buckets: checkpoints, files and tools, against real servers on this machine."""
 
 import contextlib
+import os
 import pathlib
 import re
 import signal
+import socket
 import sys
 import threading
 
@@ -16,7 +18,7 @@ from hivit_jax.interop import files
 from hivit_jax.train import places, weights
 from hivit_jax.train.checkpoint import Checkpoints, load_metadata, load_params
 from tests.buckets.servers import serve
-from tests.runs import STEPS, assert_same_params, content, error_of, metrics
+from tests.runs import STEPS, Process, assert_same_params, content, error_of, metrics, on_devices
 from tests.train.test_checkpoint import abstract, assert_same, make_state
 
 
@@ -163,6 +165,64 @@ def test_without_its_package_a_bucket_is_refused_in_one_line(monkeypatch):
     told = rf'^{scheme}://bucket needs one more package: pip install '
     with pytest.raises(UserError, match=told):
       places.of(f'{scheme}://bucket/run')
+
+
+_TWO = """
+import contextlib, sys
+import jax, ml_dtypes, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from hivit_jax.train import places, sharding
+from hivit_jax.train.checkpoint import Checkpoints
+
+address, port, index = sys.argv[1:]
+jax.distributed.initialize(f'127.0.0.1:{port}', 2, int(index))
+mesh = sharding.make_mesh(2, 2)
+rng = np.random.default_rng(0)
+values = {
+  'split': rng.standard_normal((8, 6)).astype(np.float32),
+  'other': rng.standard_normal((3, 4)).astype(ml_dtypes.bfloat16),
+  'whole': np.array([-0.0, np.nan, 1e-42, np.inf], np.float32),
+  'flags': np.array([True, False]),
+  'step': np.asarray(7, np.int32),
+}
+parts = {'split': PartitionSpec('fsdp'), 'other': PartitionSpec(None, 'fsdp')}
+shardings = {key: NamedSharding(mesh, parts.get(key, PartitionSpec())) for key in values}
+state = sharding.put(values, shardings)
+
+def opened(stack):
+  place = places.of(address)
+  place.open(stack)
+  return stack.enter_context(Checkpoints(place.directory / 'checkpoints', place=place))
+
+with contextlib.ExitStack() as stack:
+  opened(stack).save(3, state, {'epoch': 1}, wait=True)
+abstract = {
+  key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for key, x in state.items()
+}
+with contextlib.ExitStack() as stack:
+  step, restored, metadata = opened(stack).restore(abstract)
+assert (step, metadata) == (3, {'epoch': 1})
+for key, value in values.items():
+  assert restored[key].sharding == shardings[key], key
+  assert sharding.fetch(restored[key]).tobytes() == value.tobytes(), key
+"""
+
+
+def test_of_two_processes_only_the_first_needs_the_bucket_and_both_get_the_same_bits(tmp_path):
+  with serve('s3') as s3, socket.socket() as free:
+    address = s3.address('run')
+    free.bind(('127.0.0.1', 0))
+    port = str(free.getsockname()[1])
+    free.close()
+    own = {'TMPDIR': str(tmp_path), **on_devices(2)}
+    bare = {k: v for k, v in os.environ.items() if not k.startswith('AWS_')}  # no server, no key
+    command = [sys.executable, '-c', _TWO, address, port]
+    with (
+      Process([*command, '0'], {**os.environ, **own}) as first,
+      Process([*command, '1'], {**bare, **own}) as second,
+    ):
+      assert (first.wait(60), second.wait(60)) == (0, 0), first.output() + second.output()
+    assert load_params(address, key='step').state == 7
 
 
 # Whole runs

@@ -46,6 +46,25 @@ def test_chains_equal_the_official_ones(scene, number):
   np.testing.assert_array_equal(found.masks, unpack(ARRAYS[f'{number}/masks'], size))
 
 
+@pytest.mark.parametrize('number', range(len(CONFIG['cases'])))
+def test_crops_of_masks_are_those_of_whole_bitmaps(scene, number):
+  """As products with the share of each pixel in each cell, which is what a crop means."""
+  found = chain_of(CONFIG['cases'][number])(scene)
+  arrays = transforms.to_arrays(found, found.size, 6)
+  for bitmap, box, crop in zip(found.masks, found.boxes, arrays['masks'], strict=False):
+    x1, y1, x2, y2 = box.astype(np.float64)
+    down, across = (np.arange(pixels) for pixels in bitmap.shape)
+    down, across = shares(y1, y2, down), shares(x1, x2, across)
+    np.testing.assert_allclose(crop, 255 * down @ bitmap @ across.T, atol=0.501)
+
+
+def shares(start, stop, pixels):
+  """(cells, pixels): how much of each of 112 equal parts of an interval a pixel covers."""
+  edges = np.linspace(start, stop, 113)
+  common = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+  return common.clip(0) / np.diff(edges)[:, None]
+
+
 PUBLISHED = transforms.Augmentation(
   short=tuple(range(480, 801, 32)), long=1333, first=(400, 500, 600)
 )
@@ -67,6 +86,55 @@ def test_the_published_augmentation_keeps_within_its_bounds():
       for side, length, start in zip(sides, chain.crop, chain.offset, strict=True):
         assert min(side, 384) <= length <= min(side, 600)
         assert 0 <= start <= side - length
+
+
+JITTER = transforms.ScaleJitter((0.1, 2.0), 128)
+
+
+def test_jitter_resizes_within_its_range_and_cuts_to_the_square():
+  rng = np.random.default_rng(0)
+  draws = rng.random((500, transforms.DRAWS))
+  chains = [JITTER.draw((90, 120), own) for own in draws]
+  factors = np.array([chain.first[1] / 128 for chain in chains])
+  assert 0.1 <= factors.min() < 0.15
+  assert 1.95 < factors.max() <= 2
+  for chain in chains:
+    whole = transforms.fitted((90, 120), *chain.first)
+    assert chain.crop == tuple(np.minimum(whole, 128))
+    assert chain.size((90, 120)) == chain.crop
+    assert all(
+      0 <= start <= side - length
+      for start, side, length in zip(chain.offset, whole, chain.crop, strict=True)
+    )
+  assert 0.4 < np.mean([chain.flip for chain in chains]) < 0.6
+  sizes = np.tile([90, 120], (500, 1))
+  np.testing.assert_array_equal(JITTER.sizes(sizes, draws), [chain.crop for chain in chains])
+  corners = {chain.offset for chain in chains if chain.first[1] > 200}
+  assert len(corners) > 10
+
+
+@pytest.mark.parametrize('factor', [0.0, 0.2, 0.99])
+def test_jitter_moves_boxes_and_masks_with_the_image(scene, factor):
+  """The rest of the canvas is empty; a box is around its mask, up to what rounding moves."""
+  draws = np.array([0.7, factor, 0.5, *[0.5] * 5])
+  chain = JITTER.draw(scene.size, draws)
+  found = chain(scene)
+  arrays = transforms.to_arrays(found, (128, 128), 6)
+  height, width = chain.crop
+  assert arrays['size'].tolist() == [height, width]
+  assert (max(height, width) == 128) == (factor == 0.99)
+  assert not arrays['image'][height:].any()
+  assert not arrays['image'][:, width:].any()
+  assert len(found.labels) > 0
+  stretch = chain.first[1] / 120
+  for mask, box in zip(found.masks, found.boxes, strict=True):
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    if len(rows):
+      x1, y1, x2, y2 = box
+      assert columns[0] >= x1 - stretch - 1
+      assert columns[-1] + 1 <= x2 + stretch + 1
+      assert rows[0] >= y1 - stretch - 1
+      assert rows[-1] + 1 <= y2 + stretch + 1
 
 
 def test_a_line_of_pixels_stays_one():

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from configs import mae_hivit_t
+from configs import detect_hivit_t, mae_hivit_t, segment_hivit_t
 from hivit_jax.errors import UserError
 from hivit_jax.planning import plan, roofline
 from hivit_jax.planning.collectives import collectives
 from hivit_jax.tools.plan import format_report
-from hivit_jax.train import assemble, optim, sharding, step
+from hivit_jax.train import assemble, optim, sharding, step, synthetic
 from tests import patience
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -299,3 +299,25 @@ def test_without_a_compiler(monkeypatch):
     plan.find_devices('h200:8')
   with pytest.raises(UserError, match=r'needs a compiler: pip install "jax\[tpu\]"; or'):
     plan.find_devices('v5e:4x4')
+
+
+# --- batches without data
+
+
+def test_the_batch_of_a_plan_is_what_the_task_takes_on_its_largest_canvas():
+  mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+  config = detect_hivit_t.get_config()
+  config.batch_size = 2
+  assert synthetic.canvas(config) == (800, 1344)
+  batch = synthetic.abstract_batch(config, mesh)
+  assert batch['image'].shape == (2, 800, 1344, 3)
+  assert batch['masks'].shape == (2, 100, 112, 112)
+  config.detect.buckets = ((96, 64), (32, 64))
+  found = synthetic.batch(config, mesh)
+  assert {key: (x.shape, x.dtype) for key, x in found.items()} == {
+    key: (x.shape, x.dtype) for key, x in synthetic.abstract_batch(config, mesh).items()
+  }
+  assert found['size'].tolist() == [[96, 64]] * 2  # the images fill the canvas
+  config = segment_hivit_t.get_config('512')
+  assert synthetic.canvas(config) == (512, 512)
+  assert synthetic.abstract_batch(config, mesh)['label_map'].shape == (16, 512, 512)

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from hivit_jax.data import coco
+from hivit_jax.data.detection_transforms import ScaleJitter
 from hivit_jax.errors import UserError
 from hivit_jax.tasks import detect, detection_evaluation
 from hivit_jax.train import inputs
@@ -138,6 +139,13 @@ def test_batches_are_in_buckets_where_sizes_are_known():
   assert TASK.order(source, 0, 4) is TASK.eval_order(source, 4) is None
   with pytest.raises(UserError, match=r'detect\.buckets=.*multiples of 32'):
     dataclasses.replace(TASK, buckets=((800, 1333),))
+
+
+def test_jitter_takes_the_place_of_the_published_augmentation_on_a_square():
+  task = dataclasses.replace(TASK, scale_jitter=(0.1, 2.0), image_size=(64, 64), flip=False)
+  assert task.input(train=True).augmentation == ScaleJitter((0.1, 2.0), 64, flip=False)
+  with pytest.raises(UserError, match=r'needs a square canvas, .* 64x96; try .*image_size=96'):
+    dataclasses.replace(task, image_size=(64, 96))
 
 
 def test_each_canvas_is_told_when_it_compiles(caplog):

@@ -12,7 +12,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.models.units import split_units
 from hivit_jax.tasks.images import normalize
 from hivit_jax.tools import statistics
-from hivit_jax.train import assemble, hints, validate
+from hivit_jax.train import assemble, hints, synthetic, validate
 from hivit_jax.train.setup import set_up
 
 BANDS = {
@@ -58,7 +58,7 @@ def test_from_a_folder_to_gradients_of_every_band(fields):
     batch = next(batches)
   images = batch['image']
   assert (images.shape, images.dtype) == ((4, 32, 32, 13), np.uint16)
-  planned = assemble.abstract_batch(config, setup.mesh)['image']
+  planned = synthetic.abstract_batch(config, setup.mesh)['image']
   assert (planned.shape, planned.dtype) == (images.shape, images.dtype)
   normalised = np.asarray(normalize(images, setup.task.mean, setup.task.std))
   np.testing.assert_allclose(normalised.mean((0, 1, 2)), 0, atol=0.2)

@@ -6,7 +6,7 @@
 Variants: the length in epochs, :400 (5 000 images), :100 (50 000), :1600 (1 000); :debug.
 """
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

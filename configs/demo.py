@@ -13,7 +13,7 @@ configs/demo.py:detect_overfit  eight scenes until it knows them by heart: does 
 configs/demo.py:debug     two steps
 """
 
-from configs import base, recipes, variants
+from hivit_jax.configs import base, recipes, variants
 
 _VARIANTS = (
   *('finetune', 'scratch', 'segment', 'segment_scratch', 'segment_linear'),

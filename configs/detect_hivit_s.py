@@ -1,6 +1,6 @@
 """Mask R-CNN on HiViT-S, on COCO after MAE, with less drop path; :cascade, :lsj, :debug."""
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

@@ -1,6 +1,6 @@
 """Mask R-CNN on Swin-B, on COCO after SimMIM: a baseline; variants :cascade, :debug."""
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

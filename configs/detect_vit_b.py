@@ -1,6 +1,6 @@
 """Mask R-CNN on ViT-B as in ViTDet (arXiv 2203.16527), on COCO; variants :cascade, :lsj, :debug."""
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

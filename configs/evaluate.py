@@ -10,7 +10,7 @@ model, image size and pixel statistics; of files of other code the model is infe
 Variants: :knn for the k-NN accuracy alone, which autoencoders have too; :debug.
 """
 
-from configs import recipes, variants
+from hivit_jax.configs import recipes, variants
 
 
 def get_config(variant: str | None = None):

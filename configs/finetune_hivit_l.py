@@ -1,6 +1,6 @@
 """Finetuning of HiViT-L after MAE: as MAE does with ViT-L; none is published. Variant :debug."""
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

@@ -3,7 +3,7 @@
 Variant :debug.
 """
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

@@ -4,7 +4,7 @@ By default after 800 epochs of SimMIM. Variants: :100 after 100 epochs, :800, :d
 run at 192 pixels is :100 with --config.image_size=192 --config.model.window_size=6.
 """
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

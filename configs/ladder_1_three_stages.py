@@ -1,6 +1,6 @@
 """From Swin-B to HiViT-B, step 1 of 4: three stages instead of four; variant :debug."""
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

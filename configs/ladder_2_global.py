@@ -1,6 +1,6 @@
 """From Swin-B to HiViT-B, step 2 of 4: global attention in the main stage, too; variant :debug."""
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

@@ -1,6 +1,6 @@
 """Linear probe of a pretrained HiViT-B: MAE's recipe (arXiv 2111.06377); variant :debug."""
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

@@ -6,8 +6,8 @@ number comes from is in docs/results/reproduce.md.
 
 import ml_collections
 
-from configs import base
-from configs.variants import debug, unknown, with_variant
+from hivit_jax.configs import base
+from hivit_jax.configs.variants import debug, unknown, with_variant
 
 # Model -> settings of its finetuning. Of HiViT only B is published: T and S have B's recipe with
 # less drop path, L has MAE's of ViT-L.

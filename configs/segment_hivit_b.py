@@ -1,6 +1,6 @@
 """HiViT-B with UPerNet on ADE20K (arXiv 2205.14949); variants :512, :linear, :debug."""
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

@@ -3,7 +3,7 @@
 The recipe is that of B, which alone is published.
 """
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

@@ -4,7 +4,7 @@ A baseline for HiViT. The numbers follow mmsegmentation's config, and no test co
 have 8 patches instead of 7, so that they divide all maps: do not expect the published results.
 """
 
-from configs import recipes, variants
+from hivit_jax.configs import recipes, variants
 
 
 def get_config(variant: str | None = None):

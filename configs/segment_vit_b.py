@@ -4,7 +4,7 @@ A baseline for HiViT. The numbers follow mmsegmentation's config for MAE, and no
 This model lacks the relative position bias and LayerScale of theirs: do not expect its results.
 """
 
-from configs import recipes, variants
+from hivit_jax.configs import recipes, variants
 
 
 def get_config(variant: str | None = None):

@@ -4,7 +4,7 @@ Two recipes: 800 epochs, the default, with one step of the learning rate at epoc
 with twice the rate and a cosine.
 """
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

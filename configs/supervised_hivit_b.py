@@ -1,6 +1,6 @@
 """Supervised training of HiViT-B on ImageNet (arXiv 2205.14949); variant :debug."""
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

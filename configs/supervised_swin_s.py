@@ -1,6 +1,6 @@
 """Supervised training of Swin-S on ImageNet (arXiv 2103.14030); variant :debug."""
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

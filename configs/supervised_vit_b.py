@@ -1,6 +1,6 @@
 """Supervised training of ViT-B with the recipe of HiViT-B, to compare with; variant :debug."""
 
-from configs import recipes
+from hivit_jax.configs import recipes
 
 
 def get_config(variant: str | None = None):

@@ -32,7 +32,7 @@ command line: `--config.optim.lr=1e-3`, `--config.image_size=160,320`, `--config
 configs are written and combined is in [configs](../guide/configs.md)."""
 
 _CONFIGS = """\
-Every file of [configs](../../configs). Variants follow a colon:
+Every file of `configs/`. Variants follow a colon:
 `--config=configs/mae_hivit_b.py:1600`; `:debug` makes any of them train two steps of a tiny model.
 *Pixels* is the image size, *peak rate* the highest learning rate at the given batch. Below each
 table are the settings that differ from the [defaults](settings.md). [Reproducing the

@@ -3,7 +3,9 @@
 from typing import Any
 
 __version__ = '0.1.0'
-__all__ = ['create_model', 'list_models', 'load_weights', 'push_to_hub', 'save_pretrained']
+__all__ = [
+  *('create_model', 'list_models', 'load_weights', 'push_to_hub', 'run', 'save_pretrained'),
+]
 
 # Imports are inside: data workers and `main.py --help` import this package and must not wait for
 # JAX. This file stands above all others: it may import any part, no part imports it.
@@ -31,7 +33,7 @@ def create_model(
   """Builds a model, with new parameters or with given weights.
 
   The model takes images (B, H, W, channels) of its image size as normalised floating point numbers;
-  uint8 is refused. Call it under `jax.jit`, which takes models as arguments:
+  uint8 is refused. Call it under `jax.jit`, which takes models as arguments::
 
     forward = jax.jit(lambda model, images: model(images))
     logits = forward(model, images)
@@ -65,7 +67,7 @@ def create_model(
     dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
     remat: recompute activations in the backward pass: less memory, more time.
 
-  Settings of a family; the classes of `hivit_jax.models` explain them:
+  Settings of a family:
     hivit_*: embed_dim, depths, num_heads, stem_blocks, stem_mlp_ratio, mlp_ratio, rpe, layer_scale,
       scan, num_classes (0: no head, the output is the features before it), head_std,
       head_batch_norm.
@@ -151,3 +153,10 @@ def push_to_hub(model: Any, name: str, **options: Any) -> str:
   from hivit_jax.train import publish
 
   return publish.push_to_hub(model, name, **options)
+
+
+def run(config: Any, workdir: Any, overrides: Any = None) -> Any:
+  """Trains what a config describes: see `hivit_jax.train.launch.run`."""
+  from hivit_jax.train import launch
+
+  return launch.run(config, workdir, overrides)

@@ -16,8 +16,8 @@ import ml_collections
 from absl import app, flags
 
 from hivit_jax import environment
-from hivit_jax.errors import Stopped, UserError, suggest
-from hivit_jax.settings import dotted
+from hivit_jax.errors import Stopped, UserError
+from hivit_jax.settings import check_key
 
 _EXIT_MISTAKE = 2
 _EXIT_STOPPED = 143  # 128 + SIGTERM, as shells have it: job schedulers then start the job again
@@ -112,7 +112,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
             raise UserError(f'two configs, --config={file} and --config={value}: give one of them')
           file, config = value, config_from_file(value)
         elif config is not None:
-          _check_key(config, key)
+          check_key(config, key, f'--config.{key}')
           if value == 'None':  # which absl would try to read as a number
             unset[key] = None
     argv = [arg for arg in argv if not re.fullmatch(r'--?config\.[\w.]+=None', arg)]
@@ -137,28 +137,6 @@ def _config_flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     if match:
       found.append((match[1], following if match[2] is None else match[2]))
   yield from sorted(found, key=lambda pair: pair[0] != 'config')
-
-
-def _check_key(config: ml_collections.ConfigDict, key: str) -> None:
-  """Raises UserError unless the config has the dotted key."""
-  node = config
-  *path, _ = parts = key.split('.')
-  for depth, part in enumerate(parts):
-    if not isinstance(node, ml_collections.ConfigDict):
-      raise UserError(f'--config.{key}: config.{".".join(path[:depth])} is a value, not a section')
-    if part not in node:
-      known = list(dict.fromkeys([*config, *dotted(config)]))
-      close = [name for name in known if name.split('.')[-1] == parts[-1]] or known
-      guess = suggest(key, close) or suggest(key, known) or _only(close)
-      raise UserError(
-        f'--config.{key}: {".".join(["config", *path[:depth]])} has no setting "{part}"{guess}; '
-        f'it has: {", ".join(sorted(node))}'
-      )
-    node = node.get_ref(part).get()
-
-
-def _only(names: Sequence[str]) -> str:
-  return f' (did you mean "{names[0]}"?)' if len(names) == 1 else ''
 
 
 def _wrong_value(config: ml_collections.ConfigDict | None, message: str) -> UserError | None:

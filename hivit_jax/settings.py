@@ -5,9 +5,10 @@ import importlib
 import operator
 import re
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
-from hivit_jax.errors import UserError
+from hivit_jax.errors import UserError, suggest
 
 DTYPES = ('uint8', 'uint16', 'float32')  # of stored pixels
 MAX_CHANNELS = 64
@@ -63,6 +64,34 @@ def get(config: Any, key: str) -> Any:
   for part in key.split('.'):
     config = config[part]
   return config
+
+
+def check_key(config: Any, key: str, given: str) -> None:
+  """Raises UserError, with a suggestion, unless a config has the dotted key.
+
+  Args:
+    config: a ConfigDict.
+    key: such as optim.lr.
+    given: the key as the user wrote it, for the error.
+  """
+  node = config
+  *path, _ = parts = key.split('.')
+  for depth, part in enumerate(parts):
+    if not hasattr(node, 'get_ref'):
+      raise UserError(f'{given}: config.{".".join(path[:depth])} is a value, not a section')
+    if part not in node:
+      known = list(dict.fromkeys([*config, *dotted(config)]))
+      close = [name for name in known if name.split('.')[-1] == parts[-1]] or known
+      guess = suggest(key, close) or suggest(key, known) or _only(close)
+      raise UserError(
+        f'{given}: {".".join(["config", *path[:depth]])} has no setting "{part}"{guess}; '
+        f'it has: {", ".join(sorted(node))}'
+      )
+    node = node.get_ref(part).get()
+
+
+def _only(names: Sequence[str]) -> str:
+  return f' (did you mean "{names[0]}"?)' if len(names) == 1 else ''
 
 
 def is_imported(text: str) -> bool:

@@ -12,6 +12,7 @@ from PIL import Image
 import hivit_jax
 from configs import base
 from docs import generate
+from hivit_jax import models
 from hivit_jax.interop import exporter
 from tests.test_configs import PARAMETERS
 
@@ -59,7 +60,20 @@ def test_links_lead_somewhere(page):
 def test_every_page_can_be_found():
   index = (ROOT / 'docs' / 'README.md').read_text()
   linked = {(ROOT / 'docs' / link).resolve() for link in re.findall(r'\]\(([^)#\s]+)\)', index)}
-  assert {page for page in PAGES if 'docs' in page.parts} - linked == {ROOT / 'docs' / 'README.md'}
+  pages = {page for page in PAGES if 'docs' in page.parts and '{include}' not in page.read_text()}
+  assert pages - linked == {ROOT / 'docs' / 'README.md'}
+  site = (ROOT / 'docs' / 'index.md').read_text()
+  shown = {(ROOT / 'docs' / f'{line}.md') for line in re.findall(r'^[\w/-]+$', site, re.MULTILINE)}
+  assert pages - shown == {ROOT / 'docs' / 'README.md'}
+
+
+def test_the_site_describes_all_that_is_public():
+  page = (ROOT / 'docs' / 'reference' / 'python.md').read_text()
+  described = set(
+    re.findall(r'auto(?:function|class):: hivit_jax\.(?:[\w.]*\.)?(\w+)$', page, re.M)
+  )
+  settings = {type(own).__name__ for _, own in models.MODELS.values()}
+  assert {*hivit_jax.__all__, *settings} - described == set()
 
 
 def test_pages_that_code_names_exist():
@@ -134,6 +148,10 @@ def test_the_sizes_of_models_are_those_of_the_configs():
   compared = sizes.keys() & expected.keys()
   assert len(compared) > 10
   assert {model: sizes[model] for model in compared} == {m: expected[m] for m in compared}
+
+
+def test_the_citation_has_the_version():
+  assert f'\nversion: {hivit_jax.__version__}\n' in (ROOT / 'CITATION.cff').read_text()
 
 
 def test_the_readme_is_short():

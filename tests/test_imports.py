@@ -83,6 +83,7 @@ CONFINED = {
         'inputs',
         'validate',
         'hints',
+        'launch',
         'setup',
         'run',
         'synthetic',

@@ -40,7 +40,7 @@ def setup_logging(primary: bool = True) -> None:
 
   root = logging.getLogger()
   for handler in root.handlers[:]:  # absl's app.run has put its own there
-    if isinstance(handler, _Handler | absl.logging.ABSLHandler):
+    if isinstance(handler, _Handler | absl.logging.ABSLHandler) or _is_basic(handler):
       root.removeHandler(handler)
   handler = _Handler(sys.stderr)
   handler.setFormatter(logging.Formatter('%(asctime)s %(levelname).1s %(message)s', '%H:%M:%S'))
@@ -48,6 +48,12 @@ def setup_logging(primary: bool = True) -> None:
   root.setLevel(logging.WARNING)
   logging.getLogger('hivit_jax').setLevel(logging.INFO if primary else logging.WARNING)
   logging.captureWarnings(True)
+
+
+def _is_basic(handler: logging.Handler) -> bool:
+  """Whether Python put a handler there because a package logged before anyone had asked for one."""
+  form = getattr(handler.formatter, '_fmt', None)
+  return type(handler) is logging.StreamHandler and form == logging.BASIC_FORMAT
 
 
 class Progress:

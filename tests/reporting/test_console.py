@@ -171,6 +171,9 @@ def test_other_processes_show_no_progress(terminal, caplog):
 def test_log_lines_are_short_and_third_parties_quiet(capsys, primary):
   from absl import logging as absl_logging
 
+  basic = logging.StreamHandler()  # as `logging.info()` without a handler adds
+  basic.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+  logging.getLogger().addHandler(basic)
   setup_logging(primary)
   setup_logging(primary)  # not twice
   logging.getLogger('hivit_jax.train').info('ours')

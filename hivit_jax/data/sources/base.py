@@ -43,15 +43,17 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> dict[str, Any]:
     """Returns example `index` >= 0: an image and whatever is known of it.
 
-    | key | value |
-    |---|---|
-    | `image` | bytes of an image file, see `decode` and `pixels`, or (H, W) or (H, W, C) |
-    | `label` | int, its class; -1, or no such key: unknown (the test split of ImageNet) |
-    | `segmentation` | bytes of a PNG file of the same size, or integers (H, W): a class a pixel |
-    | `objects` | dict with `boxes`, float (n, 4), and what has a row a box, see below |
-    | `size` | (2,) height and width that `objects` are for |
-    | `image_id` | int, which result files name the image by |
-    | `instances` | like `segmentation`: `objects['instance']` where it is seen, 0 elsewhere |
+    ============== ==========================================================================
+    key            value
+    ============== ==========================================================================
+    `image`        bytes of an image file, see `decode` and `pixels`, or (H, W) or (H, W, C)
+    `label`        int, its class; -1, or no such key: unknown (the test split of ImageNet)
+    `segmentation` bytes of a PNG file of the same size, or integers (H, W): a class a pixel
+    `objects`      dict with `boxes`, float (n, 4), and what has a row a box, see below
+    `size`         (2,) height and width that `objects` are for
+    `image_id`     int, which result files name the image by
+    `instances`    like `segmentation`: `objects['instance']` where it is seen, 0 elsewhere
+    ============== ==========================================================================
 
     For detection `objects` has `classes`, `masks` as `coco.run_lengths` takes them (or there are
     `instances`), and perhaps `crowd` and `area`.

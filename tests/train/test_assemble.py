@@ -182,5 +182,5 @@ def test_every_task_of_the_table_is_complete(name):
   task = TASKS[name]
   assert issubclass(task.model_class, nnx.Module)
   assert any(issubclass(cls, task.model_class) for cls, _ in models.MODELS.values())
-  assert task.measures <= {'evaluation', 'knn', 'pictures'}
+  assert task.measures <= {'evaluation', 'knn', 'pictures', 'rankme'}
   assert assemble.task_of(task.model_class) in TASKS

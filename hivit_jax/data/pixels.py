@@ -3,7 +3,7 @@
 | file | what is read |
 |---|---|
 | TIFF | the first image: bands or planes (tifffile's axes), or pages of one size, are channels |
-| PNG and others that PIL reads | grey or RGB, with or without alpha, of 8 bits; PNG of 16, too |
+| PNG and others that PIL reads | grey or RGB, with or without alpha, of 8 bits; PNG also of 16 |
 | `.npy` | (H, W) or (H, W, C) |
 | `.npz` | the same: its array `image`, or its only one |
 

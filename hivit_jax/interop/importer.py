@@ -85,7 +85,7 @@ def load_into(
       permission: whatever is missing beside it is new.
     image_size: (height, width) of the weights, where it was not square and nothing else tells it.
     redraw: names that keep the model's initialisation, with why.
-    init_channels: how weights for RGB images become those of other channels, see `channels`.
+    init_channels: how weights for RGB images are converted for other channels, see `channels`.
 
   Raises:
     UserError: missing, unused or mis-shaped names, all with the likely cause.

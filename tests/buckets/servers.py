@@ -28,8 +28,8 @@ class Server:
   Attributes:
     scheme: 's3' or 'gs'.
     environment: of processes that shall use it.
-    before: called with method and path before each request; may raise or wait, or return a status
-      with which the request is refused.
+    before: called before each request, with its method and its path, query included; may raise or
+      wait, or return a status with which the request is refused.
   """
 
   def __init__(self, scheme: str):
@@ -73,7 +73,8 @@ class Server:
       self._server = None
 
   def _app(self, environ, answer):
-    refused = self.before and self.before(environ['REQUEST_METHOD'], environ['PATH_INFO'])
+    path = f'{environ["PATH_INFO"]}?{environ["QUERY_STRING"]}'
+    refused = self.before and self.before(environ['REQUEST_METHOD'], path)
     if refused:
       answer(f'{refused.value} {refused.phrase}', [('Content-Type', 'application/xml')])
       return [f'<Error><Code>AccessDenied</Code><Message>{refused}</Message></Error>'.encode()]

@@ -15,8 +15,8 @@ from hivit_jax.errors import UserError
 
 @pytest.fixture
 def place(server, request):
+  yield Bucket(server.address(re.sub(r'\W', '_', request.node.name)))
   server.before = None
-  return Bucket(server.address(re.sub(r'\W', '_', request.node.name)))
 
 
 def test_objects_come_back_as_they_were_written(place, tmp_path):
@@ -89,14 +89,14 @@ def test_without_permission_a_line_says_so_at_once_and_trouble_of_the_server_is_
   asked = []
 
   def refuse(method, path):
-    asked.append(method)
+    if 'prefix=' in path:  # Google's client asks for the bucket as well, in a thread of its own
+      asked.append(method)
     return HTTPStatus.SERVICE_UNAVAILABLE if len(asked) < 3 else HTTPStatus.FORBIDDEN
 
   server.before = refuse
   with pytest.raises(UserError, match=rf'^{place.address}: no permission \('):
     place.sizes()
   assert len(asked) == 3
-  server.before = None
 
 
 def test_a_bucket_that_is_not_there_is_told_at_once(server):

@@ -79,11 +79,19 @@ class Playground:
       self._reconstructor = Reconstructor(graphdef, **statistics)
 
   def about(self) -> dict[str, Any]:
-    """The model, and the units of the masks where it reconstructs."""
+    """The model, and if it reconstructs, `units`: those of masks, and the ratio of training.
+
+    `moments` is true where mean and variance of predicted units are the picture's.
+    """
     about: dict[str, Any] = {'name': self._described.name, 'source': self._source, 'units': None}
     if self._reconstructs:
       rows, columns = self._model.grid
-      about['units'] = {'rows': rows, 'columns': columns, 'ratio': self._model.mask_ratio}
+      about['units'] = {
+        'rows': rows,
+        'columns': columns,
+        'ratio': self._model.mask_ratio,
+        'moments': self._model.norm_pix_loss,
+      }
     return about
 
   def look(self, data: bytes) -> dict[str, Any]:
@@ -103,7 +111,7 @@ class Playground:
       for level, features in zip(inside.encoder_of(self._model).feature_info, maps, strict=True):
         colours = components.principal([features]).colours[0]
         rows, columns, channels = features.shape
-        text = f'level {level.level}: {rows}x{columns} cells, {channels} channels'
+        text = f'level {level.level}: {rows}x{columns}, {channels} channels'
         levels.append({'text': text, 'picture': _url(np.rint(255 * colours))})
       return {
         'seen': _url(image),

@@ -72,7 +72,8 @@ class Pages:
       self._routes['GET', f'/examples/{i}'] = _file(name, data)
 
   def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
-    response = self._answer(_Request(environ))
+    with _Request(environ) as request:  # closes the files in it
+      response = self._answer(request)
     response.headers.update(_HEADERS)
     return response(environ, start_response)
 

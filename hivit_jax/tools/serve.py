@@ -48,7 +48,6 @@ def main(argv: list[str]) -> None:
   with _listen() as listening:
     state = weights.read(source, ema=image_flags.EMA.value)
     playground = Playground(state, class_names.LABELS.value)
-    _log.info('compiling')
     playground.compile()
     host, port = listening.getsockname()[:2]
     if not ipaddress.ip_address(host).is_loopback:
@@ -65,7 +64,7 @@ def _listen() -> socket.socket:
     (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return socket.create_server(address[:2], family=family)
   except (OSError, UnicodeError) as error:
-    reason = getattr(error, 'strerror', None) or error
+    reason = str(getattr(error, 'strerror', None) or error).partition(' (')[0]
     raise UserError(
       f'cannot listen on --host={host} --port={port}: {reason}; --port=0 takes any that is free'
     ) from error

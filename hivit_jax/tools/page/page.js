@@ -196,10 +196,11 @@ function paint(event) {
   paintAll(mask.map((hidden, i) => (i === unit ? brush : hidden)));
 }
 
-function startMasks({ ratio }) {
+function startMasks({ ratio, moments }) {
   for (const element of document.querySelectorAll('.reconstructs')) element.hidden = false;
   $('mask').hidden = false;
-  $('seen-text').textContent = 'Drag over units to hide them, or to show them again';
+  $('moments').hidden = !moments;
+  $('seen-text').textContent = 'Paint here: hide units, or show them';
   $('ratio').value = ratio;
   $('mask').addEventListener('pointerdown', (event) => {
     const unit = unitAt(event);

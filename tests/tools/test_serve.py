@@ -13,7 +13,6 @@ import zlib
 
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from werkzeug.test import Client
@@ -36,9 +35,9 @@ UNITS = 16  # of an image of 64x64 pixels
 
 def state(name: str, **options) -> files.StateDict:
   """Weights of a random model that carry their model."""
-  model = nnx.merge(*random_model(name, **options))
-  metadata = {'model': {'name': name, 'arguments': options}, 'image_size': model.image_size}
-  return files.StateDict(exporter.state_dict(model), 'x.safetensors', metadata | {'data': OWN})
+  arrays = exporter.named_arrays(random_model(name, **options)[1])
+  metadata = {'model': {'name': name, 'arguments': options}, 'image_size': options['image_size']}
+  return files.StateDict(arrays, 'x.safetensors', metadata | {'data': OWN})
 
 
 @functools.cache
@@ -304,7 +303,7 @@ def browser_page(address):
   with sync_playwright() as playwright:
     launch = functools.partial(playwright.chromium.launch, timeout=milliseconds)
     with launch(executable_path=found, args=QUIET) as browser:
-      page = browser.new_page()
+      page = browser.new_page(reduced_motion='reduce')
       page.set_default_timeout(milliseconds)
       expect.set_options(timeout=milliseconds)
       with page.expect_response('**/reconstruct'):
@@ -313,11 +312,12 @@ def browser_page(address):
       yield page
 
 
-def test_in_a_browser_one_uploads_paints_and_reads_what_went_wrong(browser_page):
+def test_in_a_browser_one_uploads_paints_and_reads_what_went_wrong(browser_page, tmp_path):
   page, result = browser_page, browser_page.locator('#pasted')
 
   def upload(data: bytes) -> None:
-    page.set_input_files('#file', [{'name': 'x', 'mimeType': 'image/png', 'buffer': data}])
+    (tmp_path / 'x.png').write_bytes(data)
+    page.set_input_files('#file', tmp_path / 'x.png')
 
   def unit(row: int, column: int) -> tuple[float, float]:
     box = page.locator('#mask').bounding_box()

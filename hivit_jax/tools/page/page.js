@@ -71,13 +71,15 @@ async function show(file, example = null) {
     return;
   }
   let found;
+  let copy;
   try {
-    found = await ask('/look', { picture: file });
+    copy = new Blob([await file.arrayBuffer()]); // the file may change on disk
+    found = await ask('/look', { picture: copy });
   } catch (error) {
     complain(error);
     return;
   }
-  picture = file;
+  picture = copy;
   [...$('examples').children].forEach((button, i) => {
     button.setAttribute('aria-pressed', String(i === example));
   });

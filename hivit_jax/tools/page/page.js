@@ -84,6 +84,7 @@ async function show(file, example = null) {
     button.setAttribute('aria-pressed', String(i === example));
   });
   $('seen').src = found.seen;
+  $('pictures').classList.toggle('large', found.width > $('seen').width);
   showFound(found.found);
   showLevels(found.levels, found.width / found.height);
   if (about.units) {
@@ -153,11 +154,13 @@ function paintAll(units) {
   const hidden = units.filter(Boolean).length;
   if (hidden && hidden < units.length) {
     reconstruct({ mask: units.map(Number).join('') });
-  } else {
-    next = null;
-    $('reconstruction').removeAttribute('src');
-    $('pasted').removeAttribute('src');
+    return;
   }
+  complain(null);
+  next = null;
+  $('reconstruction').removeAttribute('src');
+  if (hidden) $('pasted').removeAttribute('src');
+  else $('pasted').src = $('seen').src;
 }
 
 function setMask(units) {
@@ -178,9 +181,9 @@ function setMask(units) {
     pen.strokeRect(x, y, width, height);
   });
   const count = units.filter(Boolean).length;
-  $('count').textContent = count
-    ? `${count} of ${units.length} units hidden (${Math.round((100 * count) / units.length)} %)`
-    : 'nothing is hidden: paint on the picture';
+  $('count').textContent = `${count} of ${units.length} units hidden (${Math.round(
+    (100 * count) / units.length,
+  )} %)`;
 }
 
 function unitAt(event) {

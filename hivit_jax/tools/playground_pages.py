@@ -9,7 +9,6 @@ import importlib.resources
 import ipaddress
 import json
 import logging
-import mimetypes
 import socket
 import urllib.parse
 from collections.abc import Callable, Iterable
@@ -26,6 +25,13 @@ from hivit_jax.tools.playground import Playground
 
 MAX_BYTES = 32 * 2**20  # of a request
 EXAMPLES = ('chelsea.png', 'coffee.png', 'astronaut.png', 'rocket.jpg')  # of scikit-image
+_TYPES = {
+  'css': 'text/css',
+  'html': 'text/html',
+  'jpg': 'image/jpeg',
+  'js': 'text/javascript',
+  'png': 'image/png',
+}
 _FILES = {'/': 'index.html', '/page.css': 'page.css', '/page.js': 'page.js'}
 _SECONDS = 30  # without a byte from a client, then the connection is closed
 _HEADERS = {
@@ -187,7 +193,7 @@ def _number(form: Any, key: str, kind: type, default: Any) -> Any:
 
 
 def _file(name: str, data: bytes) -> Callable[[Request], Response]:
-  kind, _ = mimetypes.guess_type(name)
+  kind = _TYPES[name.rpartition('.')[2]]  # not `mimetypes`, which this machine may have changed
   return lambda request: Response(data, mimetype=kind)
 
 

@@ -1,6 +1,5 @@
 """The page to play with: its answers, and what it refuses."""
 
-import base64
 import functools
 import http.client
 import io
@@ -13,31 +12,19 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from werkzeug.test import Client
 
-from hivit_jax.errors import UserError
-from hivit_jax.interop import exporter, files
 from hivit_jax.tasks.reconstruction import Reconstructor
 from hivit_jax.tools import playground, playground_pages
 from hivit_jax.tools.playground import Playground
 from tests import patience
-from tests.helpers import TINY, TINY_MAE, random_model
-from tests.models.test_mask_rcnn import DETECTOR
+from tests.helpers import TINY_MAE, random_model
 from tests.runs import error_of
-from tests.tools.test_predict_pixels import MODEL as SEGMENTER
+from tests.tools.test_playground import OWN, decoded, encoded, photograph, state
 
-OWN = {'mean': (0.6, 0.4, 0.5), 'std': (0.2, 0.3, 0.4)}
 SHALLOW = {'depths': (1, 1, 1), 'decoder_depth': 1}
 UNITS = 16  # of an image of 64x64 pixels
-
-
-def state(name: str, **options) -> files.StateDict:
-  """Weights of a random model that carry their model."""
-  arrays = exporter.named_arrays(random_model(name, **options)[1])
-  metadata = {'model': {'name': name, 'arguments': options}, 'image_size': options['image_size']}
-  return files.StateDict(arrays, 'x.safetensors', metadata | {'data': OWN})
 
 
 @functools.cache
@@ -48,22 +35,6 @@ def autoencoder() -> Playground:
 @pytest.fixture(scope='module')
 def client():
   return Client(playground_pages.Pages(autoencoder(), '127.0.0.1'))
-
-
-def encoded(pixels: np.ndarray, form: str = 'PNG') -> bytes:
-  file = io.BytesIO()
-  Image.fromarray(pixels).save(file, form)
-  return file.getvalue()
-
-
-def photograph(height: int = 80, width: int = 120) -> bytes:
-  return encoded(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
-
-
-def decoded(url: str) -> np.ndarray:
-  kind, _, data = url.partition(',')
-  assert kind == 'data:image/png;base64'
-  return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
 
 
 def posted(client: Client, path: str, data: bytes | None, **fields):
@@ -220,49 +191,6 @@ def test_a_bug_is_a_line_and_the_server_goes_on(client, monkeypatch, caplog):
   assert 'ZeroDivisionError' in caplog.text
   monkeypatch.undo()
   assert posted(client, '/look', photograph()).status_code == 200
-
-
-def test_a_classifier_tells_classes_and_does_not_reconstruct():
-  names = [f'class {i}' for i in range(7)]
-  weights = state('hivit_tiny', **TINY | {'depths': (1, 1, 1), 'num_classes': 7})
-  weights.metadata['class_names'] = names
-  shown = Playground(weights)
-  assert shown.about()['units'] is None
-  found = shown.look(photograph())['found']
-  assert (found['title'], found['picture'], len(found['rows'])) == ('Classes', None, 5)
-  shares = [row['share'] for row in found['rows']]
-  assert shares == sorted(shares, reverse=True)
-  assert {row['label'] for row in found['rows']} < set(names)
-  with pytest.raises(UserError, match='hivit_tiny does not reconstruct pixels'):
-    shown.reconstruct(photograph())
-
-
-@pytest.mark.parametrize(
-  ('name', 'options', 'title'),
-  [
-    ('segment_hivit_tiny', SEGMENTER, 'Classes of pixels'),
-    ('detect_hivit_tiny', DETECTOR, 'Objects with a score of at least 0.3'),
-  ],
-)
-def test_segmenters_and_detectors_draw_on_the_whole_picture(name, options, title):
-  weights = state(name, **options)
-  weights.metadata['config'] = {
-    'model': {'dtype': 'float32', 'attention': 'xla'},
-    'detect': {'long_side': 120, 'eval_short_side': 60},
-  }
-  found = Playground(weights).look(photograph(40, 70))
-  assert decoded(found['seen']).shape == (40, 70, 3)
-  assert found['found']['title'] == title
-  drawn = decoded(found['found']['picture'])
-  assert drawn.shape[1] / drawn.shape[0] == 70 / 40
-  for row in found['found']['rows']:
-    assert len(row['colour']) == 3
-    assert 0 < row['share'] <= 1
-
-
-def test_models_of_other_images_are_refused():
-  with pytest.raises(UserError, match='is for images of 4 channels of uint8; this tool shows RGB'):
-    Playground(state('hivit_tiny', **TINY | {'channels': 4, 'num_classes': 3}))
 
 
 @pytest.fixture(scope='module')

@@ -24,7 +24,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from hivit_jax.data import segmentation_transforms
-from hivit_jax.data.loader import train_loader, usable_cores
+from hivit_jax.data.cores import usable_cores
+from hivit_jax.data.loader import train_loader
 from hivit_jax.data.order import generator
 from hivit_jax.data.transforms import RandomResizedCrop, train_transform
 from hivit_jax.tools import bands_data_benchmark, detection_data_benchmark

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -111,6 +112,18 @@ def test_batches_are_uint8_images_with_their_own_int32_labels():
   assert (batch['image'].dtype, batch['image'].shape) == (np.uint8, (40, 8, 8, 3))
   assert (batch['label'].dtype, batch['label'].shape) == (np.int32, (40,))
   np.testing.assert_array_equal(shown(batch), batch['label'])
+
+
+def test_a_batch_that_is_kept_stays_as_it_was():
+  """On a CPU, JAX may use a batch where it lies: its memory must never be filled again."""
+  with train_loader(MemorySource(300), stamp, batch_size=40, seed=0) as loader:
+    kept = [next(loader)]
+    copy = {key: array.copy() for key, array in kept[0].items()}
+    on_device = jax.device_put(kept[0])
+    kept += [next(loader) for _ in range(6)]
+  assert_same(kept[:1], [copy])
+  assert_same([{key: np.asarray(array) for key, array in on_device.items()}], [copy])
+  assert not any(np.shares_memory(kept[0]['image'], batch['image']) for batch in kept[1:])
 
 
 def test_each_epoch_is_another_permutation_of_all_examples_across_batch_borders():
@@ -434,6 +447,20 @@ def test_killed_worker_process_is_an_error_and_no_deadlock():
   os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
   with pytest.raises(UserError, match=r'worker process was killed \(exit code -9; .* same command'):
     take(loader, 100)
+
+
+def test_worker_processes_that_cannot_start_are_a_line_with_the_way_out():
+  class Ended:
+    def __next__(self):
+      raise RuntimeError('Worker process was terminated unexpectedly with exit code 1. Search')
+
+    def close(self):
+      pass
+
+  loader = train_loader(MemorySource(50), stamp, batch_size=50, seed=0, num_threads=0)
+  loader._running[0] = Ended()
+  with pytest.raises(UserError, match=r'__main__.*--config\.data\.num_workers=0'):
+    next(loader)
 
 
 SCRIPT = """

@@ -84,6 +84,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Threads and processes that decode; None: chosen from the numbers of cores and devices.
   config.data.num_threads = config_dict.placeholder(int)  # of each process that decodes
   config.data.num_workers = config_dict.placeholder(int)  # 0: threads of this process
+  # Decode JPEGs at 1/2 or 1/4 where a training crop is much larger than the image size: faster for
+  # large photographs, but not exactly the same pixels.
+  config.data.reduce_jpegs = False  # True: see docs/guide/data.md
   config.data.max_broken_fraction = 0.01  # more unreadable images than this stop the run
 
   config.augment = ml_collections.ConfigDict()

@@ -68,6 +68,10 @@ _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] 
     {'optim.milestones': (), 'optim.milestone_factor': 0.1},
     lambda c: _not_in(c, 'step'),
   ),
+  (
+    {'data.reduce_jpegs': False},
+    lambda c: None if assemble.task_class(c).any_images else f'task={c.task}',
+  ),
   ({'optim.power': 1.0}, lambda c: _not_in(c, 'poly')),
   ({'optim.warmup_prefix': True}, lambda c: _not_in(c, 'cosine')),
   ({'optim.base_end_lr': 0.0, 'optim.end_lr': None}, lambda c: _not_in(c, 'cosine', 'poly')),

@@ -196,6 +196,7 @@ def train_transform(config: ml_collections.ConfigDict, **options: Any) -> transf
     rand_augment=a.rand_augment,
     color_jitter=a.color_jitter,
     mean=tuple(config.data.mean),
+    reduce_jpegs=config.data.reduce_jpegs,
     **options,
   )
 

@@ -71,6 +71,7 @@ def main(argv: list[str]) -> None:
   known = infer.pixels(state.metadata)
   crop, dtype = known.get('eval_crop'), known.get('dtype', 'uint8')
   arguments = described.arguments
+  chosen = state.metadata.get('config', {}).get('pictures', {}).get('channels')
   transform = transforms.eval_transform(
     arguments['image_size'], crop, channels=arguments['channels'], dtype=dtype
   )
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
       print(_to_json(path, predictions) if _JSON.value else _to_text(path, predictions))
       if _SAVE.value:
         classes = [(p['label'], p['probability']) for p in predictions]
-        pixels = Display.of(image)(scaled(image))
+        pixels = Display.of(image, chosen)(scaled(image))
         shown.append(contact_sheet.Predicted(path, pixels, classes))
   if _SAVE.value and shown:
     sheet = contact_sheet.draw(shown)

@@ -31,7 +31,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, infer
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
-from hivit_jax.tasks.images import Display, normalize, scaled
+from hivit_jax.tasks.images import as_bytes, normalize
 from hivit_jax.tools import contact_sheet, image_flags, loaded, predict_objects, predict_pixels
 from hivit_jax.train import weights
 
@@ -71,7 +71,6 @@ def main(argv: list[str]) -> None:
   known = infer.pixels(state.metadata)
   crop, dtype = known.get('eval_crop'), known.get('dtype', 'uint8')
   arguments = described.arguments
-  chosen = state.metadata.get('config', {}).get('pictures', {}).get('channels')
   transform = transforms.eval_transform(
     arguments['image_size'], crop, channels=arguments['channels'], dtype=dtype
   )
@@ -86,7 +85,7 @@ def main(argv: list[str]) -> None:
       print(_to_json(path, predictions) if _JSON.value else _to_text(path, predictions))
       if _SAVE.value:
         classes = [(p['label'], p['probability']) for p in predictions]
-        pixels = Display.of(image, chosen)(scaled(image))
+        pixels = as_bytes(image, _shown(state))
         shown.append(contact_sheet.Predicted(path, pixels, classes))
   if _SAVE.value and shown:
     sheet = contact_sheet.draw(shown)
@@ -143,9 +142,15 @@ def _dense(paths: list[str], state: files.StateDict, described: infer.Described)
   model: Any = loaded.model(state, described)
   task = tool.task_of(state.metadata, model, **carried.statistics(state, described))
   labels = _labels(state, model.num_classes, getattr(tool, 'known_names', None))
+  options = {'shown': _shown(state)} if tool is predict_pixels else {}
   return tool.predict(
-    paths, model, task, labels, top=_TOP.value, as_json=_JSON.value, folder=_SAVE.value
+    paths, model, task, labels, top=_TOP.value, as_json=_JSON.value, folder=_SAVE.value, **options
   )
+
+
+def _shown(state: files.StateDict) -> Sequence[int] | None:
+  """The channels that a run chose for its pictures."""
+  return state.metadata.get('config', {}).get('pictures', {}).get('channels')
 
 
 def _to_text(path: str, predictions: Sequence[dict[str, Any]]) -> str:

@@ -70,7 +70,7 @@ _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] 
   ),
   (
     {'data.reduce_jpegs': False},
-    lambda c: None if assemble.task_class(c).any_images else f'task={c.task}',
+    lambda c: f'task={c.task}' if c.task == 'detect' else _not_read('transforms')(c),
   ),
   ({'optim.power': 1.0}, lambda c: _not_in(c, 'poly')),
   ({'optim.warmup_prefix': True}, lambda c: _not_in(c, 'cosine')),

@@ -255,8 +255,7 @@ def _check_pixels(config: ml_collections.ConfigDict) -> None:
       )
   if not assemble.task_class(config).any_images:
     raise UserError(
-      f'config.task={config.task} takes bytes of 3 channels or 1, not {such}; mae, simmim, '
-      'classify and linear take any'
+      f'config.task={config.task} takes bytes of 3 channels or 1, not {such}; the others take any'
     )
 
 

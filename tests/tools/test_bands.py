@@ -68,6 +68,42 @@ def test_a_run_learns_from_them_and_its_reconstructions_show_the_bands_asked_for
   np.testing.assert_allclose(original, stretched(np.load(image)), atol=1)
 
 
+def test_a_segmenter_learns_from_them_and_draws_them(runs, forks, tmp_path):
+  root, rng = tmp_path / 'scenes', np.random.default_rng(0)
+  for split in ('train', 'val'):
+    for folder in ('images', 'annotations'):
+      (root / folder / split).mkdir(parents=True)
+    for i in range(4):
+      bands = rng.integers(0, 65536, (64, 64, BANDS)).astype(np.uint16)
+      np.save(root / 'images' / split / f'{i}.npy', bands)
+      labels = rng.integers(0, 2, (64, 64)).astype(np.uint8)
+      Image.fromarray(labels).save(root / 'annotations' / split / f'{i}.png')
+  (root / 'classes.txt').write_text('land\nsea\n')
+  settings = {
+    'data.name': f'folder:{root}', 'data.train_split': 'train', 'data.eval_split': 'val',
+    'channels': BANDS, **{f'data.{key}': DATA[key] for key in ('dtype', 'mean', 'std')},
+    'batch_size': 4, 'max_steps': 2, 'segment.photometric': False, 'segment.inference': 'whole',
+    'pictures.channels': SHOWN, 'pictures.count': 1,
+  }  # fmt: skip
+  flags = [f'--config.{key}={value}'.replace(' ', '') for key, value in settings.items()]
+  workdir, folder = tmp_path / 'run', tmp_path / 'drawn'
+  done = forks(
+    'main.py', '--config=configs/segment_hivit_t.py:debug', f'--workdir={workdir}', *flags
+  )
+  assert done.status == 0, done.stderr
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert sum('train/loss' in row for row in rows) == 2
+  assert any('eval/miou' in row for row in rows)
+  assert list((workdir / 'segmentations').glob('*.png'))
+  image = root / 'images' / 'val' / '1.npy'
+  done = forks('hivit_jax/tools/predict.py', f'--workdir={workdir}', f'--save={folder}', str(image))
+  assert done.status == 0, done.stderr
+  overlay, colours = (
+    np.asarray(Image.open(folder / f'1_{kind}.png'), int) for kind in ('overlay', 'colour')
+  )
+  np.testing.assert_allclose(2 * overlay - colours, stretched(np.load(image)), atol=2)
+
+
 @pytest.fixture(scope='module')
 def classifier(tmp_path_factory):
   """The model, and a workdir as a run leaves it that trained it."""

@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from hivit_jax.data.cores import crew, usable_cores
-from hivit_jax.data.joining import Joining
+from hivit_jax.data.joining import Joined
 from hivit_jax.data.order import InOrder, Order, Pass, Shuffled
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.stream import (
@@ -196,7 +196,7 @@ class Loader(Iterator[Batch]):
     else:
       buffer = max(num_threads, ahead) if num_threads else 0
       dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads, buffer))
-    dataset = dataset.map(Joining(chunks))
+    dataset = Joined(dataset, chunks)
     if num_threads and prefetch:  # The next batch is joined while the last one is used.
       dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=per_step)
     # In a list that closing empties: Grain's iterators must not live to see Python's shutdown.

@@ -19,12 +19,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
-import grain.experimental
 import numpy as np
 from absl import flags
 
 from hivit_jax.data.cores import crew, usable_cores
-from hivit_jax.data.joining import Joined
+from hivit_jax.data.joining import Ahead, Joining
 from hivit_jax.data.order import InOrder, Order, Pass, Shuffled
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.stream import (
@@ -130,7 +129,7 @@ class Loader(Iterator[Batch]):
   """An iterator over batches that loads ahead and keeps track of broken examples.
 
   Close it, or use it in a `with`, to stop its threads and processes; it closes itself at its end
-  and when it raises an error. Threads begin to load at once, worker processes with the first batch.
+  and when it raises an error. Threads and worker processes begin to load at once.
 
   An example is broken if it cannot be read (OSError: a file that has disappeared, too) or decoded
   (`BrokenImage`). Each is logged once by name, unless it is in `told` already. The iterator raises
@@ -196,14 +195,16 @@ class Loader(Iterator[Batch]):
     else:
       buffer = max(num_threads, ahead) if num_threads else 0
       dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads, buffer))
-    dataset = Joined(dataset, chunks)
-    if num_threads and prefetch:  # The next batch is joined while the last one is used.
-      dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=per_step)
+    loaded = iter(dataset)
+    joining = Joining(loaded, chunks)
     # In a list that closing empties: Grain's iterators must not live to see Python's shutdown.
-    self._running = [iter(dataset)]
+    self._running: list[Joining | Ahead] = [joining]
+    if self._steps_left and num_threads and prefetch:
+      # The next batch is joined while the last one is used.
+      self._running = [Ahead(joining, per_step)]
+    elif self._steps_left:
+      loaded.start_prefetch()
     self._finalizer = weakref.finalize(self, _close, self._running)
-    if self._steps_left:
-      self._running[0].start_prefetch()
 
   def __next__(self) -> Batch:
     if not self._steps_left:
@@ -283,7 +284,7 @@ def _rows_of_host(batch_size: int, process_index: int, process_count: int) -> Ro
   return Rows(batch_size, process_index * count, count)
 
 
-def _close(running: list[grain.DatasetIterator]) -> None:
+def _close(running: list[Joining | Ahead]) -> None:
   running.pop().close()
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import jax
 import numpy as np
@@ -388,7 +389,7 @@ def test_long_list_of_broken_examples_is_cut():
 
 
 def prefetch_threads() -> list[str]:
-  return [t.name for t in threading.enumerate() if t.name.startswith('grain-prefetch')]
+  return [t.name for t in threading.enumerate() if t.name.startswith(('grain-prefetch', 'joining'))]
 
 
 def test_error_in_a_transform_surfaces_with_the_name_of_the_example():
@@ -411,6 +412,24 @@ def test_close_ends_the_threads_and_the_iterator():
 
 def test_forgotten_loader_ends_its_threads():
   next(train_loader(MemorySource(50), stamp, batch_size=50, seed=0))
+  assert wait_until(lambda: not prefetch_threads(), seconds=20)
+
+
+def test_closing_does_not_wait_for_data_that_never_come():
+  class Hanging(MemorySource):
+    released = threading.Event()
+
+    def __getitem__(self, index: int) -> dict:
+      self.released.wait()
+      return super().__getitem__(index)
+
+  source = Hanging(50)
+  loader = train_loader(source, stamp, batch_size=50, seed=0)
+  start = time.monotonic()
+  loader.close()
+  assert time.monotonic() - start < patience.limit(10)
+  assert next(loader, None) is None
+  source.released.set()
   assert wait_until(lambda: not prefetch_threads(), seconds=20)
 
 

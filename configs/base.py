@@ -81,8 +81,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.dtype = 'uint8'  # of stored pixels; uint16: both scaled to [0, 1]; float32: not
   config.data.mean = (0.485, 0.456, 0.406)  # per channel, of scaled pixels; tools.statistics
   config.data.std = (0.229, 0.224, 0.225)  # the same
-  config.data.num_threads = 0  # threads that decode; 0: one per core, at most 16
-  config.data.num_workers = 0  # processes that decode; 0: threads of this one
+  # Threads and processes that decode; None: chosen from the numbers of cores and devices.
+  config.data.num_threads = config_dict.placeholder(int)  # of each process that decodes
+  config.data.num_workers = config_dict.placeholder(int)  # 0: threads of this process
+  # Decode JPEGs at 1/2 or 1/4 where a training crop is much larger than the image size: faster for
+  # large photographs, but not exactly the same pixels.
+  config.data.reduce_jpegs = False  # True: see docs/guide/data.md
   config.data.max_broken_fraction = 0.01  # more unreadable images than this stop the run
 
   config.augment = ml_collections.ConfigDict()

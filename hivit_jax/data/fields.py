@@ -4,7 +4,7 @@ A change of geometry - `crop`, `resize`, `mirror` - is made to every field in th
 
 | field | from a source | decoded | geometry |
 |---|---|---|---|
-| `image` | encoded file, or array | PIL image, 'RGB' or 'L', or `Pixels` | pixels, interpolated |
+| `image` | encoded file, or array | PIL image, `Pixels` or `Reducible` | pixels, interpolated |
 | `segmentation` | PNG, or 2-D array of integers | PIL image, 'L' or 'I;16' | labels, nearest |
 | `instances` | the same | the same | the same |
 | `objects` | dict: `boxes`, and arrays with a row a box | `boxes` as float32 (n, 4) | coordinates |
@@ -23,6 +23,7 @@ from PIL import Image
 from hivit_jax import settings
 from hivit_jax.data import pixels
 from hivit_jax.data.decode import BrokenImage, decode_image, decode_label_map
+from hivit_jax.data.reduced import JPEG_FILES, reducible
 from hivit_jax.errors import UserError
 
 Example = dict[str, Any]
@@ -34,7 +35,11 @@ _SCALARS = (str, int, float, np.generic)  # bool is an int
 
 
 def decode(
-  example: Mapping[str, Any], keys: Sequence[str], channels: int, dtype: str = 'uint8'
+  example: Mapping[str, Any],
+  keys: Sequence[str],
+  channels: int,
+  dtype: str = 'uint8',
+  reduce_jpegs: bool = False,
 ) -> Example:
   """Returns the named fields of an example, decoded.
 
@@ -44,6 +49,8 @@ def decode(
     channels: Of the image.
     dtype: Of its pixels. Bytes of 3 (RGB) or 1 (greyscale) channels are a PIL image, all others
       `pixels.Pixels`.
+    reduce_jpegs: A JPEG without label map or objects is `reduced.Reducible`, for a step that
+      resizes it.
 
   Raises:
     BrokenImage: The image or label map is damaged, or they differ in size.
@@ -60,8 +67,11 @@ def decode(
       decoded[name] = pixels.decode(example[name], channels, dtype)
     elif name == 'image':
       # What lies on an image lies on the pixels as they are stored.
-      alone = not {*_LABEL_MAPS, 'objects'} & set(keys)
-      decoded[name] = decode_image(example[name], channels=channels, upright=alone)
+      alone, data = not {*_LABEL_MAPS, 'objects'} & set(keys), example[name]
+      if reduce_jpegs and alone and isinstance(data, bytes) and data.startswith(JPEG_FILES):
+        decoded[name] = reducible(data, channels)
+      else:
+        decoded[name] = decode_image(data, channels=channels, upright=alone)
     elif name in _LABEL_MAPS:
       decoded[name] = decode_label_map(example[name])
     elif name == 'objects':

@@ -22,6 +22,8 @@ import grain
 import numpy as np
 from absl import flags
 
+from hivit_jax.data.cores import crew, usable_cores
+from hivit_jax.data.joining import Ahead, Joining
 from hivit_jax.data.order import InOrder, Order, Pass, Shuffled
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.stream import (
@@ -29,11 +31,8 @@ from hivit_jax.data.stream import (
   Chunks,
   EvalChunks,
   Rows,
-  Stacked,
   TrainChunks,
-  check_alike,
   example_name,
-  form,
   listed,
 )
 from hivit_jax.errors import UserError
@@ -43,7 +42,6 @@ _log = logging.getLogger(__name__)
 Batch = dict[str, Any]  # `Stacked`, of which callers know what is a list.
 
 PREFETCH = 2  # Batches that are ready before they are asked for.
-MAX_THREADS = 16  # More of them would mostly wait for the interpreter lock: use worker processes.
 TRUSTED_SAMPLE = 1000  # Examples to be seen before a share of broken ones is taken at face value.
 ENDLESS = 2**38  # Steps; positions stay below 2**62.
 
@@ -131,7 +129,7 @@ class Loader(Iterator[Batch]):
   """An iterator over batches that loads ahead and keeps track of broken examples.
 
   Close it, or use it in a `with`, to stop its threads and processes; it closes itself at its end
-  and when it raises an error. Threads begin to load at once, worker processes with the first batch.
+  and when it raises an error. Threads and worker processes begin to load at once.
 
   An example is broken if it cannot be read (OSError: a file that has disappeared, too) or decoded
   (`BrokenImage`). Each is logged once by name, unless it is in `told` already. The iterator raises
@@ -161,7 +159,7 @@ class Loader(Iterator[Batch]):
       chunks: What to load, see `train_loader` and `eval_loader`.
       steps: Of which batches.
       num_threads: Threads in each process that loads; 0 loads in the calling thread when asked.
-        None gives one for each usable core, shared out among the workers, at most `MAX_THREADS`.
+        None gives one for each usable core, shared out among the workers, see `cores.crew`.
       num_workers: Worker processes. With 0 the threads work in this process, which suffices as
         long as the training step does not wait for data: decoding and resizing release the
         interpreter lock. Workers take seconds to start and 200 MB or more each. They import the
@@ -171,7 +169,7 @@ class Loader(Iterator[Batch]):
       told: Broken examples that are not logged again; what is logged is added: for repeated passes.
     """
     if num_threads is None:
-      num_threads = min(MAX_THREADS, max(1, usable_cores() // max(1, num_workers)))
+      num_threads = crew(usable_cores(), 1, workers=num_workers).threads
     _check_range('num_threads', num_threads, 0, 1024)
     _check_range('num_workers', num_workers, 0, 1024)
     _check_range('prefetch', prefetch, 0, 1024)
@@ -183,7 +181,7 @@ class Loader(Iterator[Batch]):
     self._max_broken_fraction = max_broken_fraction
     per_step = chunks.rows.chunks
     self._steps_left = len(steps)
-    ahead = prefetch * per_step
+    ahead = max(0, prefetch - 1) * per_step  # One more batch is joined already.
     # Worker processes get no end: `__next__` counts, and Grain leaks shared memory at the end.
     stop = ENDLESS if num_workers else steps.stop
     dataset = grain.MapDataset.range(steps.start * per_step, stop * per_step).map(chunks)
@@ -197,11 +195,16 @@ class Loader(Iterator[Batch]):
     else:
       buffer = max(num_threads, ahead) if num_threads else 0
       dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads, buffer))
+    loaded = iter(dataset)
+    joining = Joining(loaded, chunks)
     # In a list that closing empties: Grain's iterators must not live to see Python's shutdown.
-    self._running = [iter(dataset)]
+    self._running: list[Joining | Ahead] = [joining]
+    if self._steps_left and num_threads and prefetch:
+      # The next batch is joined while the last one is used.
+      self._running = [Ahead(joining, per_step)]
+    elif self._steps_left:
+      loaded.start_prefetch()
     self._finalizer = weakref.finalize(self, _close, self._running)
-    if self._steps_left:
-      self._running[0].start_prefetch()
 
   def __next__(self) -> Batch:
     if not self._steps_left:
@@ -209,25 +212,27 @@ class Loader(Iterator[Batch]):
     if not self._running:
       raise StopIteration
     self._steps_left -= 1
-    parts, part = [], {}
+    part: dict[str, Any] = {}
     try:
       for _ in range(self._chunks.rows.chunks):
         part = next(self._running[0])
         if 'error' in part:
           raise part['error']
         self._account(part['broken'], part['seen'])
-        if parts:
-          self._check_alike(parts[0], part)
-        parts.append(part)
-      return _joined([part['rows'] for part in parts])
+      return part['rows']
     except BaseException as error:
-      parts, part = [], {}  # The traceback keeps this frame, but must not keep shared memory.
       self.close()
-      killed = re.match(r'Worker process was terminated .*?(exit code -\d+)', str(error))
-      if killed:
+      ended = re.match(r'Worker process was terminated .*?exit code (-?\d+)', str(error))
+      if ended and ended[1].startswith('-'):
         raise UserError(
-          f'A data worker process was killed ({killed[1]}; -9: the kernel was short of memory, '
-          'use fewer --config.data.num_workers). The same command continues.'
+          f'A data worker process was killed (exit code {ended[1]}; -9: the kernel was short of '
+          'memory, use fewer --config.data.num_workers). The same command continues.'
+        ) from error
+      if ended:
+        raise UserError(
+          f'A data worker process ended (exit code {ended[1]}; the reason is above). A script that '
+          "trains with worker processes needs its `if __name__ == '__main__':`; "
+          '--config.data.num_workers=0 does without.'
         ) from error
       raise
 
@@ -240,14 +245,6 @@ class Loader(Iterator[Batch]):
 
   def __exit__(self, *exc_info) -> None:
     self.close()
-
-  def _check_alike(self, first: dict[str, Any], second: dict[str, Any]) -> None:
-    """UserError unless two chunks can be joined."""
-    forms = [
-      (part['like'], form({key: values[0] for key, values in part['rows'].items()}))
-      for part in (first, second)
-    ]
-    check_alike(self._chunks.source, *forms, ragged=self._chunks.ragged)
 
   def _account(self, broken: Broken, seen: int) -> None:
     source = self._chunks.source
@@ -287,30 +284,13 @@ def _rows_of_host(batch_size: int, process_index: int, process_count: int) -> Ro
   return Rows(batch_size, process_index * count, count)
 
 
-def _joined(parts: list[Stacked]) -> Batch:
-  """The rows of several chunks, copied once: those of worker processes lie in shared memory."""
-  return {
-    key: [np.array(row) for part in parts for row in part[key]]
-    if isinstance(value, list)
-    else np.concatenate([part[key] for part in parts])
-    for key, value in parts[0].items()
-  }
-
-
-def _close(running: list[grain.DatasetIterator]) -> None:
+def _close(running: list[Joining | Ahead]) -> None:
   running.pop().close()
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
   if not low <= value <= high:
     raise UserError(f'{name}={value!r}: expected {low} to {high}.')
-
-
-def usable_cores() -> int:
-  """Returns the number of CPU cores that this process may use."""
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def _init_worker(worker_index: int, worker_count: int) -> None:

@@ -62,8 +62,13 @@ class Pixels:
     assert method == Image.Transpose.FLIP_LEFT_RIGHT, method
     return Pixels(self.array[:, ::-1])
 
-  def resize(self, size: tuple[int, int], interpolation: Image.Resampling) -> 'Pixels':
-    """PIL's antialiased resizing to (width, height), channel by channel.
+  def resize(
+    self,
+    size: tuple[int, int],
+    interpolation: Image.Resampling,
+    box: tuple[float, float, float, float] | None = None,
+  ) -> 'Pixels':
+    """PIL's antialiased resizing of a part to (width, height), channel by channel.
 
     Bytes as PIL has them. 16 bits are computed in float32, rounded, and cut to their range; floats
     are not: bicubic interpolation overshoots at edges.
@@ -71,9 +76,8 @@ class Pixels:
     dtype = self.array.dtype
     planes = np.moveaxis(self.array, -1, 0)
     planes = np.ascontiguousarray(planes, np.uint8 if dtype == np.uint8 else np.float32)
-    resized = np.stack(
-      [np.asarray(Image.fromarray(plane).resize(size, interpolation)) for plane in planes], axis=-1
-    )
+    images = [Image.fromarray(plane).resize(size, interpolation, box) for plane in planes]
+    resized = np.stack([np.asarray(image) for image in images], axis=-1)
     if dtype == np.uint16:
       resized = np.clip(np.rint(resized), 0, np.iinfo(dtype).max)
     return Pixels(resized.astype(dtype, copy=False))

@@ -191,7 +191,7 @@ def _counts(labels: Image.Image, least: int = 1) -> np.ndarray:
 class Pad:
   """Fills up to `size` at the right and below, and makes arrays.
 
-  It gives `image`, uint8 (H, W, C), 0 where there is nothing; `label_map`, integers (H, W), there
+  It gives `image`, (H, W, C), 0 where there is nothing; `label_map`, integers (H, W), there
   `ignore_index`; and `extent`, int32 (2,): the (height, width) of what there is. A normalised image
   has to be 0 beyond it.
 
@@ -233,6 +233,7 @@ def train_transform(
   max_share: float = 0.75,
   flip: bool = True,
   channels: int = 3,
+  dtype: str = 'uint8',
   ignore_index: int = 255,
   reduce_zero_label: bool = False,
 ) -> transforms.TrainTransform:
@@ -245,7 +246,7 @@ def train_transform(
     num_classes: Of the data set; other labels make an example a broken one.
     scale, ratios, max_share: See `RandomScaledCrop`.
     flip: Mirror half of the images.
-    channels: Of the image: 3 (RGB) or 1 (greyscale).
+    channels, dtype: Of the image, see `fields.decode`.
     ignore_index, reduce_zero_label: See `ClassMap`.
 
   Returns:
@@ -261,4 +262,4 @@ def train_transform(
   ]
   if flip:
     steps.append(transforms.RandomFlip())
-  return transforms.TrainTransform((*steps, Pad(size, ignore_index)), channels, KEYS)
+  return transforms.TrainTransform((*steps, Pad(size, ignore_index)), channels, KEYS, dtype)

@@ -141,12 +141,14 @@ class TrainTransform:
     channels: Of the image.
     keys: Fields of the example that are used.
     dtype: Of the image's pixels, see `fields.decode`.
+    reduce_jpegs: The same; the first step has to resize.
   """
 
   steps: tuple[Step, ...]
   channels: int = 3
   keys: tuple[str, ...] = fields.CLASSIFIED
   dtype: str = 'uint8'
+  reduce_jpegs: bool = False
 
   def __post_init__(self):
     _check_pixels(self.channels, self.dtype)
@@ -157,7 +159,7 @@ class TrainTransform:
     rng: np.random.Generator,
     shape: tuple[int, ...] | None = None,
   ) -> dict[str, np.ndarray]:
-    decoded = fields.decode(example, self.keys, self.channels, self.dtype)
+    decoded = fields.decode(example, self.keys, self.channels, self.dtype, self.reduce_jpegs)
     for step in self.steps:
       if shape is not None and hasattr(step, 'size'):
         step = dataclasses.replace(step, size=shape)  # pyright: ignore[reportArgumentType]
@@ -179,6 +181,7 @@ def train_transform(
   rand_augment: str | None = None,
   color_jitter: float = 0.0,
   mean: Sequence[float] = (0.5,),
+  reduce_jpegs: bool = False,
 ) -> TrainTransform:
   """Returns an augmentation for training: crop and mirror image, then a change of colours and form.
 
@@ -196,6 +199,8 @@ def train_transform(
     color_jitter: See `ColorJitter`; 0: off. RandAugment, when given, takes its place. Both are for
       bytes of 1 or 3 channels.
     mean: Colour that RandAugment fills in, per channel, in [0, 1]: that of the data set.
+    reduce_jpegs: Decode JPEGs at 1/2 or 1/4 where a crop is much larger than the output;
+      faster, and pixels differ a little, see `reduced.Reducible`.
 
   Raises:
     UserError: The size, the channels, the crop, RandAugment or the jitter makes no sense.
@@ -213,7 +218,7 @@ def train_transform(
     steps.append(randaugment.rand_augment(rand_augment, mean))
   elif color_jitter:
     steps.append(jitter)
-  return TrainTransform(tuple(steps), channels, tuple(keys), dtype)
+  return TrainTransform(tuple(steps), channels, tuple(keys), dtype, reduce_jpegs)
 
 
 @dataclasses.dataclass(frozen=True)

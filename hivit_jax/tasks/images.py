@@ -51,6 +51,11 @@ def scaled(images: np.ndarray) -> np.ndarray:
   return images / np.float32(full_range(images.dtype))
 
 
+def as_bytes(images: np.ndarray, channels: Sequence[int] | None = None) -> np.ndarray:
+  """(..., C) as stored -> (..., 3 or 1) uint8 of the channels that are shown, see `Display.of`."""
+  return Display.of(images, channels)(scaled(images))
+
+
 @dataclasses.dataclass(frozen=True)
 class Display:
   """How images of any kind are shown as bytes.

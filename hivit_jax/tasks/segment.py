@@ -49,6 +49,7 @@ class SegmentTask(Task):
   encoder = 'backbone/'
   stem_is_one_layer = True
   pixel_classes = True
+  any_images = True
   whole_batches = (
     'BatchNorm takes its statistics from the whole batch, and those of parts are others; more '
     'devices, --config.model.remat=True or a smaller batch need less memory'
@@ -61,6 +62,7 @@ class SegmentTask(Task):
   image_size: tuple[int, int]
   num_classes: int
   channels: int = 3
+  dtype: str = 'uint8'
   ignore_index: int = 255
   reduce_zero_label: bool = False
   scale: tuple[int, int] = (2560, 640)
@@ -86,10 +88,10 @@ class SegmentTask(Task):
       raise UserError(
         f'config.segment.mean_over={self.mean_over}: expected one of {", ".join(_MEANS)}'
       )
-    if self.photometric and self.channels != 3:
+    if self.photometric and (self.channels, self.dtype) != (3, 'uint8'):
       raise UserError(
-        f'config.segment.photometric=True changes colours, but config.channels={self.channels}; '
-        'set --config.segment.photometric=False'
+        f'config.segment.photometric=True changes colours, but config.channels={self.channels} and '
+        f'config.data.dtype={self.dtype}; set --config.segment.photometric=False'
       )
     self.views  # noqa: B018  (it raises what is wrong with its settings)
 
@@ -108,6 +110,7 @@ class SegmentTask(Task):
       self.mirrored,
       classes=classes,
       channels=self.channels,
+      dtype=self.dtype,
     )
 
   def input(self, train: bool) -> Callable[..., dict[str, Any]]:
@@ -123,13 +126,14 @@ class SegmentTask(Task):
       max_share=self.max_share,
       flip=self.mirror,
       channels=self.channels,
+      dtype=self.dtype,
       ignore_index=self.ignore_index,
       reduce_zero_label=self.reduce_zero_label,
     )
 
   def shapes(self, size: tuple[int, int], channels: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {
-      'image': jax.ShapeDtypeStruct((*size, channels), jnp.uint8),
+      'image': jax.ShapeDtypeStruct((*size, channels), jnp.dtype(self.dtype)),
       'label_map': jax.ShapeDtypeStruct(size, jnp.uint8 if self.ignore_index < 256 else jnp.uint16),
       'extent': jax.ShapeDtypeStruct((2,), jnp.int32),
     }
@@ -139,8 +143,8 @@ class SegmentTask(Task):
 
     Args:
       model: the model to be trained.
-      batch: `image` (B, H, W, C) uint8, `label_map` (B, H, W) integers, `extent` (B, 2): the rows
-        and columns of the image, beyond which there is padding.
+      batch: `image` (B, H, W, C) as stored, `label_map` (B, H, W) integers, `extent` (B, 2): the
+        rows and columns of the image, beyond which there is padding.
       rng: PRNG key of this step.
 
     Returns:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax.tasks import miou, pixels, segmentation_pictures, views
 from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics, of_model, of_sets
+from hivit_jax.tasks.images import as_bytes
 
 Example = Mapping[str, np.ndarray]
 _NAME = 'segmentations'  # of the pictures' directory
@@ -190,7 +191,8 @@ def _pictures(context: Context, task: Any) -> Callable[[int, Any], Metrics]:
     for example, found in zip(examples, segment(params, examples), strict=True):
       height, width = example['image'].shape[:2]
       found = np.asarray(found)[:height, :width]
-      shown.append((example['image'], example['label_map'], found))
+      image = as_bytes(example['image'], context.setting('pictures.channels'))
+      shown.append((image, example['label_map'], found))
     title = f'{context.model_name}, step {step}'
     context.draw(
       step, _NAME, segmentation_pictures.draw(shown, names, palette, title, task.ignore_index)

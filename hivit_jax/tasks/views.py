@@ -55,7 +55,7 @@ class Views:
       count as 1 once more, as in the published evaluation.
     flip: each view mirrored as well.
     classes: what the numbers in label maps mean; None: the examples have none.
-    channels: of the images: 3 (RGB) or 1 (greyscale).
+    channels, dtype: of the images, see `fields.decode`.
   """
 
   crop: Size
@@ -65,6 +65,7 @@ class Views:
   flip: bool = False
   classes: 'ClassMap | None' = None
   channels: int = 3
+  dtype: str = 'uint8'
   ragged = True  # see `loader.eval_loader`
 
   def __post_init__(self):
@@ -114,42 +115,38 @@ class Views:
     """Decodes an example and cuts its windows.
 
     Returns:
-      `windows` (n, height, width, channels) uint8, the views' one after the other, row by row;
+      `windows` (n, height, width, channels) as stored, the views' one after the other, row by row;
       `extent` (n, 2) int32, how many rows and columns of each are of the image; `label_map` (H, W),
-      if there is one, and `image` (H, W, channels) uint8.
+      if there is one, and `image` (H, W, channels).
     """
     from hivit_jax.data import fields
     from hivit_jax.data.segmentation_transforms import KEYS
 
-    decoded = fields.decode(example, ('image',) if self.classes is None else KEYS, self.channels)
+    keys = ('image',) if self.classes is None else KEYS
+    decoded = fields.decode(example, keys, self.channels, self.dtype)
     if self.classes is not None:
       decoded = self.classes(decoded)
     image = decoded['image']
     windows, extent = [], []
     for view in self.of((image.height, image.width)):
       shown = image.resize(view.size[::-1], Image.Resampling.BILINEAR)
-      pixels = _array(shown)
+      pixels = fields.to_arrays({'image': shown})['image']
       pixels = pixels[:, ::-1] if view.mirrored else pixels
       for top in view.tops:
         for left in view.lefts:
           part = pixels[top : top + self.crop[0], left : left + self.crop[1]]
-          window = np.zeros((*self.crop, self.channels), np.uint8)
+          window = np.zeros((*self.crop, self.channels), pixels.dtype)
           window[: part.shape[0], : part.shape[1]] = part
           windows.append(window)
           extent.append(part.shape[:2])
     arrays = {
       'windows': np.stack(windows),
       'extent': np.array(extent, np.int32),
-      'image': _array(image),
+      'image': fields.to_arrays({'image': image})['image'],
     }
     if 'segmentation' in decoded:
       arrays['label_map'] = np.asarray(decoded['segmentation'])
     return arrays
-
-
-def _array(image: Image.Image) -> np.ndarray:
-  """(H, W, channels) uint8."""
-  return np.asarray(image).reshape(image.height, image.width, -1)
 
 
 def starts(side: int, crop: int, stride: int) -> tuple[int, ...]:

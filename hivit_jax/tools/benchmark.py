@@ -2,7 +2,7 @@
 
   python -m hivit_jax.tools.benchmark --config=configs/mae_hivit_b.py --batch_size=8
   python -m hivit_jax.tools.benchmark --compare=paper --out=comparison
-  python -m hivit_jax.tools.benchmark --data
+  python -m hivit_jax.tools.benchmark --data [--beside=PYTHON]
   python -m hivit_jax.tools.benchmark --report=DIR --minutes=5
 
 The first measures the whole step (gradient, optimizer) on synthetic images; the second the steps of
@@ -37,6 +37,9 @@ from hivit_jax.train import assemble, synthetic
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config whose training step is measured.')
 _COMPARE = flags.DEFINE_string('compare', None, 'paper, ladder, or configs, separated by commas.')
 _DATA = flags.DEFINE_bool('data', False, 'Measure the input pipelines instead.')
+_BESIDE = flags.DEFINE_string(
+  'beside', None, 'With --data: a Python with torch, torchvision and tensorflow, to compare with.'
+)
 _REPORT = flags.DEFINE_string(
   'report', None, 'Directory for report.md, .json and .png about this machine.'
 )
@@ -72,6 +75,8 @@ def main(argv: list[str]) -> None:
     )
   if _MINUTES.value is not None and _REPORT.value is None:
     raise UserError('--minutes needs --report')
+  if _BESIDE.value is not None and not _DATA.value:
+    raise UserError('--beside needs --data')
   if _OUT.value is not None and _COMPARE.value is None:
     raise UserError('--out needs --compare')
   jax.config.update('jax_enable_compilation_cache', False)  # compilation is measured, too
@@ -79,7 +84,7 @@ def main(argv: list[str]) -> None:
     setup_logging()
     from hivit_jax.tools import data_benchmark
 
-    data_benchmark.main(as_json=_JSON.value)
+    data_benchmark.main(as_json=_JSON.value, beside=_BESIDE.value)
   elif _REPORT.value is not None:
     _report(pathlib.Path(_REPORT.value))
   elif _COMPARE.value is not None:

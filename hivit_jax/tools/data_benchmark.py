@@ -7,6 +7,9 @@ supervised pipeline has the classifiers' augmentation instead: smaller crops, an
 segmentation pipeline reads a label map with each photograph; its bare side decodes both and resizes
 the same windows.
 
+With another Python that has their packages, pipelines of PyTorch and TensorFlow take turns with
+these, see `other_pipelines`.
+
 Images per second *per core* are images per second of CPU time (`time.process_time`: all threads of
 the process), so that neither idle cores nor other programs count.
 """
@@ -24,14 +27,21 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from hivit_jax.data import segmentation_transforms
-from hivit_jax.data.loader import train_loader, usable_cores
+from hivit_jax.data.cores import usable_cores
+from hivit_jax.data.loader import train_loader
 from hivit_jax.data.order import generator
 from hivit_jax.data.transforms import RandomResizedCrop, train_transform
-from hivit_jax.tools import bands_data_benchmark, detection_data_benchmark
+from hivit_jax.tools import (
+  bands_data_benchmark,
+  detection_data_benchmark,
+  large_photo_benchmark,
+  pipelines_beside,
+)
 from hivit_jax.tools.photographs import PHOTO_SIZE, photo_files
 
 BATCH_SIZE = 64
 SEGMENTED_BATCH_SIZE = 16  # that of the recipe for crops of 512
+GPU_RATE = 5000  # Images/s of a fast GPU in pretraining.
 RAND_AUGMENT = 'rand-m9-mstd0.5-inc1'
 # Side -> the one it is compared with, and the share of its speed to be kept.
 TARGETS = {
@@ -84,6 +94,7 @@ def measure(
   size: int = 224,
   segmented: int = 512,
   num_threads: int | None = None,
+  beside: str | None = None,
 ) -> dict[str, Any]:
   """Measures bare PIL and the pipelines by turns.
 
@@ -93,12 +104,14 @@ def measure(
     size: Side of the output, in pixels.
     segmented: Side of the output of segmentation.
     num_threads: Threads of either side; None for one a usable core.
+    beside: A Python with torch, torchvision and tensorflow, whose pipelines are measured, too.
 
   Returns:
     `bare`, `pipeline`, `supervised`, `bare_segmentation` and `segmentation`, each with
     `images_per_second_per_core` (CPU time) and `images_per_second` (wall clock); those of `TARGETS`
     also with `kept` and `kept_wall`, the share of the other one's speed, as the median over pairs
-    of turns, and `target`; and the conditions of the measurement.
+    of turns, and `target`; those of `pipelines_beside.SIDES` without; and the conditions of the
+    measurement.
 
   Raises:
     UserError: scikit-image, which has the photographs, is not installed.
@@ -154,9 +167,12 @@ def measure(
   }
   for run in sides.values():  # Imports, allocations, clock speed.
     run()
-  turns = [{name: _speeds(run, images) for name, run in sides.items()} for _ in range(repeats)]
+  measured = {name: functools.partial(_speeds, run, images) for name, run in sides.items()}
+  with pipelines_beside.started(beside, files, threads) as others:
+    measured |= {name: functools.partial(other.speeds, images) for name, other in others.items()}
+    turns = [{name: speeds() for name, speeds in measured.items()} for _ in range(repeats)]
   report: dict[str, Any] = {}
-  for name in sides:
+  for name in measured:
     per_core, wall = _medians(turn[name] for turn in turns)
     report[name] = {'images_per_second_per_core': per_core, 'images_per_second': wall}
   for name, (other, target) in TARGETS.items():
@@ -186,7 +202,9 @@ def format_report(report: dict[str, Any]) -> str:
     f'of {report["turns"]} turns of {report["images_per_turn"]} images',
     f'{"images/s":24}{"per core (CPU time)":>22}{"wall clock":>14}',
   ]
-  for name, title in _TITLES.items():
+  for name, title in (_TITLES | pipelines_beside.SIDES).items():
+    if name not in report:
+      continue
     side = report[name]
     lines.append(
       f'{title:24}{side["images_per_second_per_core"]:22.1f}{side["images_per_second"]:14.1f}'
@@ -196,11 +214,21 @@ def format_report(report: dict[str, Any]) -> str:
         f'{"  kept":24}{side["kept"]:22.1%}{side["kept_wall"]:14.1%}   '
         f'(of {TARGETS[name][0].replace("_", " ")}; target: {side["target"]:.0%} per core)'
       )
+  rate = report['pipeline']['images_per_second_per_core']
+  lines.append(
+    f'8 GPUs at {GPU_RATE} images/s each would need {8 * GPU_RATE / rate:.0f} such cores for the '
+    'pipeline of pretraining (a projection from one core)'
+  )
   return '\n'.join(lines)
 
 
 def main(
-  *, as_json: bool = False, detected: int = 64, banded: int = 64, **options: Any
+  *,
+  as_json: bool = False,
+  detected: int = 64,
+  banded: int = 64,
+  large: int = 24,
+  **options: Any,
 ) -> dict[str, Any]:
   """Measures, prints a table or one JSON object, and returns the numbers.
 
@@ -208,21 +236,26 @@ def main(
     as_json: Print JSON.
     detected: Images of `detection_data_benchmark`, whose report is under `detection`.
     banded: Images of `bands_data_benchmark`, whose report is under `bands`.
+    large: Images of `large_photo_benchmark`, whose report is under `large`.
     **options: Those of `measure`.
   """
   report = measure(**options)
   report['detection'] = detection_data_benchmark.measure(detected)
   report['bands'] = bands_data_benchmark.measure(banded)
-  if as_json:
-    print(json.dumps(report))
-  else:
-    print(
-      format_report(report),
-      detection_data_benchmark.format_report(report['detection']),
-      bands_data_benchmark.format_report(report['bands']),
-      sep='\n\n',
-    )
+  report['large'] = large_photo_benchmark.measure(large)
+  print(json.dumps(report) if as_json else format_all(report))
   return report
+
+
+def format_all(report: dict[str, Any]) -> str:
+  """Returns the tables of `main`."""
+  tables = (
+    format_report(report),
+    detection_data_benchmark.format_report(report['detection']),
+    bands_data_benchmark.format_report(report['bands']),
+    large_photo_benchmark.format_report(report['large']),
+  )
+  return '\n\n'.join(tables)
 
 
 def _window(

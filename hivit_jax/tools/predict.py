@@ -27,7 +27,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, infer
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
-from hivit_jax.tasks.images import Display, scaled
+from hivit_jax.tasks.images import as_bytes
 from hivit_jax.tools import (
   class_names,
   contact_sheet,
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
       print(_to_json(path, predictions) if _JSON.value else _to_text(path, predictions))
       if _SAVE.value:
         classes = [(p.label, p.probability) for p in predictions]
-        pixels = Display.of(image)(scaled(image))
+        pixels = as_bytes(image, _shown(state))
         shown.append(contact_sheet.Predicted(path, pixels, classes))
   if _SAVE.value and shown:
     sheet = contact_sheet.draw(shown)
@@ -103,9 +103,15 @@ def _dense(paths: list[str], state: files.StateDict, described: infer.Described)
   task = tool.task_of(state.metadata, model, **carried.statistics(state, described))
   unknown = getattr(tool, 'known_names', None)
   labels = class_names.of(state, model.num_classes, class_names.LABELS.value, unknown)
+  options = {'shown': _shown(state)} if tool is predict_pixels else {}
   return tool.predict(
-    paths, model, task, labels, top=_TOP.value, as_json=_JSON.value, folder=_SAVE.value
+    paths, model, task, labels, top=_TOP.value, as_json=_JSON.value, folder=_SAVE.value, **options
   )
+
+
+def _shown(state: files.StateDict) -> Sequence[int] | None:
+  """The channels that a run chose for its pictures."""
+  return state.metadata.get('config', {}).get('pictures', {}).get('channels')
 
 
 def _to_text(path: str, predictions: Sequence[Prediction]) -> str:

@@ -15,7 +15,9 @@ from PIL import Image
 
 from hivit_jax import cli
 from hivit_jax.data import class_lists
+from hivit_jax.interop import infer
 from hivit_jax.tasks import segmentation, segmentation_pictures
+from hivit_jax.tasks.images import as_bytes
 from hivit_jax.tasks.segment import SegmentTask
 from hivit_jax.tools import loaded
 
@@ -40,6 +42,7 @@ def task_of(metadata: Mapping[str, Any], model: Any, **pixels: Any) -> SegmentTa
     image_size=model.image_size,
     num_classes=model.num_classes,
     channels=model.channels,
+    dtype=infer.pixels(metadata).get('dtype', 'uint8'),
     **options,
     **pixels,
   )
@@ -104,6 +107,7 @@ def predict(
   top: int,
   as_json: bool,
   folder: str | None,
+  shown: Sequence[int] | None = None,
 ) -> list[str]:
   """Prints the largest classes of each image, and writes pictures if there is a folder for them.
 
@@ -118,6 +122,7 @@ def predict(
     top: how many classes are printed.
     as_json: print one JSON object an image.
     folder: of the pictures; None: none are written.
+    shown: channels of the image in pictures, see `Display.of`.
 
   Returns:
     The images that could not be read; they are named on the standard error stream.
@@ -136,7 +141,7 @@ def predict(
       else:
         print(path, *(f'  {100 * row["share"]:5.1f} %  {row["label"]}' for row in rows), sep='\n')
       if folder is not None:
-        _write(folder, path, example['image'], labels, palette)
+        _write(folder, path, as_bytes(example['image'], shown), labels, palette)
   if folder is not None and seen:
     legend = pathlib.Path(folder) / 'legend.png'
     with cli.writing('save', str(legend)):

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
+import jax
 import ml_collections
 
 from hivit_jax import settings
-from hivit_jax.data.loader import MAX_THREADS, usable_cores
+from hivit_jax.data.cores import crew, more_workers, usable_cores
 from hivit_jax.errors import flag
 from hivit_jax.reporting.run_info import ABSENT
 from hivit_jax.train import assemble
@@ -66,6 +67,10 @@ _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] 
   (
     {'optim.milestones': (), 'optim.milestone_factor': 0.1},
     lambda c: _not_in(c, 'step'),
+  ),
+  (
+    {'data.reduce_jpegs': False},
+    lambda c: f'task={c.task}' if c.task == 'detect' else _not_read('transforms')(c),
   ),
   ({'optim.power': 1.0}, lambda c: _not_in(c, 'poly')),
   ({'optim.warmup_prefix': True}, lambda c: _not_in(c, 'cosine')),
@@ -140,10 +145,14 @@ def for_finite_numbers(config: _Config) -> str:
 def for_data(config: _Config) -> str:
   """Ways to load data faster."""
   cores, threads, workers = usable_cores(), config.data.num_threads, config.data.num_workers
-  used = max(1, workers) * (threads or max(1, min(MAX_THREADS, cores // max(1, workers))))
-  if used < cores:  # a process keeps some 8 cores busy
-    return f'{flag("data.num_workers", max(workers + 1, cores // 8))} uses more of {cores} cores'
-  return f'all {cores} cores load already; store smaller images, or take more cores a device'
+  now = crew(cores, jax.local_device_count(), threads, workers)
+  if now.cores >= cores:
+    return f'all {cores} cores load already; store smaller images, or take more cores a device'
+  if threads is not None and not now.workers:
+    way = flag('data.num_threads', None)
+  else:
+    way = flag('data.num_workers', more_workers(cores, now.workers))
+  return f'{now} load; {way} uses more of {cores} cores'
 
 
 def to_train_longer(config: _Config) -> str:

@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from hivit_jax.data import loader, transforms
+from hivit_jax.data.cores import Crew, crew, usable_cores
 from hivit_jax.data.order import Order, Pass
 from hivit_jax.data.sources import base
 from hivit_jax.data.sources.relabelled import Relabelled
@@ -165,12 +166,12 @@ def check_labels(source: Any) -> None:
     )
 
 
-def _loader_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def _loader_options(config: ml_collections.ConfigDict, loaded_by: Crew) -> dict[str, Any]:
   return {
     'process_index': jax.process_index(),
     'process_count': jax.process_count(),
-    'num_threads': config.data.num_threads or None,
-    'num_workers': config.data.num_workers,
+    'num_threads': loaded_by.threads,
+    'num_workers': loaded_by.workers,
     'max_broken_fraction': config.data.max_broken_fraction,
   }
 
@@ -195,6 +196,7 @@ def train_transform(config: ml_collections.ConfigDict, **options: Any) -> transf
     rand_augment=a.rand_augment,
     color_jitter=a.color_jitter,
     mean=tuple(config.data.mean),
+    reduce_jpegs=config.data.reduce_jpegs,
     **options,
   )
 
@@ -230,6 +232,9 @@ def train_batches(
     start: first step.
     end: step after the last one.
   """
+  cores, devices = usable_cores(), jax.local_device_count()
+  loaded_by = crew(cores, devices, config.data.num_threads, config.data.num_workers)
+  _log.info('data is loaded by %s (cores: %d, devices: %d)', loaded_by, cores, devices)
   return loader.train_loader(
     source,
     transform,
@@ -238,7 +243,7 @@ def train_batches(
     order=order,
     start_step=start,
     num_steps=end - start,
-    **_loader_options(config),
+    **_loader_options(config, loaded_by),
   )
 
 
@@ -263,7 +268,10 @@ def eval_batches(
     alone: all examples, not this process's share.
     told: broken examples that the log has already; see `loader.eval_loader`.
   """
-  options = _loader_options(config)
+  # Processes take longer to start than threads need for most evaluations.
+  workers = config.data.num_workers or 0
+  loaded_by = crew(usable_cores(), jax.local_device_count(), config.data.num_threads, workers)
+  options = _loader_options(config, loaded_by)
   if alone:
     options |= {'process_index': 0, 'process_count': 1}
   options |= {'order': order, 'told': told}

@@ -29,12 +29,12 @@ _RULES: tuple[tuple[str, _Test, str], ...] = (
     'evaluation.batch_size pictures.count model.embed_dim model.depth model.window_size '
     'model.num_heads model.num_classes model.neck_channels model.hidden model.proposals '
     'model.detections model.candidates detect.long_side detect.eval_short_side detect.objects '
-    'model.decoder_embed_dim model.decoder_depth model.decoder_num_heads',
+    'model.decoder_embed_dim model.decoder_depth model.decoder_num_heads data.num_threads',
   ),
   (
     '0 or more',
     lambda x: x >= 0,
-    'data.num_threads data.num_workers optim.base_lr optim.lr optim.base_end_lr optim.end_lr '
+    'data.num_workers optim.base_lr optim.lr optim.base_end_lr optim.end_lr '
     'optim.base_warmup_start_lr optim.warmup_start_lr optim.warmup_epochs optim.warmup_steps '
     'optim.milestone_factor '
     'augment.mix_group optim.weight_decay checkpoint.every_epochs checkpoint.keep_every_epochs '
@@ -174,9 +174,9 @@ _OPTIONAL = (
   'model.dropout_rate '
   'model.global_blocks model.neck_channels model.hidden model.cascade model.anchor_scale '
   'model.nms_pre model.proposals model.detections model.candidates model.score_threshold '
-  'init data.data_dir data.eval_crop augment.rand_augment augment.mix_group optim.lr optim.end_lr '
-  'optim.warmup_start_lr optim.warmup_steps optim.layer_decay optim.clip_norm ema_decay '
-  'checkpoint.keep_best pictures.channels'
+  'init data.data_dir data.eval_crop data.num_threads data.num_workers augment.rand_augment '
+  'augment.mix_group optim.lr optim.end_lr optim.warmup_start_lr optim.warmup_steps '
+  'optim.layer_decay optim.clip_norm ema_decay checkpoint.keep_best pictures.channels'
 )
 OPTIONAL = frozenset(_OPTIONAL.split())
 
@@ -255,8 +255,7 @@ def _check_pixels(config: ml_collections.ConfigDict) -> None:
       )
   if not assemble.task_class(config).any_images:
     raise UserError(
-      f'config.task={config.task} takes bytes of 3 channels or 1, not {such}; mae, simmim, '
-      'classify and linear take any'
+      f'config.task={config.task} takes bytes of 3 channels or 1, not {such}; the others take any'
     )
 
 

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -111,6 +113,18 @@ def test_batches_are_uint8_images_with_their_own_int32_labels():
   assert (batch['image'].dtype, batch['image'].shape) == (np.uint8, (40, 8, 8, 3))
   assert (batch['label'].dtype, batch['label'].shape) == (np.int32, (40,))
   np.testing.assert_array_equal(shown(batch), batch['label'])
+
+
+def test_a_batch_that_is_kept_stays_as_it_was():
+  """On a CPU, JAX may use a batch where it lies: its memory must never be filled again."""
+  with train_loader(MemorySource(300), stamp, batch_size=40, seed=0) as loader:
+    kept = [next(loader)]
+    copy = {key: array.copy() for key, array in kept[0].items()}
+    on_device = jax.device_put(kept[0])
+    kept += [next(loader) for _ in range(6)]
+  assert_same(kept[:1], [copy])
+  assert_same([{key: np.asarray(array) for key, array in on_device.items()}], [copy])
+  assert not any(np.shares_memory(kept[0]['image'], batch['image']) for batch in kept[1:])
 
 
 def test_each_epoch_is_another_permutation_of_all_examples_across_batch_borders():
@@ -375,7 +389,7 @@ def test_long_list_of_broken_examples_is_cut():
 
 
 def prefetch_threads() -> list[str]:
-  return [t.name for t in threading.enumerate() if t.name.startswith('grain-prefetch')]
+  return [t.name for t in threading.enumerate() if t.name.startswith(('grain-prefetch', 'joining'))]
 
 
 def test_error_in_a_transform_surfaces_with_the_name_of_the_example():
@@ -398,6 +412,24 @@ def test_close_ends_the_threads_and_the_iterator():
 
 def test_forgotten_loader_ends_its_threads():
   next(train_loader(MemorySource(50), stamp, batch_size=50, seed=0))
+  assert wait_until(lambda: not prefetch_threads(), seconds=20)
+
+
+def test_closing_does_not_wait_for_data_that_never_come():
+  class Hanging(MemorySource):
+    released = threading.Event()
+
+    def __getitem__(self, index: int) -> dict:
+      self.released.wait()
+      return super().__getitem__(index)
+
+  source = Hanging(50)
+  loader = train_loader(source, stamp, batch_size=50, seed=0)
+  start = time.monotonic()
+  loader.close()
+  assert time.monotonic() - start < patience.limit(10)
+  assert next(loader, None) is None
+  source.released.set()
   assert wait_until(lambda: not prefetch_threads(), seconds=20)
 
 
@@ -434,6 +466,20 @@ def test_killed_worker_process_is_an_error_and_no_deadlock():
   os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
   with pytest.raises(UserError, match=r'worker process was killed \(exit code -9; .* same command'):
     take(loader, 100)
+
+
+def test_worker_processes_that_cannot_start_are_a_line_with_the_way_out():
+  class Ended:
+    def __next__(self):
+      raise RuntimeError('Worker process was terminated unexpectedly with exit code 1. Search')
+
+    def close(self):
+      pass
+
+  loader = train_loader(MemorySource(50), stamp, batch_size=50, seed=0, num_threads=0)
+  loader._running[0] = Ended()
+  with pytest.raises(UserError, match=r'__main__.*--config\.data\.num_workers=0'):
+    next(loader)
 
 
 SCRIPT = """

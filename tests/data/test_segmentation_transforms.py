@@ -226,3 +226,41 @@ def test_training_through_the_loader_is_a_function_of_seed_and_step():
   whole, late = steps(num_steps=3), steps(start_step=2, num_steps=1)
   for key in ('image', 'label_map', 'extent'):
     np.testing.assert_array_equal(whole[2][key], late[0][key])
+
+
+def test_further_channels_change_nothing_about_the_first_three():
+  """Four channels as they are stored are cut as an RGB picture is, in training and evaluation."""
+  rng = np.random.default_rng(0)
+  array, labels = (
+    rng.integers(0, 256, (50, 70, 4), np.uint8),
+    rng.integers(0, 2, (50, 70), np.uint8),
+  )
+  given = [{'image': array[..., :c], 'segmentation': labels} for c in (3, 4)]
+  options = {'scale': (80, 40), 'ratios': (0.8, 1.6)}
+  rgb, four = (
+    seg.train_transform(32, 2, channels=c, **options)(each, np.random.default_rng(5))
+    for c, each in zip((3, 4), given, strict=True)
+  )
+  np.testing.assert_array_equal(four['image'][..., :3], rgb['image'])
+  np.testing.assert_array_equal(four['label_map'], rgb['label_map'])
+  rgb, four = (
+    Views((32, 32), 'slide', (21, 21), flip=True, classes=seg.ClassMap(2), channels=c)(each)
+    for c, each in zip((3, 4), given, strict=True)
+  )
+  assert rgb['windows'].shape[-1] == 3
+  for key in ('windows', 'image'):
+    np.testing.assert_array_equal(four[key][..., :3], rgb[key])
+
+
+@pytest.mark.parametrize('dtype', ['uint16', 'float32'])
+def test_other_depths_stay_what_they_are(dtype):
+  array = (np.random.default_rng(0).random((50, 70, 2)) * 60_000).astype(dtype)
+  given = {'image': array, 'segmentation': np.zeros((50, 70), np.uint8)}
+  made = seg.train_transform(
+    32, 2, channels=2, dtype=dtype, scale=(80, 40), ratios=(1.0, 1.0), max_share=1.0
+  )(given, np.random.default_rng(0))
+  assert made['image'].dtype == dtype
+  assert made['image'].max() > 30_000
+  views = Views((32, 32), 'whole', channels=2, dtype=dtype)(given)
+  assert views['windows'].dtype == views['image'].dtype == dtype
+  np.testing.assert_array_equal(views['image'], array)

@@ -66,6 +66,7 @@ def test_mistakes(forks):
     forks(tool, '--compare=paper', '--out=/proc/x')
   )
   assert '--out needs --compare' in error_of(forks(tool, '--data', '--out=x'))
+  assert '--beside needs --data' in error_of(forks(tool, '--compare=paper', '--beside=python'))
   assert '--minutes needs --report' in error_of(forks(tool, '--compare=paper', '--minutes=1'))
   assert 'cannot write to --report=/proc/no' in error_of(forks(tool, '--report=/proc/no'))
 

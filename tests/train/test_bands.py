@@ -6,7 +6,7 @@ import pytest
 import tifffile
 from flax import nnx
 
-from configs import finetune_hivit_b, mae_hivit_t, segment_hivit_b
+from configs import detect_hivit_b, finetune_hivit_b, mae_hivit_t
 from hivit_jax.data.sources.base import open_source
 from hivit_jax.errors import UserError
 from hivit_jax.models.units import split_units
@@ -92,8 +92,8 @@ def test_settings_that_do_not_go_with_bands_are_named_with_the_way_out():
     (mae_hivit_t, {'init_channels': 'half'}, 'expected one of repeat, mean, copy'),
     (mae_hivit_t, {'augment.color_jitter': 0.4}, 'uint16: --config.augment.color_jitter=0$'),
     (finetune_hivit_b, {}, 'augment.rand_augment=rand.*changes colours.*rand_augment=None'),
-    (segment_hivit_b, {'channels': 3, 'data.mean': (0.5,) * 3, 'data.std': (1.0,) * 3},
-     'config.task=segment takes bytes of 3 channels or 1, not config.channels=3 and config.data.d'),
+    (detect_hivit_b, {'channels': 3, 'data.mean': (0.5,) * 3, 'data.std': (1.0,) * 3},
+     'config.task=detect takes bytes of 3 channels or 1, not config.channels=3 and config.data.d'),
   ):  # fmt: skip
     with pytest.raises(UserError, match=message):
       validate.check(_config(module, **setting))

@@ -83,9 +83,14 @@ def test_the_ways_to_finite_numbers_start_from_what_there_is():
 def test_the_way_to_more_data_uses_cores_that_there_are(monkeypatch):
   config = base.get_config()
   monkeypatch.setattr(hints, 'usable_cores', lambda: 96)
-  assert hints.for_data(config) == '--config.data.num_workers=12 uses more of 96 cores'
+  monkeypatch.setattr(hints.jax, 'local_device_count', lambda: 1)
+  assert hints.for_data(config) == (
+    '16 threads load; --config.data.num_workers=12 uses more of 96 cores'
+  )
   config.data.num_workers = 12
   assert hints.for_data(config).startswith('all 96 cores load already; ')
+  config.data.update(num_threads=2, num_workers=None)
+  assert '--config.data.num_threads=None' in hints.for_data(config)
 
 
 def test_a_run_warns_once_of_all_settings_without_effect(runs, tmp_path):

@@ -33,7 +33,7 @@ def test_notebooks_are_clean(file):
   form = {'indent': 1, 'ensure_ascii': False, 'sort_keys': True}
   assert text == json.dumps(content, **form) + '\n', 'not in the form that docs/notebooks have'
   for cell in cells(text, 'code'):
-    assert (cell['outputs'], cell['execution_count']) == ([], None), f'cell {cell["id"]} has outputs'
+    assert (cell['outputs'], cell['execution_count']) == ([], None), cell['id']
     ast.parse(python(cell), cell['id'])
   names = [cell['id'] for cell in content['cells']]
   assert len(names) == len(set(names))

@@ -4,12 +4,15 @@ import inspect
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import filelock
 import jax
 import pytest
 
+from hivit_jax.data.sources.base import open_source
 from tests import slowest
 from tests.runs import QUICK, STEPS, Forks, Runs
 
@@ -41,9 +44,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope='session')
-def data_dir(tmp_path_factory) -> pathlib.Path:
-  """Where the embedded data sets are prepared on first use, once for all: never write to it."""
-  return tmp_path_factory.mktemp('data')
+def once(
+  tmp_path_factory, worker_id
+) -> Callable[[str, Callable[[pathlib.Path], None]], pathlib.Path]:
+  """`once(name, make)`: a directory that `make(directory)` fills, once for all workers."""
+  common = tmp_path_factory.getbasetemp()
+  if worker_id != 'master':
+    common = common.parent
+
+  def get(name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    directory, made = common / name, common / f'{name}.made'
+    with filelock.FileLock(common / f'{name}.lock'):
+      if not made.exists():
+        directory.mkdir(exist_ok=True)
+        make(directory)
+        made.touch()
+    return directory
+
+  return get
+
+
+@pytest.fixture(scope='session')
+def data_dir(once) -> pathlib.Path:
+  """The embedded data sets: never write to it."""
+
+  def prepare(directory: pathlib.Path) -> None:
+    for name in ('photo_tiles', 'photo_scenes', 'digits'):
+      open_source(name, 'train', str(directory))
+
+  return once('data', prepare)
 
 
 @pytest.fixture(scope='session')
@@ -58,17 +87,26 @@ def forks(runs) -> Forks:
 
 
 @pytest.fixture(scope='session')
-def finished(runs, tmp_path_factory) -> Finished:
-  workdir = tmp_path_factory.mktemp('finished') / 'run'
-  done = runs.train(workdir)
-  assert done.returncode == 0, done.stderr
-  return Finished(workdir, done.stderr)
+def finished(runs, once) -> Finished:
+  return _trained(once, 'finished', lambda workdir: runs.train(workdir))
 
 
 @pytest.fixture(scope='session')
-def longer(runs, finished, tmp_path_factory) -> Finished:
+def longer(runs, finished, once) -> Finished:
   """The finished run, continued by four steps."""
-  workdir = shutil.copytree(finished.workdir, tmp_path_factory.mktemp('longer') / 'run')
-  done = runs.train(workdir, max_steps=STEPS + 4)
-  assert done.returncode == 0, done.stderr
-  return Finished(workdir, done.stderr)
+
+  def train(workdir: pathlib.Path) -> subprocess.CompletedProcess:
+    shutil.copytree(finished.workdir, workdir)
+    return runs.train(workdir, max_steps=STEPS + 4)
+
+  return _trained(once, 'longer', train)
+
+
+def _trained(once, name: str, train: Callable[[pathlib.Path], subprocess.CompletedProcess]):
+  def make(directory: pathlib.Path) -> None:
+    done = train(directory / 'run')
+    assert done.returncode == 0, done.stderr
+    (directory / 'log').write_text(done.stderr, 'utf-8')
+
+  directory = once(name, make)
+  return Finished(directory / 'run', (directory / 'log').read_text('utf-8'))

@@ -5,6 +5,7 @@ has dozens of shapes, here all share one program.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -70,13 +71,26 @@ def _draw(
 ) -> jax.Array:
   """An initialiser as Flax takes them; inside a trace it draws the same numbers."""
   del out_sharding
-  count = int(np.prod(shape))
-  numbers = np.arange(max(1, -(-count // _PIECE)), dtype=np.uint32)
-  width = np.float32(scale)
-  pieces: Any = piece(key, numbers[0], width)
-  if isinstance(pieces, core.Tracer):
-    pieces = jax.vmap(piece, in_axes=(None, 0, None))(key, numbers, width)
-  else:
-    others = [piece(key, number, width) for number in numbers[1:]]
-    pieces = np.stack(jax.device_get([pieces, *others]))
-  return jnp.asarray(pieces.reshape(-1)[:count].reshape(shape), dtype)
+  width, numbers = np.float32(scale), _numbers(shape)
+  first = piece(key, numbers[0], width)
+  if isinstance(first, core.Tracer):
+    return _traced(piece, key, width, tuple(shape), jnp.dtype(dtype))
+  others = [piece(key, number, width) for number in numbers[1:]]
+  return _shaped(np.stack(jax.device_get([first, *others])), shape, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))  # traced once for each shape
+def _traced(
+  piece: Callable, key: jax.Array, width: Any, shape: tuple[int, ...], dtype: Any
+) -> jax.Array:
+  pieces = jax.vmap(piece, in_axes=(None, 0, None))(key, _numbers(shape), width)
+  return _shaped(pieces, shape, dtype)
+
+
+def _numbers(shape: tuple[int, ...]) -> np.ndarray:
+  """Of the pieces that an array needs."""
+  return np.arange(max(1, -(-math.prod(shape) // _PIECE)), dtype=np.uint32)
+
+
+def _shaped(pieces: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  return jnp.asarray(pieces.reshape(-1)[: math.prod(shape)].reshape(shape), dtype)

@@ -149,7 +149,8 @@ class Remote(Disk):
         raise UserError('another run has written it') from error
 
   def strip(self, path: pathlib.Path) -> None:
-    for file in _files(path):
+    # Another process of this machine sees the same files, and must not race for them.
+    for file in _files(path) if distributed.primary() else ():
       if file.relative_to(path).as_posix() not in _STUB:
         file.unlink()
 

@@ -25,8 +25,9 @@ print(jax.jit(lambda x: 3 * x, donate_argnums=())(2), sum('cache_hits' in e for 
 
 
 def environment(caches: os.PathLike, **settings: str) -> dict[str, str]:
-  """This process's, without JAX's settings."""
-  inherited = {key: value for key, value in os.environ.items() if not key.startswith('JAX_')}
+  """This process's, without JAX's settings of caches."""
+  start = ('JAX_COMPILATION_CACHE', 'JAX_PERSISTENT_CACHE', 'JAX_ENABLE_COMPILATION_CACHE')
+  inherited = {key: value for key, value in os.environ.items() if not key.startswith(start)}
   return inherited | {'XDG_CACHE_HOME': str(caches)} | settings
 
 

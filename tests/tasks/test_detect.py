@@ -409,18 +409,22 @@ def test_it_learns_two_scenes_by_heart():
   graphdef, state = nnx.split(hivit_jax.create_model('detect_hivit_tiny', **settings))
   steps, params = 300, nnx.to_pure_dict(state)
   optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-  prepared = task.prepare(nnx.merge(graphdef, params), batch, KEY)
 
-  def step(carry, _):
-    params, moments = carry
-    loss = lambda params: task.loss(nnx.merge(graphdef, params), prepared)[0]  # noqa: E731
-    total, grads = jax.value_and_grad(loss)(params)
-    updates, moments = optimizer.update(grads, moments)
-    return (optax.apply_updates(params, updates), moments), total
+  @jax.jit
+  def train(params, batch):
+    prepared = task.prepare(nnx.merge(graphdef, params), batch, KEY)
 
-  train = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps)[1])
+    def step(carry, _):
+      params, moments = carry
+      loss = lambda params: task.loss(nnx.merge(graphdef, params), prepared)[0]  # noqa: E731
+      total, grads = jax.value_and_grad(loss)(params)
+      updates, moments = optimizer.update(grads, moments)
+      return (optax.apply_updates(params, updates), moments), total
+
+    return jax.lax.scan(step, (params, optimizer.init(params)), length=steps)[1]
+
   with optimized():  # three hundred steps: fast code pays
-    losses = train((params, optimizer.init(params)))
+    losses = train(params, batch)
   assert losses[0] > 1
   assert losses[-1] < losses[0] / 10
 

@@ -57,7 +57,7 @@ def test_the_first_cell_is_a_cell_of_its_own(monkeypatch):
   exec(code, names)
   assert names['FULL'] is True
   monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-  with pytest.raises(AssertionError, match='give REPOSITORY'):
+  with pytest.raises(AssertionError, match='pip install'):
     exec(code.replace(f"'{address.REPOSITORY}'", "''"), {})
 
 

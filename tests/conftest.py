@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import inspect
 import os
 import pathlib
@@ -21,6 +22,12 @@ from tests.runs import QUICK, STEPS, Forks, Runs
 jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK}'.strip()
+
+
+def pytest_collection_finish() -> None:
+  """Lets Python look for garbage rarely: tracing makes many objects, and nearly all are needed."""
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 100)
 
 
 class Finished(NamedTuple):

@@ -51,7 +51,7 @@ os.environ['PYTHONPATH'] = os.pathsep.join(
 )
 nb_execution_mode = 'off' if NOTEBOOKS == 'off' else 'force'
 nb_execution_in_temp = True
-nb_execution_timeout = -1 if NOTEBOOKS == 'full' else 120  # seconds a cell
+nb_execution_timeout = -1 if NOTEBOOKS == 'full' else 600  # seconds a cell, on a busy machine
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_mime_priority_overrides = [('html', 'image/png', 5)]  # PIL offers JPEG, too

@@ -23,7 +23,7 @@ PACKAGES = (
   *FOR_STEPS,
   *('clu', 'scipy', 'safetensors', 'tensorflow_datasets', 'array_record', 'grain', 'PIL'),
   *('importlib_resources', 'skimage', 'sklearn', 'pycocotools', 'tqdm'),
-  *('tensorboard', 'matplotlib'),
+  *('tensorboard', 'matplotlib', 'werkzeug'),
 )
 _SHOWN = 3
 

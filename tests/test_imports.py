@@ -68,6 +68,7 @@ CONFINED = {
     'hivit_jax/tools/report_page.py',
   ),
   'optax': ('hivit_jax/train/',),
+  'werkzeug': ('hivit_jax/tools/playground_pages.py',),
   # The config stops at the builders.
   'ml_collections': (
     'configs/',

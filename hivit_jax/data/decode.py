@@ -36,7 +36,11 @@ class BrokenImage(Exception):
 
 
 def decode_image(
-  data: bytes | np.ndarray, *, channels: int = 3, upright: bool = True
+  data: bytes | np.ndarray,
+  *,
+  channels: int = 3,
+  upright: bool = True,
+  max_pixels: int | None = None,
 ) -> Image.Image:
   """Decodes one image at full resolution.
 
@@ -51,6 +55,7 @@ def decode_image(
       1, 3 or 4.
     channels: 3 for an RGB image, 1 for greyscale.
     upright: Apply the rotation that EXIF tells.
+    max_pixels: What an encoded picture may have; of larger ones only the header is read.
 
   Returns:
     An image of mode 'RGB' or 'L'.
@@ -67,7 +72,7 @@ def decode_image(
   if isinstance(data, np.ndarray):
     return _to_mode(_from_array(data), MODES[channels])
   try:
-    image = _from_file(data)
+    image = _from_file(data, max_pixels)
     return _to_mode(_upright(image) if upright else image, MODES[channels])
   except BrokenImage:
     raise
@@ -148,8 +153,10 @@ def _from_array(array: np.ndarray) -> Image.Image:
   return Image.fromarray(array)
 
 
-def _from_file(data: bytes) -> Image.Image:
+def _from_file(data: bytes, max_pixels: int | None) -> Image.Image:
   image = Image.open(io.BytesIO(data), formats=FORMATS)
+  if max_pixels is not None and image.width * image.height > max_pixels:
+    raise BrokenImage(f'{image.width}x{image.height} pixels; at most {max_pixels} are read')
   image.load()
   if image.mode == 'CMYK' and image.format == 'JPEG' and 'adobe' not in image.info:
     # PIL inverts every CMYK JPEG, but only those with Adobe's marker are stored inverted.

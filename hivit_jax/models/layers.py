@@ -18,7 +18,7 @@ from hivit_jax.ops.modules import layer_norm, linear
 from hivit_jax.ops.precision import widen
 
 _normal = initializers.normal(0.02)
-_NEVER = -1e9  # logit of a unit that is not attended to; its weight is 0 in any type
+NEVER = -1e9  # logit of a unit that is not attended to; its weight is 0 in any type
 
 
 def add_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
@@ -127,7 +127,7 @@ class Attention(nnx.Module):
       if mask is not None:
         bias = bias + mask[:, None]
     if keys is not None:
-      never = jnp.where(keys, 0.0, _NEVER)[:, None, None]
+      never = jnp.where(keys, 0.0, NEVER)[:, None, None]
       bias = never if bias is None else bias + never
     return self.proj(self.ops.attend(self.qkv(x), self.heads, bias))
 

@@ -48,13 +48,17 @@ class MAESettings(TokenSettings):
 
   def __post_init__(self):
     super().__post_init__()
-    kept_units(self.grid[0] * self.grid[1], self.mask_ratio)
+    self.kept(self.mask_ratio)
     targets.check(self.target)
     width, heads = self.decoder_embed_dim, self.decoder_num_heads
     if width % 4:
       raise UserError(f'decoder_embed_dim={width} is not a multiple of 4')
     if width % heads:
       raise UserError(f'decoder_num_heads={heads} does not divide decoder_embed_dim={width}')
+
+  def kept(self, ratio: float) -> int:
+    """Number of units that a mask ratio keeps; UserError when that is none or all of them."""
+    return kept_units(self.grid[0] * self.grid[1], ratio)
 
 
 class MaskedAutoencoder(Encoder):
@@ -140,7 +144,7 @@ class MaskedAutoencoder(Encoder):
         raise ValueError('give mask_ratio= or mask=, which has a ratio of its own, not both')
       order, keep = mask_to_noise(mask, units)
     else:
-      keep = kept_units(units, self.mask_ratio if mask_ratio is None else mask_ratio)
+      keep = self.settings.kept(self.mask_ratio if mask_ratio is None else mask_ratio)
       order = noise if rng is None else self.masking_noise(rng, batch)
     order = jnp.asarray(order)
     if order.shape != (batch, units):
@@ -153,12 +157,15 @@ class MaskedAutoencoder(Encoder):
     """Uniform numbers that decide which units of a batch are kept: (batch, N)."""
     return jax.random.uniform(rng, (batch, self.grid[0] * self.grid[1]))
 
-  def decode(self, latent: Any, ids_restore: jax.Array) -> jax.Array:
+  def decode(
+    self, latent: Any, ids_restore: jax.Array, removed: jax.Array | None = None
+  ) -> jax.Array:
     """Latents of the kept units -> (B, N, numbers) float32, 16 * 16 * channels of them for pixels.
 
     Args:
       latent: of the method of that name, class tokens before the units.
       ids_restore: (B, N), see `random_masking`.
+      removed: (B, N) bool, units whose latents are not used, as if they had not been kept.
     """
     x = self._embed(latent)
     others, x = x[:, : self.class_tokens], x[:, self.class_tokens :]
@@ -168,6 +175,9 @@ class MaskedAutoencoder(Encoder):
     token = self.mask_tokens * self.mask_token[...]
     token = jnp.broadcast_to(token, (b, n - k, c)).astype(x.dtype)
     x = self.ops.gather_units(jnp.concatenate([x, token], axis=1), ids_restore)  # (B, N, c)
+    if removed is not None:
+      token = self.mask_tokens * self.mask_token[...]
+      x = jnp.where(removed[..., None], token.astype(x.dtype), x)
     if self.class_tokens:
       x = jnp.concatenate([others, x], axis=1)
     x = x + jax.lax.stop_gradient(self.decoder_pos_embed[...]).astype(x.dtype)

@@ -114,6 +114,11 @@ class SimMIM(nnx.Module):
     """(B, H, W, channels) normalised images -> (B, C) mean of the last map."""
     return self.encoder.pooled(images, drop_path_noise)
 
+  def patches(self, mask: jax.Array) -> jax.Array:
+    """A mask of units (B, N) as one of patches (B, H / 4, W / 4)."""
+    cells = self.settings.stride // PATCH
+    return mask.reshape(-1, *self.grid).repeat(cells, axis=1).repeat(cells, axis=2)
+
   def reconstruct(
     self, images: jax.Array, mask: jax.Array, drop_path_noise: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array]:
@@ -170,7 +175,5 @@ class SimMIM(nnx.Module):
       noise = self.masking_noise(rng, images.shape[0])
     keep = self.settings.kept(self.mask_ratio if mask_ratio is None else mask_ratio)
     ids_keep, ids_restore, mask = random_masking(jnp.asarray(noise), keep)
-    cells = self.settings.stride // PATCH
-    patches = mask.reshape(-1, *self.grid).repeat(cells, axis=1).repeat(cells, axis=2)
-    pred, loss = self.reconstruct(images, patches, drop_path_noise)
+    pred, loss = self.reconstruct(images, self.patches(mask), drop_path_noise)
     return MAEOutput(loss, pred, mask, ids_keep, ids_restore)

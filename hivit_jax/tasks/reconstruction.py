@@ -12,9 +12,9 @@ from flax import nnx
 from PIL import Image, ImageDraw
 
 from hivit_jax.errors import UserError
-from hivit_jax.models import targets
+from hivit_jax.models import any_mask, targets
 from hivit_jax.models.mae import MaskedAutoencoder
-from hivit_jax.models.masking import NORM_PIX_EPS, unit_moments
+from hivit_jax.models.masking import NORM_PIX_EPS, mask_to_noise, unit_moments
 from hivit_jax.models.simmim import SimMIM
 from hivit_jax.models.units import join_units, split_units
 from hivit_jax.tasks.evaluators import Context, Evaluator, Metrics
@@ -51,11 +51,12 @@ class Reconstruction:
 def predict_pixels(
   model: MaskedAutoencoder | SimMIM,
   images: jax.Array,
-  noise: jax.Array,
+  noise: jax.Array | None = None,
   *,
   mean: Sequence[float],
   std: Sequence[float],
   mask_ratio: float | None = None,
+  mask: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Runs the model and undoes its normalisation per unit; traceable.
 
@@ -65,20 +66,47 @@ def predict_pixels(
     noise: (B, N), the smallest are kept.
     mean, std: per channel, of pixels in [0, 1].
     mask_ratio: instead of the model's.
+    mask: (B, N), 1 = removed, instead of noise and ratio; one program for masks of any count.
 
   Returns:
     (B, H, W, C) float32 predicted images, normalised by mean and std; (B, N) mask, 1 = removed.
   """
   normalized = normalize(images, mean, std)
-  out = model(normalized, noise=noise, mask_ratio=mask_ratio)
-  pred = out.pred
+  if mask is None:
+    out = model(normalized, noise=noise, mask_ratio=mask_ratio)
+    pred, mask = out.pred, out.mask
+  else:
+    pred = any_mask.predict(model, normalized, mask)
   if model.norm_pix_loss:
     units = split_units(normalized)
     average, variance = unit_moments(units.reshape(pred.shape))
     pred = pred * jnp.sqrt(variance + NORM_PIX_EPS) + average
   side = math.isqrt(pred.shape[2] // images.shape[-1])
   units = pred.reshape(*pred.shape[:2], side, side, images.shape[-1])
-  return join_units(units, model.grid), out.mask
+  return join_units(units, model.grid), mask
+
+
+def random_noise(model: MaskedAutoencoder | SimMIM, count: int, seed: int) -> np.ndarray:
+  """(count, N) float32 that decides which units of images are kept; the same for one seed."""
+  return np.random.default_rng(seed).random((count, math.prod(model.grid)), np.float32)
+
+
+def random_mask(
+  model: MaskedAutoencoder | SimMIM, seed: int, ratio: float | None = None
+) -> np.ndarray:
+  """(N,) bool, True = removed: the mask that a `Reconstructor` draws for one image.
+
+  Args:
+    model: the autoencoder.
+    seed: of the mask.
+    ratio: share of the units removed; None: the model's.
+
+  Raises:
+    UserError: the ratio keeps no unit, or all of them.
+  """
+  keep = model.settings.kept(model.mask_ratio if ratio is None else ratio)
+  order = np.argsort(random_noise(model, 1, seed)[0], kind='stable')
+  return ~np.isin(np.arange(len(order)), order[:keep])
 
 
 def assemble(
@@ -156,7 +184,7 @@ def _to_rgb(image: np.ndarray) -> np.ndarray:
 
 
 class Reconstructor:
-  """Draws masks, predicts and assembles: `reconstructor(params, images, seed=0)`.
+  """Masks, predicts and assembles: `reconstructor(params, images, seed=0)`.
 
   Args:
     graphdef: static half of a masked autoencoder or a `SimMIM`, from `nnx.split`.
@@ -174,26 +202,41 @@ class Reconstructor:
     mask_ratio: float | None = None,
     channels: Sequence[int] | None = None,
   ):
-    def predict(params, images, noise):
+    def predict(params, images, noise, mask):
       model = nnx.merge(graphdef, params)
-      return predict_pixels(model, images, noise, mean=mean, std=std, mask_ratio=mask_ratio)
+      return predict_pixels(
+        model, images, noise, mean=mean, std=std, mask_ratio=mask_ratio, mask=mask
+      )
 
     self._graphdef = graphdef
     self._predict = jax.jit(predict)
     self._options: dict[str, Any] = {'mean': mean, 'std': std, 'channels': channels}
 
-  def __call__(self, params: Any, images: np.ndarray, *, seed: int) -> Reconstruction:
-    """(B, H, W, C) images as stored -> pictures; the same seed draws the same masks."""
+  def __call__(
+    self, params: Any, images: np.ndarray, *, seed: int = 0, mask: np.ndarray | None = None
+  ) -> Reconstruction:
+    """Pictures of images and what the model makes of them.
+
+    Args:
+      params: of the model.
+      images: (B, H, W, C) as stored.
+      seed: draws the masks; the same seed draws the same ones.
+      mask: (B, N), 1 or True = removed, instead; masks of any count share one program.
+
+    Raises:
+      UserError: the model predicts no pixels, or the mask does not fit.
+    """
     model = nnx.merge(self._graphdef, params)
     predicts = getattr(model, 'predicts', targets.PIXELS)
     if predicts != targets.PIXELS:
       raise UserError(
         f'there is nothing to draw: the target of this model is {predicts}, not pixels'
       )
-    shape = (len(images), math.prod(model.grid))
-    noise = np.random.default_rng(seed).random(shape, np.float32)
-    pixels, mask = jax.device_get(self._predict(params, images, noise))
-    return assemble(images, pixels, mask, norm_pix=model.norm_pix_loss, **self._options)
+    noise = random_noise(model, len(images), seed) if mask is None else None
+    if mask is not None:
+      mask, _ = mask_to_noise(mask, math.prod(model.grid))
+    pixels, removed = jax.device_get(self._predict(params, images, noise, mask))
+    return assemble(images, pixels, removed, norm_pix=model.norm_pix_loss, **self._options)
 
 
 NAME = 'reconstructions'  # of the pictures' directory

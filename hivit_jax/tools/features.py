@@ -25,18 +25,16 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from flax import nnx
 from PIL import Image
 
 from hivit_jax import cli, settings
 from hivit_jax.data.decode import decode_image
 from hivit_jax.errors import UserError
-from hivit_jax.interop import carried, infer
+from hivit_jax.interop import carried
 from hivit_jax.models import inside
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
-from hivit_jax.tasks.images import normalize
-from hivit_jax.tools import components, feature_sheets, image_flags, loaded, neighbours
+from hivit_jax.tools import components, feature_sheets, image_flags, loaded, looking, neighbours
 from hivit_jax.tools.feature_sheets import Looked
 from hivit_jax.train import weights
 
@@ -66,12 +64,7 @@ def main(argv: list[str]) -> None:
   compilation_cache.turn_on()
   state = weights.read(source, ema=image_flags.EMA.value)
   described = carried.model_of(state)
-  dtype = infer.pixels(state.metadata).get('dtype', 'uint8')
-  if not settings.is_picture(described.arguments['channels'], dtype):
-    raise UserError(
-      f'{state.source} is for images of {described.arguments["channels"]} channels of {dtype}; '
-      'this tool shows RGB and grey ones. Features of others in Python: model.features(images)'
-    )
+  loaded.check_pictures_can_be_read(state, described)
   model: Any = loaded.model(state, described)
   statistics = carried.statistics(state, described)
   failed: list[str] = []
@@ -152,38 +145,28 @@ def _resizing(model: Any, name: str) -> Callable[[bytes], tuple[tuple[int, int],
     height, width = size
     if _IMAGE_SIZE.value == 'own':
       height, width = (max(_STEP, round(side / _STEP) * _STEP) for side in own)
-    return own, _pixels(image, (height, width))
+    return own, looking.resized(image, (height, width))
 
   return resize
-
-
-def _pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-  """The whole image in (height, width) pixels: (H, W, channels) uint8."""
-  resized = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
-  return resized.reshape(*size, -1)
 
 
 def _looker(
   model: Any, name: str, statistics: dict[str, Any], units: Sequence[tuple[int, int]]
 ) -> Callable[..., Looked]:
   """A function from path, own size and pixels of an image to what the model computes of it."""
-  graphdef, params = nnx.split(model)
 
-  @jax.jit
-  def compute(params, pixels):
-    found = inside.look(nnx.merge(graphdef, params), normalize(pixels[None], **statistics))
-    maps = [level[0].astype(np.float32) for level in found.maps]
+  def chosen(attention: Sequence[jax.Array], grid: tuple[int, int]) -> jax.Array | None:
     if not units:
-      return maps, None
-    rows, columns = inside.grid_of(model, pixels.shape[:2])
-    attention = _block(found.attention, name, rows * columns)  # (heads, N, N)
-    first = attention.shape[-1] - rows * columns  # class tokens
-    chosen = np.array([first + row * columns + column for row, column in units])
-    return maps, attention[:, chosen]
+      return None
+    rows, columns = grid
+    block = _block(attention, name, rows * columns)  # (heads, N, N)
+    first = block.shape[-1] - rows * columns  # class tokens
+    return block[:, np.array([first + row * columns + column for row, column in units])]
+
+  compute = looking.function(model, chosen, **statistics)
 
   def look(path: str, own: tuple[int, int], pixels: np.ndarray) -> Looked:
-    maps, attention = jax.device_get(compute(params, pixels))
-    return Looked(path, own, pixels, maps, attention)
+    return Looked(path, own, pixels, *compute(pixels))
 
   return look
 
@@ -228,7 +211,7 @@ def _neighbours(
   size = inside.encoder_of(model).image_size
 
   def decode(data: bytes) -> np.ndarray:
-    return _pixels(decode_image(data, channels=model.channels), size)
+    return looking.resized(decode_image(data, channels=model.channels), size)
 
   queries = [image for _, image in loaded.read([one.path for one in looked], decode, [])]
   bank = loaded.read(paths, decode, failed)

@@ -11,7 +11,8 @@ from typing import Any
 import ml_collections
 from flax import nnx
 
-from hivit_jax import models
+from hivit_jax import models, settings
+from hivit_jax.data import transforms
 from hivit_jax.data.decode import BrokenImage, read_file
 from hivit_jax.data.sources import folder
 from hivit_jax.errors import UserError
@@ -31,6 +32,28 @@ def model(state: files.StateDict, described: infer.Described) -> nnx.Module:
     }
   create = functools.partial(models.create_model, described.name, **described.arguments, **options)
   return importer.load_new(create, state)[0]
+
+
+def view(state: files.StateDict, described: infer.Described) -> transforms.EvalTransform:
+  """From an example to what a model of whole images sees of it, as in the evaluation of its run."""
+  known, arguments = infer.pixels(state.metadata), described.arguments
+  return transforms.eval_transform(
+    arguments['image_size'],
+    known.get('eval_crop'),
+    channels=arguments['channels'],
+    dtype=known.get('dtype', 'uint8'),
+  )
+
+
+def check_pictures_can_be_read(state: files.StateDict, described: infer.Described) -> None:
+  """UserError unless the model is for RGB or grey bytes, as picture files have them."""
+  channels = described.arguments['channels']
+  dtype = infer.pixels(state.metadata).get('dtype', 'uint8')
+  if not settings.is_picture(channels, dtype):
+    raise UserError(
+      f'{state.source} is for images of {channels} channels of {dtype}; this tool shows RGB and '
+      'grey ones. Features of others in Python: model.features(images)'
+    )
 
 
 def image_paths(named: Sequence[str]) -> list[str]:

@@ -11,9 +11,8 @@ from PIL import Image
 from hivit_jax.errors import UserError
 from hivit_jax.interop.carried import IMAGENET
 from hivit_jax.models import inside
-from hivit_jax.tasks.images import normalize
 from hivit_jax.tasks.reconstruction import Reconstructor, draw
-from hivit_jax.tools import components, feature_sheets
+from hivit_jax.tools import components, feature_sheets, looking
 
 _MEAN, _STD = IMAGENET['mean'], IMAGENET['std']
 
@@ -72,15 +71,13 @@ class Look:
     mean: Sequence[float] = _MEAN,
     std: Sequence[float] = _STD,
   ):
-    graphdef, params = nnx.split(model)
+    def last(attention: Sequence[jax.Array], grid: tuple[int, int]) -> jax.Array | None:
+      del grid
+      whole = [block[0] for block in attention if block.ndim == 4]  # others are within windows
+      return whole[-1] if whole else None
 
-    @jax.jit
-    def compute(params, image):
-      seen = inside.look(nnx.merge(graphdef, params), normalize(image[None], mean, std))
-      whole = [x[0] for x in seen.attention if x.ndim == 4]  # others are within windows
-      return [level[0].astype(np.float32) for level in seen.maps], whole[-1] if whole else None
-
-    computed = [jax.device_get(compute(params, image)) for image in images]
+    compute = looking.function(model, last, mean=mean, std=std)
+    computed = [compute(image) for image in images]
     self.maps: list[list[np.ndarray]] = [maps for maps, _ in computed]
     self.attention: list[np.ndarray | None] = [attention for _, attention in computed]
     self._model, self._images = model, images

@@ -17,27 +17,31 @@ import json
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
-from flax import nnx
 
 from hivit_jax import cli
-from hivit_jax.data import transforms
 from hivit_jax.errors import UserError
 from hivit_jax.interop import carried, files, infer
 from hivit_jax.reporting.console import setup_logging
 from hivit_jax.runtime import compilation_cache
-from hivit_jax.tasks.images import Display, normalize, scaled
-from hivit_jax.tools import contact_sheet, image_flags, loaded, predict_objects, predict_pixels
+from hivit_jax.tasks.images import Display, scaled
+from hivit_jax.tools import (
+  class_names,
+  contact_sheet,
+  image_flags,
+  loaded,
+  predict_objects,
+  predict_pixels,
+)
+from hivit_jax.tools.predict_classes import Classification, Prediction
 from hivit_jax.train import weights
 
 flags.adopt_module_key_flags(image_flags)
+flags.adopt_module_key_flags(class_names)
 _TOP = flags.DEFINE_integer('top', 5, 'Classes or objects shown per image.', lower_bound=1)
-_LABELS = flags.DEFINE_string('labels', None, 'File with the class names, one per line.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object per image.')
 _SAVE = flags.DEFINE_string('save', None, 'Picture to write; a folder for a segmenter or detector.')
 
@@ -65,26 +69,20 @@ def main(argv: list[str]) -> None:
       f'{state.source} is {described.name}, which has no classifier. Finetune it first: '
       f'python main.py {config} --config.init={shlex.quote(str(source))}'
     )
-  labels = _labels(state, len(state.arrays['head.weight']))
-  predict = _predictor(state, described, batch_size=min(_BATCH_SIZE, len(paths)))
+  labels = class_names.of(state, len(state.arrays['head.weight']), class_names.LABELS.value)
+  batch_size = min(_BATCH_SIZE, len(paths))
+  statistics = carried.statistics(state, described)
+  classify = Classification(loaded.model(state, described), labels, batch_size, **statistics)
   failed: list[str] = []
-  known = infer.pixels(state.metadata)
-  crop, dtype = known.get('eval_crop'), known.get('dtype', 'uint8')
-  arguments = described.arguments
-  transform = transforms.eval_transform(
-    arguments['image_size'], crop, channels=arguments['channels'], dtype=dtype
-  )
+  transform = loaded.view(state, described)
   images = loaded.read(paths, lambda data: transform({'image': data})['image'], failed)
   shown: list[contact_sheet.Predicted] = []
   while batch := list(itertools.islice(images, _BATCH_SIZE)):
-    for (path, image), row in zip(batch, predict([image for _, image in batch]), strict=True):
-      best = np.argsort(-row, kind='stable')[: _TOP.value]
-      predictions = [
-        {'label': labels[i], 'index': int(i), 'probability': float(row[i])} for i in best
-      ]
+    rows = classify([image for _, image in batch], _TOP.value)
+    for (path, image), predictions in zip(batch, rows, strict=True):
       print(_to_json(path, predictions) if _JSON.value else _to_text(path, predictions))
       if _SAVE.value:
-        classes = [(p['label'], p['probability']) for p in predictions]
+        classes = [(p.label, p.probability) for p in predictions]
         pixels = Display.of(image)(scaled(image))
         shown.append(contact_sheet.Predicted(path, pixels, classes))
   if _SAVE.value and shown:
@@ -96,44 +94,6 @@ def main(argv: list[str]) -> None:
     raise UserError(f'{len(failed)} of {len(paths)} images could not be read')
 
 
-def _labels(
-  state: files.StateDict, count: int, unknown: Callable[[int], Sequence[str]] | None = None
-) -> Sequence[str]:
-  """The name of every class; where no names are known, its index or what `unknown` says."""
-  if _LABELS.value is None:
-    names = state.metadata.get('class_names') or ()
-    if len(names) == count:
-      return names
-    return unknown(count) if unknown else [str(i) for i in range(count)]
-  try:
-    names = pathlib.Path(_LABELS.value).read_text('utf-8').rstrip().splitlines()
-  except (OSError, UnicodeDecodeError) as error:
-    reason = getattr(error, 'strerror', None) or 'not UTF-8 text'
-    raise UserError(f'cannot read --labels={_LABELS.value}: {reason}') from error
-  if len(names) != count:
-    raise UserError(f'--labels={_LABELS.value} has {len(names)} lines for {count} classes')
-  return names
-
-
-def _predictor(
-  state: files.StateDict, described: infer.Described, *, batch_size: int
-) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
-  """Returns a function from up to `batch_size` images to (B, classes) probabilities."""
-  statistics = carried.statistics(state, described)
-  graphdef, params = nnx.split(loaded.model(state, described))
-
-  @jax.jit
-  def probabilities(params, images):
-    return jax.nn.softmax(nnx.merge(graphdef, params)(normalize(images, **statistics)))
-
-  def predict(images):
-    batch = np.zeros((batch_size, *images[0].shape), images[0].dtype)  # of one size: compiled once
-    batch[: len(images)] = images
-    return np.asarray(probabilities(params, batch))[: len(images)]
-
-  return predict
-
-
 def _dense(paths: list[str], state: files.StateDict, described: infer.Described) -> list[str]:
   """What a segmenter or detector says; the images that could not be read."""
   tool = _DENSE[infer.family(state.arrays)]
@@ -141,20 +101,19 @@ def _dense(paths: list[str], state: files.StateDict, described: infer.Described)
     loaded.check_pictures(paths, pathlib.Path(_SAVE.value), tool.pictures)
   model: Any = loaded.model(state, described)
   task = tool.task_of(state.metadata, model, **carried.statistics(state, described))
-  labels = _labels(state, model.num_classes, getattr(tool, 'known_names', None))
+  unknown = getattr(tool, 'known_names', None)
+  labels = class_names.of(state, model.num_classes, class_names.LABELS.value, unknown)
   return tool.predict(
     paths, model, task, labels, top=_TOP.value, as_json=_JSON.value, folder=_SAVE.value
   )
 
 
-def _to_text(path: str, predictions: Sequence[dict[str, Any]]) -> str:
-  return '\n'.join(
-    [path, *(f'  {100 * p["probability"]:5.1f} %  {p["label"]}' for p in predictions)]
-  )
+def _to_text(path: str, predictions: Sequence[Prediction]) -> str:
+  return '\n'.join([path, *(f'  {100 * p.probability:5.1f} %  {p.label}' for p in predictions)])
 
 
-def _to_json(path: str, predictions: Sequence[dict[str, Any]]) -> str:
-  return json.dumps({'file': path, 'predictions': predictions})
+def _to_json(path: str, predictions: Sequence[Prediction]) -> str:
+  return json.dumps({'file': path, 'predictions': [p._asdict() for p in predictions]})
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from PIL import Image
 
 from hivit_jax import cli
 from hivit_jax.data import class_lists
@@ -15,6 +16,7 @@ from hivit_jax.data.decode import decode_image
 from hivit_jax.tasks import detection_pictures
 from hivit_jax.tasks.detect import DetectTask
 from hivit_jax.tasks.detection_evaluation import SHOWN_SCORE, Detector
+from hivit_jax.tasks.detection_results import Object
 from hivit_jax.tools import loaded
 
 
@@ -42,6 +44,40 @@ def pictures(path: str) -> list[str]:
   return [f'{pathlib.Path(path).stem}_objects.png']
 
 
+class Objects:
+  """The objects in images of any size, and pictures of them: `find(image)`.
+
+  Args:
+    model: the detector.
+    task: see `task_of`.
+    names: of the classes.
+
+  Attributes:
+    colours: (classes, 3) uint8.
+  """
+
+  def __init__(self, model: nnx.Module, task: DetectTask, names: Sequence[str]):
+    graphdef, params = nnx.split(model)
+    self._detect, self._params = Detector(graphdef, task), nnx.to_pure_dict(params)
+    self._names, self._channels = names, task.channels
+    self.colours = class_lists.distinct_colours(len(names) + 1)[1:]  # without black
+
+  def decode(self, data: bytes | np.ndarray) -> np.ndarray:
+    """(H, W, channels) uint8, upright."""
+    image = np.asarray(decode_image(data, channels=self._channels))
+    return image.reshape(*image.shape[:2], self._channels)
+
+  def __call__(self, image: np.ndarray) -> list[Object]:
+    """(H, W, channels) uint8 -> the objects, best first; see `detection_results.of_batch`."""
+    return self._detect(self._params, image)
+
+  def draw(self, image: np.ndarray, found: Sequence[Object]) -> Image.Image:
+    """The image with its objects whose score is at least `SHOWN_SCORE`."""
+    shown = [one for one in found if one['score'] >= SHOWN_SCORE]
+    canvas = np.broadcast_to(image, (*image.shape[:2], 3))
+    return detection_pictures.draw(canvas, shown, self._names, self.colours)
+
+
 def predict(
   paths: Sequence[str],
   model: nnx.Module,
@@ -66,28 +102,18 @@ def predict(
   Returns:
     The images that could not be read; they are named on the standard error stream.
   """
-  graphdef, params = nnx.split(model)
-  detect, params = Detector(graphdef, task), nnx.to_pure_dict(params)
+  find = Objects(model, task, names)
   failed: list[str] = []
-  colours = class_lists.distinct_colours(len(names) + 1)[1:]  # without black
-
-  def decode(data: bytes) -> np.ndarray:
-    return np.asarray(decode_image(data, channels=task.channels))
-
-  for path, image in loaded.read(paths, decode, failed):
-    image = image.reshape(*image.shape[:2], task.channels)
-    found = detect(params, image)
+  for path, image in loaded.read(paths, find.decode, failed):
+    found = find(image)
     if as_json:
       print(json.dumps({'file': path, 'objects': [_row(one, names) for one in found]}))
     else:
       print(path, *(_line(one, names) for one in found[:top]), sep='\n')
     if folder is not None:
-      shown = [one for one in found if one['score'] >= SHOWN_SCORE]
-      canvas = np.broadcast_to(image, (*image.shape[:2], 3))
-      picture = detection_pictures.draw(canvas, shown, names, colours)
       with cli.writing('save', folder):
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        picture.save(pathlib.Path(folder, *pictures(path)))
+        find.draw(image, found).save(pathlib.Path(folder, *pictures(path)))
   if folder is not None and len(failed) < len(paths):
     print(f'wrote pictures to {folder}', file=sys.stderr)  # stdout has the objects
   return failed

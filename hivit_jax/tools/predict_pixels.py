@@ -5,7 +5,7 @@ import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +59,42 @@ def pictures(path: str) -> list[str]:
   return [f'{stem}.png', f'{stem}_colour.png', f'{stem}_overlay.png']
 
 
+class PixelClasses:
+  """The class of each pixel of images of any size: `segment(examples)`.
+
+  Args:
+    model: the segmenter.
+    task: see `task_of`.
+    names: of the classes.
+
+  Attributes:
+    colours: (classes, 3) uint8.
+  """
+
+  def __init__(self, model: nnx.Module, task: SegmentTask, names: Sequence[str]):
+    graphdef, params = nnx.split(model)
+    self._segment = segmentation.Segmentation(graphdef, task, _WINDOWS, jax.local_devices()[:1])
+    self._params, self._names = nnx.to_pure_dict(params), names
+    self._views = dataclasses.replace(task.views, classes=None)
+    self.colours = colours(names)
+
+  def decode(self, data: bytes | np.ndarray) -> dict[str, np.ndarray]:
+    """An example with `image` (H, W, channels) uint8, see `Views`."""
+    return self._views({'image': data})
+
+  def __call__(self, examples: Sequence[dict[str, np.ndarray]]) -> Iterator[np.ndarray]:
+    """(H, W) integers of each example."""
+    for example, found in zip(examples, self._segment(self._params, examples), strict=True):
+      height, width = example['image'].shape[:2]
+      yield np.asarray(found)[:height, :width]
+
+  def shares(self, labels: np.ndarray) -> list[dict[str, Any]]:
+    """The classes in (H, W) labels with their shares of the pixels, the largest first."""
+    share = np.bincount(labels.ravel(), minlength=len(self._names)) / labels.size
+    best = [int(i) for i in np.argsort(-share, kind='stable') if share[i]]
+    return [{'label': self._names[i], 'index': i, 'share': float(share[i])} for i in best]
+
+
 def predict(
   paths: Sequence[str],
   model: nnx.Module,
@@ -86,21 +122,15 @@ def predict(
   Returns:
     The images that could not be read; they are named on the standard error stream.
   """
-  graphdef, params = nnx.split(model)
-  segment = segmentation.Segmentation(graphdef, task, _WINDOWS, jax.local_devices()[:1])
-  palette, seen, failed = colours(names), set(), []
-  params = nnx.to_pure_dict(params)
-  views = dataclasses.replace(task.views, classes=None)
-  images = loaded.read(paths, lambda data: views({'image': data}), failed)
+  segment = PixelClasses(model, task, names)
+  palette, seen, failed = segment.colours, set(), []
+  images = loaded.read(paths, segment.decode, failed)
   while batch := list(itertools.islice(images, _BATCH)):
     examples = [example for _, example in batch]
-    for (path, example), found in zip(batch, segment(params, examples), strict=True):
-      height, width = example['image'].shape[:2]
-      labels = np.asarray(found)[:height, :width]
-      share = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
-      best = [int(i) for i in np.argsort(-share, kind='stable')[:top] if share[i]]
-      seen |= set(np.flatnonzero(share).tolist())
-      rows = [{'label': names[i], 'index': i, 'share': float(share[i])} for i in best]
+    for (path, example), labels in zip(batch, segment(examples), strict=True):
+      rows = segment.shares(labels)
+      seen |= {row['index'] for row in rows}
+      rows = rows[:top]
       if as_json:
         print(json.dumps({'file': path, 'classes': rows}))
       else:

@@ -1,0 +1,45 @@
+"""What a model computes of an image on its way, compiled once for each size of images."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from hivit_jax.models import inside
+from hivit_jax.tasks.images import normalize
+
+Attention = Callable[[Sequence[jax.Array], tuple[int, int]], Any]
+
+
+def function(
+  model: Any, attention: Attention | None = None, **pixels: Any
+) -> Callable[[np.ndarray], tuple[list[np.ndarray], Any]]:
+  """A function from one image to its feature maps and, if it is asked for, attention.
+
+  Args:
+    model: from `create_model`.
+    attention: what to keep, from that of all blocks (see `inside.look`) and the grid of units.
+    **pixels: `mean` and `std`.
+
+  Returns:
+    (H, W, channels) uint8 -> (h, w, C) float32 of each level; what `attention` returned, or None.
+  """
+  graphdef, params = nnx.split(model)
+
+  @jax.jit
+  def compute(params, image):
+    found = inside.look(nnx.merge(graphdef, params), normalize(image[None], **pixels))
+    maps = [level[0].astype(np.float32) for level in found.maps]
+    grid = inside.grid_of(model, image.shape[:2])
+    return maps, None if attention is None else attention(found.attention, grid)
+
+  return lambda image: jax.device_get(compute(params, image))
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+  """The whole image in (height, width) pixels: (H, W, channels) uint8."""
+  pixels = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+  return pixels.reshape(*size, -1)

@@ -4,7 +4,9 @@
 
 The pages are written for the repository's web page, where links lead to files. Here links to files
 outside docs/ lead to the page that includes them; else, if the address of the repository is known
-from HIVIT_JAX_REPOSITORY, to the file there; else to a copy of the file in the site.
+from HIVIT_JAX_REPOSITORY or docs/address.py, to the file there; else to a copy of it in the site.
+
+The notebooks are run, in their short form; HIVIT_JAX_NOTEBOOKS=full runs the long one, =off none.
 """
 
 import os
@@ -17,8 +19,10 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
 import hivit_jax  # noqa: E402
+from docs import address  # noqa: E402
 
-REPOSITORY = os.environ.get('HIVIT_JAX_REPOSITORY', '').rstrip('/')
+REPOSITORY = os.environ.get('HIVIT_JAX_REPOSITORY', address.REPOSITORY).rstrip('/')
+NOTEBOOKS = os.environ.get('HIVIT_JAX_NOTEBOOKS', 'short')
 
 # Files that a page of the site is made of -> that page.
 PAGES = {
@@ -41,6 +45,17 @@ nitpicky = True
 # Types of other packages, and names that only stand in annotations: no inventory is fetched.
 nitpick_ignore_regex = [(r'py:.*', r'(?!hivit_jax\.).*'), (r'py:.*', r'hivit_jax\..*\._?[A-Z]\w*')]
 
+# Kernels run in a folder of their own. They see the package that is installed, or this checkout.
+os.environ['PYTHONPATH'] = os.pathsep.join(
+  [*filter(None, [os.environ.get('PYTHONPATH')]), str(ROOT)]
+)
+nb_execution_mode = 'off' if NOTEBOOKS == 'off' else 'force'
+nb_execution_in_temp = True
+nb_execution_timeout = -1 if NOTEBOOKS == 'full' else 600  # seconds a cell, on a busy machine
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+nb_mime_priority_overrides = [('html', 'image/png', 5)]  # PIL offers JPEG, too
+
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
 
@@ -62,6 +77,9 @@ if REPOSITORY:
     'repository_url': REPOSITORY,
     'use_repository_button': True,
     'use_issues_button': True,
+    'repository_branch': 'main',
+    'path_to_docs': 'docs',
+    'launch_buttons': {'colab_url': 'https://colab.research.google.com'},
   }
 
 _LINK = re.compile(r'(?<=\]\()(?!\w+:|#)([^)\s#]+)')

@@ -1,8 +1,9 @@
-"""Writes docs/reference/settings.md and configs.md from the code.
+"""Writes docs/reference/settings.md and configs.md from the code, the address into the notebooks.
 
   python -m docs.generate
 
-Run it after a change in configs/; tests/test_docs.py fails while the pages are stale.
+Run it after a change in configs/ or docs/address.py; tests/test_docs.py and test_notebooks.py fail
+while something is stale.
 """
 
 import ast
@@ -19,10 +20,12 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from configs import base
+from docs import address
 from hivit_jax.settings import dotted
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ROOT / 'docs' / 'reference'
+NOTEBOOKS = sorted((ROOT / 'docs' / 'notebooks').glob('*.ipynb'))
 _WRITTEN = '<!-- Written by docs/generate.py; do not edit. -->'
 _EVALUATION = 'Evaluation'
 
@@ -241,8 +244,15 @@ def _given(value: Any) -> str:
   return str(value)
 
 
+def with_address(notebook: str, repository: str = address.REPOSITORY) -> str:
+  """The text of a notebook's file, with the address that its first cell installs from."""
+  return re.sub(r"(?<=\"REPOSITORY = ')[^']*(?=')", lambda _: repository, notebook, count=1)
+
+
 def main() -> None:
-  """Writes both pages."""
+  """Writes both pages and, into the notebooks, the address."""
+  for file in NOTEBOOKS:
+    file.write_text(with_address(file.read_text('utf-8')), 'utf-8')
   PAGES.mkdir(exist_ok=True)
   (PAGES / 'settings.md').write_text(settings_page())
   (PAGES / 'configs.md').write_text(configs_page(count_parameters))

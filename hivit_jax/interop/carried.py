@@ -13,7 +13,7 @@ from hivit_jax.interop.infer import Described
 from hivit_jax.models import MODELS, targets
 
 # Of pixels in [0, 1]: what weights that say nothing else were trained with.
-_IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 # Mean and standard deviation of grey pixels, by the target that is computed from them.
 _PIXELS = {targets.SARATRX: (0.0, 1.0), targets.SARATRX_V2: (0.2109, 0.2178)}
 
@@ -88,7 +88,7 @@ def pixels(state: StateDict, described: Described) -> dict[str, Any]:
 def statistics(state: StateDict, described: Described) -> dict[str, tuple[float, ...]]:
   """`mean` and `std` of each channel, ImageNet's where the weights say nothing else."""
   known = pixels(state, described)
-  return {key: tuple(known.get(key, value)) for key, value in _IMAGENET.items()}
+  return {key: tuple(known.get(key, value)) for key, value in IMAGENET.items()}
 
 
 def of_model(model: Any) -> Described:

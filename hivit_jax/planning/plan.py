@@ -45,7 +45,8 @@ def find_devices(topology: str) -> Sequence[Any]:
   kind, _, shape = topology.partition(':')
   if kind == 'cpu' and re.fullmatch('[1-9][0-9]*', shape):
     jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', int(shape))
+    if jax.config.values['jax_num_cpu_devices'] != int(shape):  # of a plan before
+      jax.config.update('jax_num_cpu_devices', int(shape))
     return jax.devices('cpu')
   chip = roofline.CHIPS.get(kind)
   sides = [int(side) for side in re.findall('[1-9][0-9]*', shape)]
@@ -106,6 +107,30 @@ def _describe(chip: roofline.Chip, gpu: roofline.Gpu) -> str:
     platform_name: "CUDA" device_description_str: "{gpu.name}"
     dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 8 }}
   """
+
+
+def plan_for(
+  config: ml_collections.ConfigDict, topology: str, *, batch_size: int | None = None
+) -> dict[str, Any]:
+  """Plans the training step of a config for a topology: what `tools.plan` reports.
+
+  Args:
+    config: see configs/base.py.
+    topology: see `find_devices`.
+    batch_size: images of a step on each device; None: the config's, over all devices.
+
+  Returns:
+    See `plan`; in addition `topology`.
+
+  Raises:
+    UserError: see `find_devices` and `plan`.
+  """
+  config, devices = config.copy_and_resolve_references(), find_devices(topology)
+  if batch_size is not None:
+    used = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices).size
+    config.batch_size = batch_size * used
+  chip = roofline.CHIPS.get(topology.partition(':')[0])
+  return {'topology': topology} | plan(config, devices, chip)
 
 
 def plan(

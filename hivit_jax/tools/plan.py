@@ -17,8 +17,7 @@ from ml_collections import config_flags
 
 from hivit_jax import cli
 from hivit_jax.errors import UserError
-from hivit_jax.planning import plan, roofline
-from hivit_jax.train import sharding
+from hivit_jax.planning import plan
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config whose training step is planned.')
 _TOPOLOGY = flags.DEFINE_string('topology', None, 'Devices: v5e:4x4, h200:8, ..., or cpu:8.')
@@ -38,13 +37,7 @@ def main(argv: list[str]) -> None:
     raise UserError('what to plan? --config=configs/mae_hivit_b.py')
   if _TOPOLOGY.value is None:
     raise UserError('for which devices? --topology=v5e:4x4, or --topology=cpu:8 without libtpu')
-  config = _CONFIG.value
-  devices = plan.find_devices(_TOPOLOGY.value)
-  if _BATCH_SIZE.value is not None:
-    used = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices).size
-    config.batch_size = _BATCH_SIZE.value * used
-  chip = roofline.CHIPS.get(_TOPOLOGY.value.partition(':')[0])
-  report = {'topology': _TOPOLOGY.value} | plan.plan(config, devices, chip)
+  report = plan.plan_for(_CONFIG.value, _TOPOLOGY.value, batch_size=_BATCH_SIZE.value)
   print(json.dumps(report) if _JSON.value else format_report(report))
 
 

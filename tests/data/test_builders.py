@@ -117,8 +117,8 @@ def test_scenes_are_the_same_every_time(embedded):
   for split, content in PhotoScenes()._contents().items():
     source = open_source('photo_scenes', split, embedded)
     for i in (0, 1, len(source) - 1):
-      kept = source[i]
-      drawn = content.examples[content.names.index(kept['file_name'])]
+      kept, name = source[i], re.findall(r'\w+\.jpg', source.example_name(i))[0]
+      drawn = content.examples[content.names.index(name)]
       for key in ('image', 'segmentation', 'instances'):
         assert drawn[key] == kept[key]
 

@@ -1,6 +1,7 @@
 """Who may import whom: the source is read, nothing is guessed from what happens to be loaded."""
 
 import ast
+import functools
 import importlib.metadata
 import pathlib
 import re
@@ -109,7 +110,8 @@ def part(file: pathlib.Path) -> str:
   return steps[1] if steps[0] == 'hivit_jax' else steps[0]
 
 
-def imports(file: pathlib.Path, *, lazy: bool = True) -> set[str]:
+@functools.cache
+def imports(file: pathlib.Path, *, lazy: bool = True) -> frozenset[str]:
   """Dotted names that a file imports, `from a import b` as 'a.b'.
 
   Args:
@@ -129,7 +131,7 @@ def imports(file: pathlib.Path, *, lazy: bool = True) -> set[str]:
         visit(child)
 
   visit(ast.parse(file.read_text()))
-  return found
+  return frozenset(found)
 
 
 def inner_parts(file: pathlib.Path) -> set[str]:
@@ -169,7 +171,7 @@ def test_a_package_with_one_place_is_imported_nowhere_else(package):
   assert [user for user in users if not user.startswith(places)] == []
 
 
-def modules(imported: set[str]) -> set[str]:
+def modules(imported: frozenset[str]) -> set[str]:
   """The modules of this package among dotted names, which may go on into a module."""
   known = {'.'.join(f.relative_to(ROOT).with_suffix('').parts) for f in PACKAGE.rglob('*.py')}
   known = {module.removesuffix('.__init__') for module in known}

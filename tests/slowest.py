@@ -12,7 +12,7 @@ import re
 import sys
 
 LIST = pathlib.Path(__file__).parent / 'slow.txt'
-SECONDS = 0.8  # of a test with its setup, on 2 cores with a test on each
+SECONDS = 0.6  # of a test with its setup, on 2 cores with a test on each
 _LINE = re.compile(r'^(\d+\.\d+)s (?:call|setup|teardown) +(tests/\S+\.py::.+)$', re.MULTILINE)
 
 

@@ -25,7 +25,6 @@ from tests.helpers import (
   assert_trees_close,
   golden_params,
   load_golden,
-  optimized,
   random_model,
   torch_gradients,
 )
@@ -423,8 +422,9 @@ def test_it_learns_two_scenes_by_heart():
 
     return jax.lax.scan(step, (params, optimizer.init(params)), length=steps)[1]
 
-  with optimized():  # three hundred steps: fast code pays
-    losses = train(params, batch)
+  # Some optimisation pays in so many steps, all of it does not.
+  some = {'xla_backend_optimization_level': 1, 'xla_llvm_disable_expensive_passes': True}
+  losses = train.lower(params, batch).compile(some)(params, batch)
   assert losses[0] > 1
   assert losses[-1] < losses[0] / 10
 

@@ -54,7 +54,7 @@ nb_execution_in_temp = True
 nb_execution_timeout = -1 if NOTEBOOKS == 'full' else 600  # seconds a cell, on a busy machine
 nb_execution_raise_on_error = True
 nb_merge_streams = True
-nb_mime_priority_overrides = [('html', 'image/png', 5)]  # PIL offers JPEG, too
+nb_mime_priority_overrides = [('html', 'image/png', 5)]  # PIL images also come as JPEG
 
 myst_heading_anchors = 4
 myst_links_external_new_tab = False

@@ -11,7 +11,7 @@ import numpy as np
 
 from hivit_jax.data.stream import Chunks, Form, Stacked, check_alike, form
 
-_GRACE = 1  # Second that a thread gets to end by itself.
+_GRACE = 1  # Seconds for a thread to end by itself.
 
 
 class Joining(Iterator[dict[str, Any]]):
@@ -20,8 +20,8 @@ class Joining(Iterator[dict[str, Any]]):
   Every batch has memory of its own and is the receiver's to keep: JAX may use it where it lies,
   without a copy. Chunks of worker processes lie in shared memory, which copying frees.
 
-  Each chunk comes out without its rows, but the last one of a batch with those of the batch. A
-  chunk that does not fit the first one of its batch becomes {'error': UserError}.
+  Only the last chunk of a batch comes out with rows: those of the whole batch. A chunk that does
+  not fit the first one of its batch becomes {'error': UserError}.
   """
 
   def __init__(self, loaded: grain.DatasetIterator, chunks: Chunks):

@@ -22,9 +22,9 @@ _SIDEWAYS = 5  # from this orientation on, width and height are swapped
 class Reducible:
   """A JPEG that is not decoded yet, with the methods of a PIL image that move pixels.
 
-  Resizing decodes it, reduced as far as `MARGIN` allows. Where that is not at all, the pixels are
-  those of `decode_image`. Where it is, on photographs, they differ by less than 2 (of 255) on
-  average, and 99 % of them by at most 10.
+  Resizing decodes it, reduced as far as `MARGIN` allows. If nothing is reduced, the pixels are
+  those of `decode_image`; else, on photographs, they differ by less than 2 (of 255) on average,
+  and 99 % of them by at most 10.
 
   Attributes:
     data: The file.

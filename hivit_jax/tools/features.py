@@ -160,8 +160,7 @@ def _looker(
       return None
     rows, columns = grid
     block = _block(attention, name, rows * columns)  # (heads, N, N)
-    first = block.shape[-1] - rows * columns  # class tokens
-    return block[:, np.array([first + row * columns + column for row, column in units])]
+    return looking.of_units(block, units, grid)
 
   compute = looking.function(model, chosen, **statistics)
 

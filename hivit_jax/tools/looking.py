@@ -39,6 +39,19 @@ def function(
   return lambda image: jax.device_get(compute(params, image))
 
 
+def of_units(attention: Any, units: Sequence[tuple[int, int]], grid: tuple[int, int]) -> Any:
+  """How some units attend: (heads, N, N), class tokens first -> (heads, units, N).
+
+  Args:
+    attention: of a block, over the whole image.
+    units: (row, column) of each, from 0.
+    grid: rows and columns of units.
+  """
+  rows, columns = grid
+  first = attention.shape[-1] - rows * columns  # class tokens
+  return attention[:, np.array([first + row * columns + column for row, column in units])]
+
+
 def resized(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
   """The whole image in (height, width) pixels: (H, W, channels) uint8."""
   pixels = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))

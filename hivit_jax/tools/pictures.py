@@ -142,6 +142,4 @@ class Look:
   ) -> np.ndarray | None:
     if attention is None or not units:
       return None
-    rows, columns = inside.grid_of(self._model, image.shape[:2])
-    first = attention.shape[-1] - rows * columns  # class tokens
-    return attention[:, [first + row * columns + column for row, column in units]]
+    return looking.of_units(attention, units, inside.grid_of(self._model, image.shape[:2]))

@@ -79,7 +79,7 @@ class Playground:
       self._reconstructor = Reconstructor(graphdef, **statistics)
 
   def about(self) -> dict[str, Any]:
-    """The model, and if it reconstructs, `units`: those of masks, and the ratio of training.
+    """The model and, if it reconstructs, `units`: the grid of masks and the ratio of training.
 
     `moments` is true where mean and variance of predicted units are the picture's.
     """

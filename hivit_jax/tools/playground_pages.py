@@ -59,7 +59,7 @@ class Pages:
 
   Args:
     playground: what answers.
-    host: name or address that the server was told to listen on.
+    host: name or address that the server listens on.
   """
 
   def __init__(self, playground: Playground, host: str):

@@ -39,7 +39,6 @@ OPTIMIZED = {'hivit_rpe', 'mae_hifeat_normpix'}
 FLOAT32 = OPTIMIZED | {
   *('vit_mae', 'simmim_swin', 'fast_itpn', 'itpn_pixel', 'saratrx_target'),
 }
-DTYPES = ['float64', pytest.param('float32', marks=pytest.mark.slow)]
 
 
 def cases(*names_and_options: tuple[str, Mapping[str, Any]]) -> pytest.MarkDecorator:
@@ -347,7 +346,7 @@ def test_saratrx(name, options, dtype):
   golden.check_gradients(grads, unused={'decoder_pos_embed'})
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('dtype', TOLERANCE)
 def test_targets_of_saratrx_v2(dtype):
   _, arrays = load_golden('saratrx_target.npz')
   removed = arrays['mask']

@@ -3,12 +3,12 @@
 Objects stand in M slots: boxes (M, 4), labels (M,), whether they exist (M,).
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hivit_jax.detection import boxes as box_ops
 from hivit_jax.detection.anchors import RATIOS
@@ -40,13 +40,19 @@ def anchor_priorities(key: jax.Array, shapes: Sequence[tuple[int, int]]) -> jax.
   Returns:
     (A,) in [0, 1), in the order of `anchors.level_anchors`.
   """
-  levels = []
-  for level, (rows, columns) in enumerate(shapes):
-    # The first numbers of a row, and the first rows, do not depend on how many there are.
-    of_rows = jax.random.split(jax.random.fold_in(key, level), rows)
-    draw = functools.partial(jax.random.uniform, shape=(columns * len(RATIOS),))
-    levels.append(jax.vmap(draw)(of_rows).reshape(-1))
-  return jnp.concatenate(levels)
+  # The first numbers of a row, and the first rows, do not depend on how many there are. So all rows
+  # of all levels have as many, drawn at once (it compiles faster), and short rows take the first.
+  most = max(rows for rows, _ in shapes)
+  of_levels = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(shapes)))
+  of_rows = jax.vmap(lambda key: jax.random.split(key, most))(of_levels)
+  keys = jnp.concatenate([of_rows[i, :rows] for i, (rows, _) in enumerate(shapes)])
+  width = len(RATIOS) * max(columns for _, columns in shapes)
+  drawn = jax.vmap(lambda key: jax.random.uniform(key, (width,)))(keys)
+  parts = jnp.split(drawn, np.cumsum([rows for rows, _ in shapes])[:-1])
+  return jnp.concatenate([
+    part[:, : columns * len(RATIOS)].reshape(-1)
+    for part, (_, columns) in zip(parts, shapes, strict=True)
+  ])
 
 
 def rpn_sample(

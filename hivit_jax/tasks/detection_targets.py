@@ -49,10 +49,12 @@ def anchor_priorities(key: jax.Array, shapes: Sequence[tuple[int, int]]) -> jax.
   width = len(RATIOS) * max(columns for _, columns in shapes)
   drawn = jax.vmap(lambda key: jax.random.uniform(key, (width,)))(keys)
   parts = jnp.split(drawn, np.cumsum([rows for rows, _ in shapes])[:-1])
-  return jnp.concatenate([
-    part[:, : columns * len(RATIOS)].reshape(-1)
-    for part, (_, columns) in zip(parts, shapes, strict=True)
-  ])
+  return jnp.concatenate(
+    [
+      part[:, : columns * len(RATIOS)].reshape(-1)
+      for part, (_, columns) in zip(parts, shapes, strict=True)
+    ]
+  )
 
 
 def rpn_sample(

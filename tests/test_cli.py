@@ -107,9 +107,9 @@ VALUES = [
   ('data.name=nosuchset', "unknown data set 'nosuchset'"),
   ('data.name=folder:/no/such', '/no/such is not a folder; expected <root>/<split>/<class>'),
   ('data.name=imagenet2012', 'To prepare it: python -m hivit_jax.tools.prepare imagenet2012'),
-  ('data.train_split=tran', "digits has no split 'tran'; it has: train, test"),
+  ('data.train_split=tran', "config.data.train_split: digits has no split 'tran'; it has"),
   ('data.train_split=train[:0]', "the split 'train[:0]' selects no examples"),
-  ('data.eval_split=test[5:5]', "the split 'test[5:5]' selects no examples"),
+  ('data.eval_split=test[5:5]', "config.data.eval_split: digits: the split 'test[5:5]' selects"),
 ]  # fmt: skip
 
 

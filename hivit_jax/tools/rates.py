@@ -60,7 +60,7 @@ def grid(config: ml_collections.ConfigDict, points: int = 1001) -> np.ndarray:
 
 
 def _epochs_per_step(config: ml_collections.ConfigDict) -> float:
-  examples = len(inputs.open_source(config, config.data.train_split))
+  examples = len(inputs.open_source(config, config.data.train_split, 'data.train_split'))
   return Steps(examples, config.batch_size).epochs_per_step
 
 

@@ -14,6 +14,7 @@ from hivit_jax.data.cores import Crew, crew, usable_cores
 from hivit_jax.data.order import Order, Pass
 from hivit_jax.data.sources import base
 from hivit_jax.data.sources.relabelled import Relabelled
+from hivit_jax.data.sources.splits import SplitError
 from hivit_jax.data.sources.subset import Subset
 from hivit_jax.errors import UserError
 from hivit_jax.tasks.evaluators import setting_of
@@ -26,9 +27,21 @@ _SYNSET = re.compile(r'n\d{8}')  # a class of ImageNet, as folders and TFDS name
 _SHOWN = 6  # names in a message
 
 
-def open_source(config: ml_collections.ConfigDict, split: str, name: str | None = None) -> Any:
-  """Examples of a split of the config's data set, or of another one."""
-  return base.open_source(name or config.data.name, split, config.data.data_dir)
+def open_source(
+  config: ml_collections.ConfigDict, split: str, setting: str, name: str | None = None
+) -> Any:
+  """Examples of a split of the config's data set, or of another one.
+
+  Args:
+    config: the run's.
+    split: which examples.
+    setting: that says so, for an error.
+    name: of the other data set.
+  """
+  try:
+    return base.open_source(name or config.data.name, split, config.data.data_dir)
+  except SplitError as error:
+    raise UserError(f'config.{setting}: {error}') from None
 
 
 def with_objects(source: Any) -> Any:

@@ -104,10 +104,11 @@ def set_up(config: ml_collections.ConfigDict, evaluated: files.StateDict | None 
   train_source: Any = None
   with distributed.primary_first():  # embedded data sets are prepared
     if training or knn:
-      train_source = inputs.open_source(config, config.data.train_split)
+      train_source = inputs.open_source(config, config.data.train_split, 'data.train_split')
       if training and chosen.object_classes:
         train_source = inputs.with_objects(train_source)
-    sets = {'eval': inputs.open_source(config, config.data.eval_split)} | _more_sets(config)
+    evaluated_on = inputs.open_source(config, config.data.eval_split, 'data.eval_split')
+    sets = {'eval': evaluated_on} | _more_sets(config)
   class_sets = {}
   if chosen.pixel_classes or chosen.object_classes:
     if evaluated is None:
@@ -138,7 +139,7 @@ def has_head(weights: files.StateDict) -> bool:
 def _more_sets(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The sets of `config.evaluation.more`, opened."""
   return {
-    f'eval_{name}': inputs.open_source(config, split, data)
+    f'eval_{name}': inputs.open_source(config, split, 'evaluation.more', data)
     for name, (data, split) in validate.further_sets(config).items()
   }
 

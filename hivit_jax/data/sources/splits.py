@@ -60,6 +60,10 @@ class _SplitSizes(Mapping):
     return len(self._names)
 
 
+class SplitError(UserError):
+  """A split that a data set does not have, or that has no examples."""
+
+
 def parse_split(
   dataset: str, split: str, names: Iterable[str], size: Callable[[str], int], layout: str = ''
 ) -> list[tuple[str, int, int]]:
@@ -79,7 +83,7 @@ def parse_split(
     The parts in order: (split name, first index, index after the last), none of them empty.
 
   Raises:
-    UserError: for an unknown split, a slice that does not parse or fit, or one without examples.
+    SplitError: for an unknown split, a slice that does not parse or fit, or one without examples.
   """
   from tensorflow_datasets.core.splits import AbstractSplit
 
@@ -90,8 +94,8 @@ def parse_split(
   except (ValueError, KeyError, NotImplementedError) as error:
     reason = str(error).strip().splitlines()[-1] if str(error) else 'it does not parse'
     if 'Unknown split' in reason:
-      raise UserError(f'{dataset} has no split {split!r}; it has: {listing}{layout}') from None
-    raise UserError(
+      raise SplitError(f'{dataset} has no split {split!r}; it has: {listing}{layout}') from None
+    raise SplitError(
       f'{dataset}: cannot read the split {split!r}: {reason} Splits: {listing}; a slice is '
       f"written like 'train[:90%]', 'train[1000:]' or 'train[:500]+test'"
     ) from None
@@ -101,5 +105,5 @@ def parse_split(
     ranges.append((part.splitname, part.from_ or 0, stop))
   ranges = [(name, start, stop) for name, start, stop in ranges if stop > start]
   if not ranges:
-    raise UserError(f'{dataset}: the split {split!r} selects no examples')
+    raise SplitError(f'{dataset}: the split {split!r} selects no examples')
   return ranges

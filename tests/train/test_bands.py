@@ -82,6 +82,30 @@ def test_from_a_folder_to_gradients_of_every_band(fields):
   assert split_units(images).shape[-1] == 13
 
 
+def test_one_band_of_floats_reaches_the_task_in_its_own_units(tmp_path):
+  """Temperatures in kelvin: bytes would end at 255."""
+  rng = np.random.default_rng(0)
+  for split in ('train', 'val'):
+    (tmp_path / split).mkdir()
+    for i in range(4):
+      kelvin = rng.normal(300, 5, (40, 50)).astype(np.float32)
+      np.save(tmp_path / split / f'{i}.npy', kelvin)
+  found = statistics.measure(open_source(f'folder:{tmp_path}', 'train'), 0)
+  config = _config(**{
+    'data.name': f'folder:{tmp_path}', 'data.train_split': 'train', 'data.eval_split': 'val',
+    'channels': 1, 'data.dtype': 'float32', 'batch_size': 4, 'knn.every_epochs': 0.0,
+    'data.mean': tuple(map(float, found.mean)), 'data.std': tuple(map(float, found.std)),
+  })  # fmt: skip
+  setup = set_up(validate.checked(config))
+  with setup.train_batches(0, 1) as batches:
+    images = next(batches)['image']
+  assert (images.shape, images.dtype) == ((4, 32, 32, 1), np.float32)
+  assert 295 < np.asarray(images).mean() < 305
+  normalised = np.asarray(normalize(images, setup.task.mean, setup.task.std))
+  assert abs(normalised.mean()) < 0.2
+  assert 0.5 < normalised.std() < 1.1
+
+
 def test_settings_that_do_not_go_with_bands_are_named_with_the_way_out():
   for module, setting, message in (
     (mae_hivit_t, {'data.mean': (0.5,) * 3}, 'data.mean: 3 numbers .* -m hivit_jax.tools.statis'),

@@ -95,7 +95,7 @@ def test_a_baseline_goes_there_and_back_and_is_evaluated_by_its_weights_alone(
   capsys.readouterr()
   evaluate(config, None, str(tmp_path / 'none'))
   metrics = json.loads(capsys.readouterr().out)
-  source = inputs.open_source(config, config.data.eval_split)
+  source = inputs.open_source(config, config.data.eval_split, 'data.eval_split')
   transform = inputs.eval_transform(config)
   with inputs.eval_batches(config, source, transform, 16, alone=True) as batches:
     batch = next(batches)

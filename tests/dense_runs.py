@@ -14,7 +14,7 @@ from tests.runs import Runs, last_step, metrics
 from tests.test_runs import stop_while
 
 STEPS = 16
-LONG = {'max_steps': STEPS, 'epochs': STEPS / 2, 'ema_decay': 0.5, 'checkpoint__every_epochs': 1.0}
+LONG = {'max_steps': STEPS, 'epochs': STEPS / 2, 'ema_decay': 0.5, 'checkpoint__every_epochs': 2.0}
 
 
 def command_line(config: str, workdir: Path, *arguments: str, **settings: Any) -> list[str]:
@@ -50,7 +50,7 @@ def assert_same_after_kills(
     _kill(process)
   if again:
     with runs.start(command) as process:
-      process.wait_until(lambda: last_step(workdir) >= 5, 'step 5')
+      process.wait_until(lambda: last_step(workdir) >= 9, 'step 9')  # saved at 4 and 8
       _kill(process)
   done = runs.finish(command)
   assert done.returncode == 0, done.stderr

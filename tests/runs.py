@@ -25,10 +25,11 @@ from tests import patience
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 40
 # Four steps are an epoch; checkpoints, log lines, evaluations and pictures have their own rhythms.
+# A checkpoint takes more time than all the steps between two of them.
 SETTINGS = {
   'max_steps': STEPS,
   'log_every_steps': 3,
-  'checkpoint.every_epochs': 0.5,
+  'checkpoint.every_epochs': 1.0,
   'knn.every_epochs': 2.5,
   'pictures.every_epochs': 4,
   'optim.lr': 1e-3,

@@ -11,7 +11,8 @@ CONFIG = 'configs/detect_hivit_t.py:debug'
 # Images of three sizes, upright or not, end on one of two canvases, and so do those evaluated.
 CANVASES = '((32,64),(64,32))'
 SETTINGS = {
-  'max_steps': 8,
+  'max_steps': 4,
+  'seed': 1,  # both canvases come in these steps
   'batch_size': 4,
   'epochs': 4.0,  # of nine images with an object
   'ema_decay': 0.5,

@@ -17,6 +17,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hivit_jax import cli
@@ -234,7 +235,7 @@ def copy_bandwidth() -> float:
   """Bytes a second that the first device reads and writes while it copies a large array."""
   limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit', 2**30)
   count = int(min(_COPIED, limit / 8)) // 4
-  x = jax.random.uniform(jax.random.key(0), (count,))
+  x = jnp.arange(count, dtype=jnp.float32)
   negate = jax.jit(lambda x: -x)
   negate(x).block_until_ready()
   times = []

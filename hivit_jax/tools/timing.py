@@ -17,7 +17,7 @@ from hivit_jax.train import assemble, sharding, step, synthetic
 _STEP_SECONDS = 0.2  # minimum duration of one measurement
 _MATMUL_SECONDS = 0.1  # and one of the reference
 _TRACING = threading.Lock()  # Flax keeps what it traces in globals
-_MATMUL_SIDE = {'cpu': 4096}  # elsewhere 8192: beyond these the rate does not change any more
+_MATMUL_SIDE = {'cpu': 2048}  # elsewhere 8192: beyond these the rate does not change any more
 
 
 class TrainingStep:

@@ -86,7 +86,7 @@ def test_without_images_evaluation_images_of_the_run_are_drawn(reconstruct, work
   np.testing.assert_array_equal(originals, by_the_run)
 
 
-@pytest.mark.parametrize('below', ['checkpoints', f'checkpoints/{STEPS - 2}'])
+@pytest.mark.parametrize('below', ['checkpoints', f'checkpoints/{STEPS - 4}'])
 def test_a_checkpoint_given_directly_stays_as_it_is(reconstruct, workdir, photographs, below):
   before = content(workdir)
   done = reconstruct(f'--workdir={workdir}/{below}', f'--images={photographs[0]}')

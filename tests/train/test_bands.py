@@ -46,6 +46,21 @@ def fields(tmp_path):
   return tmp_path
 
 
+def gradients(setup, batch):
+  """Of the task's loss, in all parameters."""
+  graphdef, params = nnx.split(assemble.model_creator(setup.config)())
+
+  @jax.jit
+  def gradient(params, batch):
+    def loss(params):
+      model = nnx.merge(graphdef, params)
+      return setup.task.loss(model, setup.task.prepare(model, batch, jax.random.key(0)))[0]
+
+    return jax.grad(loss)(params)
+
+  return gradient(params, batch)
+
+
 def test_from_a_folder_to_gradients_of_every_band(fields):
   found = statistics.measure(open_source(f'folder:{fields}', 'train'), 0)
   config = _config(**{
@@ -63,17 +78,7 @@ def test_from_a_folder_to_gradients_of_every_band(fields):
   normalised = np.asarray(normalize(images, setup.task.mean, setup.task.std))
   np.testing.assert_allclose(normalised.mean((0, 1, 2)), 0, atol=0.2)
   np.testing.assert_allclose(normalised.std((0, 1, 2)), 0.8, atol=0.2)
-  graphdef, params = nnx.split(assemble.model_creator(setup.config)())
-
-  @jax.jit
-  def gradient(params, batch):
-    def loss(params):
-      model = nnx.merge(graphdef, params)
-      return setup.task.loss(model, setup.task.prepare(model, batch, jax.random.key(0)))[0]
-
-    return jax.grad(loss)(params)
-
-  found = gradient(params, batch)
+  found = gradients(setup, batch)
   kernel = np.asarray(found['patch_embed']['proj']['kernel'][...])
   assert kernel.shape[2] == 13
   assert (np.abs(kernel).max(axis=(0, 1, 3)) > 0).all()
@@ -82,7 +87,7 @@ def test_from_a_folder_to_gradients_of_every_band(fields):
   assert split_units(images).shape[-1] == 13
 
 
-def test_one_band_of_floats_reaches_the_task_in_its_own_units(tmp_path):
+def test_one_band_of_floats_reaches_task_and_gradients_in_its_own_units(tmp_path):
   """Temperatures in kelvin: bytes would end at 255."""
   rng = np.random.default_rng(0)
   for split in ('train', 'val'):
@@ -95,15 +100,20 @@ def test_one_band_of_floats_reaches_the_task_in_its_own_units(tmp_path):
     'data.name': f'folder:{tmp_path}', 'data.train_split': 'train', 'data.eval_split': 'val',
     'channels': 1, 'data.dtype': 'float32', 'batch_size': 4, 'knn.every_epochs': 0.0,
     'data.mean': tuple(map(float, found.mean)), 'data.std': tuple(map(float, found.std)),
+    'model.embed_dim': 16, 'model.depths': (0, 0, 1),
   })  # fmt: skip
   setup = set_up(validate.checked(config))
   with setup.train_batches(0, 1) as batches:
-    images = next(batches)['image']
+    batch = next(batches)
+  images = batch['image']
   assert (images.shape, images.dtype) == ((4, 32, 32, 1), np.float32)
   assert 295 < np.asarray(images).mean() < 305
   normalised = np.asarray(normalize(images, setup.task.mean, setup.task.std))
   assert abs(normalised.mean()) < 0.2
   assert 0.5 < normalised.std() < 1.1
+  kernel = np.asarray(gradients(setup, batch)['patch_embed']['proj']['kernel'][...])
+  assert kernel.shape[2] == 1
+  assert np.abs(kernel).max() > 0
 
 
 def test_settings_that_do_not_go_with_bands_are_named_with_the_way_out():

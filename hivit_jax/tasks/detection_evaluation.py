@@ -59,10 +59,13 @@ class Measured:
       context, source, task.detections, self._finish, name=name, host=detection_results.of_batch
     )
     self._left: list[tuple[detection_results.Report, np.ndarray, np.ndarray]] = []
+    self._step: int | None = None
 
   def __call__(self, step: int, state: Mapping[str, Any]) -> Metrics:
+    self._step = None  # a signal may come
     self._left.clear()
     metrics = self._collected(step, state)
+    self._step = step
     # Parameters come first, then their average.
     for prefix, (report, detections, index) in zip(('', 'ema_'), self._left, strict=False):
       name = f'{self._name}_{prefix}'
@@ -75,6 +78,13 @@ class Measured:
         self._context.store(f'{name}{plural}.json', json.dumps(rows))
     return metrics
 
+  def found(self, step: int) -> dict[int, list[detection_results.Object]] | None:
+    """The objects in every example by its position; None if this step was not measured last."""
+    if self._step != step:
+      return None
+    _, detections, index = self._left[0]  # of the parameters
+    return dict(zip(index.tolist(), detections, strict=True))
+
   def _finish(self, detections: np.ndarray, index: np.ndarray) -> Metrics:
     report = self._truth.measure(detections, index)
     self._left.append((report, detections, index))
@@ -83,11 +93,25 @@ class Measured:
 
 def evaluators(context: Context, task: Any) -> list[Evaluator]:
   """What a `DetectTask` measures and draws."""
-  return of_sets(context, task, Measured, _pictures)
+  measured: list[Measured] = []
+
+  def measure(*what: Any) -> Measured:
+    measured.append(Measured(*what))
+    return measured[-1]
+
+  def pictures(context: Context, task: Any) -> Callable[[int, Any], Metrics]:
+    return _pictures(context, task, measured[0] if measured else None)
+
+  return of_sets(context, task, measure, pictures)
 
 
-def _pictures(context: Context, task: Any) -> Callable[[int, Any], Metrics]:
-  """Draws the same evaluation images each time: what there is, and what is found."""
+def _pictures(
+  context: Context, task: Any, measured: Measured | None
+) -> Callable[[int, Any], Metrics]:
+  """Draws the same evaluation images each time: what there is, and what is found.
+
+  What `measured` has just found in them is not computed again, nor compiled.
+  """
   source = context.some(next(iter(context.sets.values())), context.setting('pictures.count'))
   detect = Detector(context.graphdef, task)
   truth = detection_results.Truth(source, task.channels)
@@ -95,7 +119,8 @@ def _pictures(context: Context, task: Any) -> Callable[[int, Any], Metrics]:
   palette = segmentation_pictures.palette(source, task.num_classes)
 
   def run(step: int, state: Any) -> Metrics:
-    params = context.here(state['params'])
+    known = measured and measured.found(step)
+    params = context.here(state['params']) if known is None else {}
     if params is None:
       return {}
     pairs = []
@@ -105,7 +130,8 @@ def _pictures(context: Context, task: Any) -> Callable[[int, Any], Metrics]:
         objects = truth.of_example(i)[1]
       except (BrokenImage, *UNREADABLE):  # an evaluation counts and names it
         continue
-      found = [one for one in detect(params, image) if one['score'] >= SHOWN_SCORE]
+      every = detect(params, image) if known is None else known.get(int(source.indices[i]), [])
+      found = [one for one in every if one['score'] >= SHOWN_SCORE]
       shown = np.broadcast_to(image, (*image.shape[:2], 3))
       draw = detection_pictures.draw
       pairs.append((draw(shown, objects, names, palette), draw(shown, found, names, palette)))

@@ -73,6 +73,8 @@ def test_parameters_and_their_average_leave_tables_and_results_in_the_ids_of_the
   evaluator = detection_evaluation.Measured(context, FindsThem(), OwnIds(), 'eval')
   for _ in range(2):  # nothing is left from the first time
     metrics = evaluator(7, {'params': params, 'ema': {'shift': jnp.asarray(6.0)}})
+  assert evaluator.found(6) is None
+  assert evaluator.found(7)[0][0]['bbox'][0] == BOXES[0][0]  # of the parameters, not the average
   assert metrics['eval/box_ap'] == metrics['eval/mask_ap'] == pytest.approx(1)
   assert 0 < metrics['eval/ema_box_ap'] < 1
   assert 'eval/mask_ap_large' not in metrics

@@ -8,13 +8,12 @@ import numpy as np
 class Subset:
   """Some examples of a source.
 
-  Args:
-    source: the whole.
-    indices: (n,) of these examples.
+  Attributes:
+    indices: (n,) of these examples in the whole source.
   """
 
   def __init__(self, source: Any, indices: np.ndarray):
-    self._source, self._indices = source, indices
+    self._source, self.indices = source, indices
     self.name, self.split = source.name, source.split
     self.class_names = source.class_names
     self.num_classes = source.num_classes
@@ -24,13 +23,13 @@ class Subset:
     self.scenes = None if scenes is None else scenes[indices]
 
   def __len__(self) -> int:
-    return len(self._indices)
+    return len(self.indices)
 
   def __getitem__(self, index: int) -> dict:
-    return self._source[int(self._indices[index])]
+    return self._source[int(self.indices[index])]
 
   def example_name(self, index: int) -> str:
-    return self._source.example_name(int(self._indices[index]))
+    return self._source.example_name(int(self.indices[index]))
 
 
 def spread(source: Any, size: int) -> Subset:

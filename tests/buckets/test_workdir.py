@@ -268,7 +268,7 @@ def test_killed_while_it_saves_and_without_a_server_for_a_while_a_run_ends_with_
     done = runs.finish(command, environment)
     assert done.returncode == 0, done.stderr
     assert f'removed the incomplete checkpoint {address}/checkpoints/8' in done.stderr
-    assert f'resuming at step 6 of {STEPS}' in done.stderr
+    assert f'resuming at step 4 of {STEPS}' in done.stderr
     assert f'finished: checkpoint {address}/checkpoints/{STEPS}' in done.stderr
     again = runs.finish(command, environment)
     assert f'this run is finished: {address}/checkpoints/{STEPS}' in again.stderr

@@ -176,10 +176,8 @@ def _block(attention: Sequence[jax.Array], name: str, units: int) -> jax.Array:
   block = count - 1 if _BLOCK.value is None else _BLOCK.value
   if not 0 <= block < count:
     raise UserError(f'--block={block}: {name} has {count} blocks with attention, from 0')
-  chosen = attention[block][0]
-  if chosen.ndim == 4 and chosen.shape[0] == 1 and chosen.shape[-1] == units:
-    return chosen[0]  # the only window is the image
-  if chosen.ndim == 4:
+  chosen = looking.of_image(attention[block][0], units)
+  if chosen is None:
     everywhere = [i for i, x in enumerate(attention) if x.ndim == 4]
     others = f'; these attend to all units: {", ".join(map(str, everywhere))}' if everywhere else ''
     raise UserError(f'--block={block}: it attends within windows in {name}{others}')

@@ -39,6 +39,19 @@ def function(
   return lambda image: jax.device_get(compute(params, image))
 
 
+def of_image(block: jax.Array, units: int) -> jax.Array | None:
+  """A block's attention over the whole of one image, (heads, N, N); None if windows divide it.
+
+  Args:
+    block: (heads, N, N), or (windows, heads, n, n).
+    units: of the image.
+  """
+  if block.ndim == 3:
+    return block
+  only = block.shape[0] == 1 and block.shape[-1] == units
+  return block[0] if only else None
+
+
 def of_units(attention: Any, units: Sequence[tuple[int, int]], grid: tuple[int, int]) -> Any:
   """How some units attend: (heads, N, N), class tokens first -> (heads, units, N).
 

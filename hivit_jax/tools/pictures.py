@@ -72,9 +72,8 @@ class Look:
     std: Sequence[float] = _STD,
   ):
     def last(attention: Sequence[jax.Array], grid: tuple[int, int]) -> jax.Array | None:
-      del grid
-      whole = [block[0] for block in attention if block.ndim == 4]  # others are within windows
-      return whole[-1] if whole else None
+      blocks = [looking.of_image(block[0], grid[0] * grid[1]) for block in attention]
+      return next((block for block in reversed(blocks) if block is not None), None)
 
     compute = looking.function(model, last, mean=mean, std=std)
     computed = [compute(image) for image in images]

@@ -8,7 +8,7 @@ from flax import nnx
 from hivit_jax.errors import UserError
 from hivit_jax.models import inside
 from hivit_jax.tasks import reconstruction
-from hivit_jax.tools import feature_sheets, pictures
+from hivit_jax.tools import feature_sheets, looking, pictures
 from tests.helpers import TINY_VIT, assert_close, random_model
 
 OWN = {'mean': (0.6, 0.4, 0.5), 'std': (0.2, 0.3, 0.4)}
@@ -34,6 +34,14 @@ def test_what_it_computes_is_the_models(look, model):
     for found, expected in zip(look.maps[i], seen.maps, strict=True):
       assert_close(found, expected[i], relative=1e-4)
     assert_close(look.attention[i], seen.attention[-1][i], relative=1e-4)
+
+
+def test_attention_over_the_image_is_that_of_all_units_or_of_the_only_window():
+  everywhere = np.random.default_rng(0).random((2, 4, 4))  # 2 heads, 4 units
+  for block in (everywhere, everywhere[None]):
+    np.testing.assert_array_equal(looking.of_image(block, 4), everywhere)
+  assert looking.of_image(everywhere[None], 3) is None  # the window is padded
+  assert looking.of_image(np.ones((4, 2, 1, 1)), 4) is None
 
 
 def test_what_is_drawn(look, monkeypatch):

@@ -5,7 +5,6 @@ files for stdout and stderr; answers with the exit status. Everything after the 
 process of its own: flags, JAX's devices, exit.
 """
 
-import gc
 import json
 import os
 import runpy
@@ -41,8 +40,6 @@ def _run(job: dict) -> int:
     return 1
   return 0
 
-
-gc.freeze()  # Forks need not look through the imports for garbage.
 
 for line in sys.stdin:
   child = os.fork()

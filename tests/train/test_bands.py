@@ -61,19 +61,24 @@ def gradients(setup, batch):
   return gradient(params, batch)
 
 
-def test_from_a_folder_to_gradients_of_every_band(fields):
-  found = statistics.measure(open_source(f'folder:{fields}', 'train'), 0)
+def first_batch(folder, **own):
+  """Of a run on a folder, with the statistics measured there: its setup, and a batch."""
+  found = statistics.measure(open_source(f'folder:{folder}', 'train'), 0)
   config = _config(**{
-    'data.name': f'folder:{fields}', 'data.train_split': 'train', 'data.eval_split': 'val',
+    'data.name': f'folder:{folder}', 'data.train_split': 'train', 'data.eval_split': 'val',
     'data.mean': tuple(map(float, found.mean)), 'data.std': tuple(map(float, found.std)),
     'batch_size': 4, 'knn.every_epochs': 0.0, 'model.embed_dim': 16, 'model.depths': (0, 0, 1),
-  })  # fmt: skip
+  } | own)  # fmt: skip
   setup = set_up(validate.checked(config))
   with setup.train_batches(0, 1) as batches:
-    batch = next(batches)
+    return setup, next(batches)
+
+
+def test_from_a_folder_to_gradients_of_every_band(fields):
+  setup, batch = first_batch(fields)
   images = batch['image']
   assert (images.shape, images.dtype) == ((4, 32, 32, 13), np.uint16)
-  planned = synthetic.abstract_batch(config, setup.mesh)['image']
+  planned = synthetic.abstract_batch(setup.config, setup.mesh)['image']
   assert (planned.shape, planned.dtype) == (images.shape, images.dtype)
   normalised = np.asarray(normalize(images, setup.task.mean, setup.task.std))
   np.testing.assert_allclose(normalised.mean((0, 1, 2)), 0, atol=0.2)
@@ -95,16 +100,7 @@ def test_one_band_of_floats_reaches_task_and_gradients_in_its_own_units(tmp_path
     for i in range(4):
       kelvin = rng.normal(300, 5, (40, 50)).astype(np.float32)
       np.save(tmp_path / split / f'{i}.npy', kelvin)
-  found = statistics.measure(open_source(f'folder:{tmp_path}', 'train'), 0)
-  config = _config(**{
-    'data.name': f'folder:{tmp_path}', 'data.train_split': 'train', 'data.eval_split': 'val',
-    'channels': 1, 'data.dtype': 'float32', 'batch_size': 4, 'knn.every_epochs': 0.0,
-    'data.mean': tuple(map(float, found.mean)), 'data.std': tuple(map(float, found.std)),
-    'model.embed_dim': 16, 'model.depths': (0, 0, 1),
-  })  # fmt: skip
-  setup = set_up(validate.checked(config))
-  with setup.train_batches(0, 1) as batches:
-    batch = next(batches)
+  setup, batch = first_batch(tmp_path, **{'channels': 1, 'data.dtype': 'float32'})
   images = batch['image']
   assert (images.shape, images.dtype) == ((4, 32, 32, 1), np.float32)
   assert 295 < np.asarray(images).mean() < 305

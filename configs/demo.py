@@ -43,9 +43,10 @@ def get_config(variant: str | None = None):
   config.epochs = 8.0
   config.model.update(decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4)
   config.model.update(mask_ratio=0.75, norm_pix_loss=True, hifeat=True)
+  config.model.rpe = True  # finetuning continues with the tables: see docs/internals/demo.md
   config.optim.update(lr=1e-3, warmup_epochs=1.0)
   config.checkpoint.every_epochs = 2.0
-  config.knn.update(every_epochs=2.0, bank_size=0)
+  config.knn.update(every_epochs=4.0, bank_size=0)
   config.pictures.every_epochs = 2.0
   return config
 
@@ -82,7 +83,8 @@ def _scenes(*, pretrained: bool):
   config.steps = 300
   config.init = '/tmp/hivit_demo' if pretrained else None
   config.model.update(name='segment_hivit_tiny', head_channels=32, auxiliary_channels=32)
-  config.model.position_image_size = config.image_size  # as in pretraining
+  # As in pretraining.
+  config.model.update(rpe=True, position_image_size=config.image_size)
   side = config.image_size[0]
   config.segment.update(scale=(4 * side, side), ratios=(0.75, 1.5), inference='whole')
   config.segment.photometric = False  # colours tell the photographs apart

@@ -21,8 +21,8 @@ def python(cell: dict[str, Any]) -> str:
   return re.sub(r'^( *)%.*', r'\1pass', ''.join(cell['source']), flags=re.MULTILINE)
 
 
-def test_there_are_five():
-  assert len(NOTEBOOKS) == 5
+def test_there_are_six():
+  assert len(NOTEBOOKS) == 6
 
 
 @pytest.mark.parametrize('file', NOTEBOOKS)

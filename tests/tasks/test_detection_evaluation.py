@@ -13,6 +13,7 @@ from flax import nnx
 
 from hivit_jax.data import coco
 from hivit_jax.data.detection_transforms import ScaleJitter
+from hivit_jax.data.sources import subset
 from hivit_jax.errors import UserError
 from hivit_jax.tasks import detect, detection_evaluation
 from hivit_jax.train import inputs
@@ -95,6 +96,46 @@ def test_parameters_and_their_average_leave_tables_and_results_in_the_ids_of_the
   assert context.stored['eval_ema_boxes.json'][0]['bbox'][0] == left + 3  # of half the size
   mask = coco.decode(context.stored['eval_masks.json'][0]['segmentation'], SIZE)
   assert mask[int(top) : int(bottom), int(left) : int(right)].all()
+
+
+class Five(OwnIds):
+  """Five images, each of one grey value."""
+
+  name, split, num_classes = 'five', 'val', 2
+
+  def __len__(self):
+    return 5
+
+  def __getitem__(self, index):
+    return super().__getitem__(0) | {'image': np.full((*SIZE, 3), 40 * index, np.uint8)}
+
+
+def test_pictures_show_beside_each_image_what_was_measured_in_it(monkeypatch):
+  """Three of five images are drawn, and what an evaluation found in them is not computed again."""
+
+  class Measured:
+    def found(self, step):
+      return {i: [{'category_id': i, 'score': s} for s in (0.9, 0.2)] for i in (4, 0, 2)}
+
+  drawn, sheets = [], []
+  context = Context(graphdef=None)
+  context.sets, context.model_name = {'eval': Five()}, 'model'
+  context.setting = {'pictures.count': 3}.get
+  context.some = subset.spread
+  context.draw = lambda step, name, sheet: sheets.append((step, name, sheet))
+  pictures = detection_evaluation.detection_pictures
+  monkeypatch.setattr(
+    pictures, 'draw', lambda image, objects, *_: drawn.append((image, objects)) or len(drawn)
+  )
+  monkeypatch.setattr(pictures, 'sheet', lambda pairs, *_: pairs)
+  draw = detection_evaluation._pictures(context, TASK, Measured())
+  assert draw(7, {'params': {}}) == {}
+  assert sheets == [(7, 'detections', [(1, 2), (3, 4), (5, 6)])]
+  for place, (image, truth), (same, shown) in zip((0, 2, 4), drawn[::2], drawn[1::2], strict=True):
+    assert np.all(image == 40 * place)
+    assert np.all(same == 40 * place)
+    assert len(truth) == len(BOXES)
+    assert [(one['category_id'], one['score']) for one in shown] == [(place, 0.9)]
 
 
 def test_swin_takes_images_of_any_size_on_the_canvas_of_the_model(monkeypatch):

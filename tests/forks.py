@@ -1,8 +1,9 @@
 """Runs programs in forks of a process that has imported already what they are slow to import.
 
-Reads one JSON object a line: program and its arguments, environment, seconds that it may take,
-files for stdout and stderr; answers with the exit status. Everything after the imports is as in a
-process of its own: flags, JAX's devices, exit.
+Reads one JSON object a line and answers each with a number. A program, with its arguments, its
+environment, the seconds that it may take (0: any) and files for stdout and stderr: the process that
+runs it. `{"wait": PID, "blocking": ...}`: its exit status, null while it runs. Everything after the
+imports is as in a process of its own: flags, JAX's devices, signals, exit.
 """
 
 import json
@@ -19,17 +20,23 @@ import hivit_jax.train.evaluation  # noqa: F401
 
 
 def _run(job: dict) -> int:
+  os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
   for number, file in ((1, job['stdout']), (2, job['stderr'])):
-    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
   os.environ.update(job['environment'])
-  quick = os.environ.get('JAX_DISABLE_MOST_OPTIMIZATIONS') == '1'
-  jax.config.update('jax_disable_most_optimizations', quick)  # JAX has read it before the fork
+  for key in ('jax_disable_most_optimizations', 'jax_enable_compilation_cache'):
+    if value := os.environ.get(key.upper()):  # JAX has read it before the fork
+      jax.config.update(key, value in ('1', 'true'))
   signal.alarm(job['seconds'])
   program, *arguments = job['program']
   try:
     if program == '-m':
       module, *sys.argv[1:] = arguments
       runpy.run_module(module, run_name='__main__', alter_sys=True)
+    elif program == '-c':
+      code, *arguments = arguments
+      sys.argv = ['-c', *arguments]
+      exec(code, {'__name__': '__main__'})
     else:
       sys.argv = job['program']
       runpy.run_path(program, run_name='__main__')
@@ -41,14 +48,24 @@ def _run(job: dict) -> int:
   return 0
 
 
-for line in sys.stdin:
+def _start(job: dict) -> int:
   child = os.fork()
-  if not child:
-    status = 1
-    try:
-      status = _run(json.loads(line))
-      sys.stdout.flush()
-      sys.stderr.flush()
-    finally:
-      os._exit(status)
-  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+  if child:
+    return child
+  status = 1
+  try:
+    status = _run(job)
+    sys.stdout.flush()
+    sys.stderr.flush()
+  finally:
+    os._exit(status)
+
+
+def _wait(job: dict) -> int | None:
+  child, status = os.waitpid(job['wait'], 0 if job['blocking'] else os.WNOHANG)
+  return os.waitstatus_to_exitcode(status) if child else None
+
+
+for line in sys.stdin:
+  job = json.loads(line)
+  print(json.dumps(_wait(job) if 'wait' in job else _start(job)), flush=True)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -92,8 +92,10 @@ class Runs:
   def start(
     self, command: list[str], environment: Mapping[str, str] = MappingProxyType({})
   ) -> 'Process':
-    """Starts any command and leaves it running; for a `with` statement."""
-    return Process(command, self.environment | environment)
+    """Starts a Python program and leaves it running; for a `with` statement."""
+    python, *program = command
+    assert python == sys.executable
+    return Process(self.forks, program, environment)
 
   @contextlib.contextmanager
   def job(
@@ -167,26 +169,71 @@ def _by_mpi5(port: int, index: int, count: int) -> tuple[list[str], dict[str, st
   }
 
 
-class Process:
-  """A running command. What it says goes to a file, so that it never waits for us."""
+class Forks:
+  """Runs programs in forks of one process, `tests.forks`, that has the slow imports done."""
 
-  def __init__(self, command: list[str], environment: Mapping[str, str]):
-    self._log = tempfile.NamedTemporaryFile(prefix='run', suffix='.log')  # noqa: SIM115
-    self._process = subprocess.Popen(
-      command, cwd=ROOT, env=environment, stdout=self._log, stderr=subprocess.STDOUT
+  def __init__(self, environment: Mapping[str, str], directory: pathlib.Path):
+    self._files = [directory / name for name in ('stdout', 'stderr')]
+    self._server = subprocess.Popen(
+      [sys.executable, '-m', 'tests.forks'],
+      cwd=ROOT,
+      env=environment,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
     )
+
+  def close(self) -> None:
+    self._server.communicate()
+
+  def __call__(self, *program: str, **environment: str) -> 'Ended':
+    """Runs a Python file, named from the root of the repository, or `-m` a module, to its end."""
+    for file in self._files:
+      file.unlink(missing_ok=True)
+    pid = self.start(program, environment, *self._files, seconds=int(patience.limit(_PATIENCE)))
+    status = self.wait(pid, blocking=True)
+    said = [file.read_text() for file in self._files]
+    return Ended(status, said[1], said[0])
+
+  def start(
+    self,
+    program: Sequence[str],
+    environment: Mapping[str, str],
+    stdout: pathlib.Path,
+    stderr: pathlib.Path,
+    seconds: int = 0,
+  ) -> int:
+    """Starts a program, as for a call, and returns the number of its process."""
+    files = {'stdout': str(stdout), 'stderr': str(stderr)}
+    job = {'program': program, 'environment': dict(environment), 'seconds': seconds}
+    return self._ask(job | files)
+
+  def wait(self, pid: int, blocking: bool = False) -> int | None:
+    """Exit status of a process, once; minus the signal's number if a signal ended it."""
+    return self._ask({'wait': pid, 'blocking': blocking})
+
+  def _ask(self, question: dict) -> int | None:
+    self._server.stdin.write(json.dumps(question) + '\n')
+    self._server.stdin.flush()
+    return json.loads(self._server.stdout.readline())
+
+
+class Process:
+  """A running program. What it says goes to a file, so that it never waits for us."""
+
+  def __init__(self, forks: Forks, program: Sequence[str], environment: Mapping[str, str]):
+    self._log = tempfile.NamedTemporaryFile(prefix='run', suffix='.log')  # noqa: SIM115
+    self._forks, self._status = forks, None
+    log = pathlib.Path(self._log.name)
+    self.pid = forks.start(program, environment, log, log)
 
   def __enter__(self) -> 'Process':
     return self
 
   def __exit__(self, *exc_info) -> None:
-    self._process.kill()
-    self._process.wait()
+    self.send(signal.SIGKILL)
+    patience.wait_until(self._ended, _PATIENCE)
     self._log.close()
-
-  @property
-  def pid(self) -> int:
-    return self._process.pid
 
   def output(self) -> str:
     return pathlib.Path(self._log.name).read_text()
@@ -200,7 +247,7 @@ class Process:
 
     def decided() -> bool:
       # The state first: what a process has done before it ended counts.
-      ended = self._process.poll() is not None
+      ended = self._ended()
       return condition() or ended
 
     in_time = patience.wait_until(decided, _PATIENCE, interval=0.002)
@@ -208,7 +255,14 @@ class Process:
     assert condition(), f'ended before "{name}":\n{self.output()}'
 
   def send(self, number: signal.Signals) -> None:
-    self._process.send_signal(number)
+    """Sends a signal to the process, unless it has ended."""
+    if not self._ended():
+      os.kill(self.pid, number)
+
+  def stop(self) -> None:
+    """Stops all threads of the process where they are."""
+    self.send(signal.SIGSTOP)
+    self.wait_until(lambda: _states(self.pid) == {'T'}, 'SIGSTOP')
 
   def wait(self, seconds: float = _PATIENCE) -> int:
     """Exit status; minus the signal's number if a signal ended it.
@@ -216,9 +270,22 @@ class Process:
     Args:
       seconds: that it may take on an idle machine.
     """
-    ended = patience.wait_until(lambda: self._process.poll() is not None, seconds)
-    assert ended, f'still running:\n{self.output()}'
-    return self._process.wait()
+    assert patience.wait_until(self._ended, seconds), f'still running:\n{self.output()}'
+    return self._status
+
+  def _ended(self) -> bool:
+    if self._status is None:
+      self._status = self._forks.wait(self.pid)
+    return self._status is not None
+
+
+def _states(pid: int) -> set[str]:
+  """Of the threads of a process, as /proc has them: T for stopped."""
+  states = set()
+  for file in pathlib.Path(f'/proc/{pid}/task').glob('*/stat'):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+      states.add(file.read_text().rpartition(')')[2].split()[0])
+  return states
 
 
 class Ended(NamedTuple):
@@ -227,37 +294,6 @@ class Ended(NamedTuple):
   status: int
   stderr: str
   stdout: str = ''
-
-
-class Forks:
-  """Runs programs in forks of one process, `tests.forks`, that has the slow imports done."""
-
-  def __init__(self, environment: Mapping[str, str], directory: pathlib.Path):
-    self._files = {name: str(directory / name) for name in ('stdout', 'stderr')}
-    self._server = subprocess.Popen(
-      [sys.executable, '-m', 'tests.forks'],
-      cwd=ROOT,
-      env=environment,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-
-  def close(self) -> None:
-    self._server.communicate()
-
-  def __call__(self, *program: str, **environment: str) -> Ended:
-    """Runs a Python file, named from the root of the repository, or `-m` a module, to its end."""
-    job = {
-      'program': program,
-      'environment': environment,
-      'seconds': int(patience.limit(_PATIENCE)),
-    } | self._files
-    self._server.stdin.write(json.dumps(job) + '\n')
-    self._server.stdin.flush()
-    status = int(self._server.stdout.readline())
-    said = {name: pathlib.Path(file).read_text() for name, file in self._files.items()}
-    return Ended(status, **said)
 
 
 def error_of(ended: Ended) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.data import coco_on_disk
 from tests.data.scenes_on_disk import put
-from tests.dense_runs import assert_same_after_kills, command_line
+from tests.dense_runs import assert_same_after_a_kill, command_line
 from tests.runs import metrics
 
 CONFIG = 'configs/detect_hivit_t.py:debug'
@@ -53,7 +53,7 @@ def trained(runs, command, tmp_path_factory):
 
 def test_killed_in_a_save_it_ends_with_the_same_bits(runs, command, trained, tmp_path):
   workdir = tmp_path / 'run'
-  assert_same_after_kills(runs, command(workdir), workdir, trained, again=False)
+  assert_same_after_a_kill(runs, command(workdir), workdir, trained)
 
 
 def test_two_processes_train_and_measure_as_one(runs, command, trained, tmp_path):

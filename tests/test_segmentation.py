@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hivit_jax.train.checkpoint import load_params
-from tests.dense_runs import LONG, STEPS, assert_same_after_kills, command_line, finished
+from tests.dense_runs import LONG, STEPS, assert_same_after_a_kill, command_line, finished
 from tests.runs import metrics, on_devices
 
 CONFIG = 'configs/segment_hivit_t.py:debug'
@@ -40,9 +40,9 @@ def test_it_leaves_metrics_tables_and_pictures(trained):
     assert (trained / name / f'step_{STEPS:08}.png').exists()
 
 
-def test_killed_in_a_save_and_in_a_step_it_ends_with_the_same_bits(runs, trained, tmp_path):
+def test_killed_in_a_save_it_ends_with_the_same_bits(runs, trained, tmp_path):
   workdir = tmp_path / 'run'
-  assert_same_after_kills(runs, _command(workdir, **LONG), workdir, trained)
+  assert_same_after_a_kill(runs, _command(workdir, **LONG), workdir, trained)
 
 
 def test_running_statistics_move_and_have_no_optimizer(trained):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -160,8 +161,8 @@ def make_train_step(
     params = _overlay(optim.join(trained, others), statistics)
     metrics |= {
       'learning_rate': lr,
-      'grad_norm': _norm(grads),
-      'param_norm': _norm(params),  # tells whether the new state is sound
+      'grad_norm': optax.tree.norm(grads),
+      'param_norm': optax.tree.norm(params),  # tells whether the new state is sound
     }
     new = {'step': state['step'] + 1, 'params': params, 'opt_state': opt_state}
     if ema_decay is not None:
@@ -188,12 +189,6 @@ def _frozen_statistics(model: nnx.Module) -> rules.Rules:
   statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
   paths = [rules.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(statistics)]
   return tuple((re.escape(path), 'frozen') for path in paths)
-
-
-def _norm(tree: Any) -> jax.Array:
-  # Rows first, because XLA sums to one number in a single thread of a CPU.
-  rows = [jnp.square(jnp.atleast_1d(x)).sum(axis=-1) for x in jax.tree.leaves(tree)]
-  return jnp.sqrt(sum(row.sum() for row in rows))
 
 
 def _overlay(params: dict, values: dict) -> dict:

@@ -1,7 +1,6 @@
 """Workdirs in buckets: checkpoints, files and tools, against real servers on this machine."""
 
 import contextlib
-import os
 import pathlib
 import re
 import signal
@@ -18,7 +17,7 @@ from hivit_jax.interop import files
 from hivit_jax.train import places, weights
 from hivit_jax.train.checkpoint import Checkpoints, load_metadata, load_params
 from tests.buckets.servers import serve
-from tests.runs import STEPS, Process, assert_same_params, content, error_of, metrics, on_devices
+from tests.runs import STEPS, assert_same_params, content, error_of, metrics, on_devices
 from tests.train.test_checkpoint import abstract, assert_same, make_state
 
 
@@ -208,18 +207,19 @@ for key, value in values.items():
 """
 
 
-def test_of_two_processes_only_the_first_needs_the_bucket_and_both_get_the_same_bits(tmp_path):
+def test_of_two_processes_only_the_first_needs_the_bucket_and_both_get_the_same_bits(
+  runs, tmp_path
+):
   with serve('s3') as s3, socket.socket() as free:
     address = s3.address('two_processes')
     free.bind(('127.0.0.1', 0))
     port = str(free.getsockname()[1])
     free.close()
     own = {'TMPDIR': str(tmp_path), **on_devices(2)}
-    bare = {k: v for k, v in os.environ.items() if not k.startswith('AWS_')}  # no server, no key
     command = [sys.executable, '-c', _TWO, address, port]
     with (
-      Process([*command, '0'], {**os.environ, **own}) as first,
-      Process([*command, '1'], {**bare, **own}) as second,
+      runs.start([*command, '0'], {**s3.environment, **own}) as first,
+      runs.start([*command, '1'], own) as second,  # no server, no key
     ):
       assert (first.wait(60), second.wait(60)) == (0, 0), first.output() + second.output()
     assert load_params(address, key='step').state == 7

@@ -212,7 +212,7 @@ def test_arguments_that_are_no_flags(main):
     ('pyproject.toml', 'pyproject.toml is not a Python file'),
     ('main.py', '--config=main.py: main.py, line'),
     ('hivit_jax/errors.py', 'hivit_jax/errors.py has no function get_config()'),
-    ('configs/demo.py:debg', 'unknown variant ":debg"; known: finetune, scratch, segment, '),
+    ('configs/demo.py:debg', 'unknown variant ":debg"; known: finetune, scratch, finetune_all, '),
     ('configs/mae_hivit_b.py:1200', 'unknown variant ":1200"; known: 300, 800, 1600'),
     ('configs/base.py:debug', 'configs/base.py has no variants; leave out ":debug"'),
   ],

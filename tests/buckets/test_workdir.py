@@ -216,10 +216,11 @@ def test_of_two_processes_only_the_first_needs_the_bucket_and_both_get_the_same_
     port = str(free.getsockname()[1])
     free.close()
     own = {'TMPDIR': str(tmp_path), **on_devices(2)}
+    # The second one gets an address where nothing listens.
     command = [sys.executable, '-c', _TWO, address, port]
     with (
       runs.start([*command, '0'], {**s3.environment, **own}) as first,
-      runs.start([*command, '1'], own) as second,  # no server, no key
+      runs.start([*command, '1'], {'AWS_ENDPOINT_URL_S3': 'http://127.0.0.1:9', **own}) as second,
     ):
       assert (first.wait(60), second.wait(60)) == (0, 0), first.output() + second.output()
     assert load_params(address, key='step').state == 7

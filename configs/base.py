@@ -9,10 +9,10 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
 
   config.seed = 0  # decides parameters, data order, augmentation, masks
-  # mae: masked autoencoding; simmim; classify; linear: train the last layer alone; segment;
-  # segment_linear: train its head alone; detect; or one of your own, package.module:Name.
-  # model.name, data.name and evaluators also accept such a name.
-  config.task = 'mae'  # what is trained
+  # What is trained. mae: masked autoencoding; simmim; classify; linear: train the last layer
+  # alone; segment; segment_linear: train its head alone; detect; or one of your own,
+  # package.module:Name. model.name, data.name and evaluators also accept such a name.
+  config.task = 'mae'
   config.image_size = (224, 224)  # (height, width) in pixels, multiples of 16
   config.channels = 3  # of the images: 3 (RGB), 1 (greyscale), or up to 64 as they are stored
   config.epochs = 300.0  # length of the run and of the learning rate's schedule
@@ -183,8 +183,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint.keep_best = config_dict.placeholder(str)  # None: no best is kept
 
   config.log_every_steps = 50  # steps between rows of metrics, which are means since the last row
-  # Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, or package.module:Name.
-  config.trackers = ('tensorboard',)  # several: wandb,mlflow
+  # Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, or package.module:Name;
+  # several: wandb,mlflow.
+  config.trackers = ('tensorboard',)
 
   config.evaluation = ml_collections.ConfigDict()  # of classifiers on the evaluation set
   config.evaluation.every_epochs = 1.0  # 0: never

@@ -14,14 +14,18 @@ import jax
 import pytest
 
 from hivit_jax.data.sources.base import open_source
+from hivit_jax.runtime import compilation_cache
 from tests import slowest
-from tests.runs import QUICK, STEPS, Forks, Runs
+from tests.runs import QUICK, ROOT, STEPS, Forks, Runs
 
 # Compiles to slower code in half the time, here and in the processes that tests start: nearly every
 # program runs once. `helpers.optimized` and `runs.OPTIMIZED` are for the others.
 jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK}'.strip()
+# What this process and those of the tests compile is found by the other ones and the next time.
+os.environ['XDG_CACHE_HOME'] = str(ROOT / '.pytest_cache')
+compilation_cache.turn_on()
 
 
 def pytest_collection_finish() -> None:

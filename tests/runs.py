@@ -24,12 +24,13 @@ from tests import patience
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 40
+BEFORE_LAST = STEPS - 8  # the checkpoint
 # Four steps are an epoch; checkpoints, log lines, evaluations and pictures have their own rhythms.
 # A checkpoint takes more time than all the steps between two of them.
 SETTINGS = {
   'max_steps': STEPS,
   'log_every_steps': 3,
-  'checkpoint.every_epochs': 1.0,
+  'checkpoint.every_epochs': 2.0,
   'knn.every_epochs': 2.5,
   'pictures.every_epochs': 4,
   'optim.lr': 1e-3,
@@ -55,12 +56,7 @@ class Runs:
   """Starts `python main.py`; what one process compiles the next one finds in a cache."""
 
   def __init__(self, directory: pathlib.Path, data_dir: pathlib.Path):
-    cache = {
-      'JAX_COMPILATION_CACHE_DIR': str(directory / 'compiled'),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
-    }
-    self.environment = cache | os.environ | {'TFDS_DATA_DIR': str(data_dir)}
+    self.environment = os.environ | {'TFDS_DATA_DIR': str(data_dir)}
     self.forks = Forks(self.environment, directory)
 
   def __enter__(self) -> 'Runs':

@@ -15,7 +15,6 @@ import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import config_dict
 
 from configs import base
@@ -165,15 +164,6 @@ def debug_run(tmp_path_factory, data_dir):
   monkeypatch = pytest.MonkeyPatch()
   root = logging.getLogger()
   handlers, level = root.handlers[:], root.level
-  # The tiny models are all alike: compile them once.
-  cache = {
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-    'jax_persistent_cache_min_compile_time_secs': 0.0,
-  }
-  before = {key: jax.config.values[key] for key in cache}
-  for key, value in cache.items():
-    jax.config.update(key, value)
-
   done: dict[str, Run] = {}
 
   def run(name: str) -> Run:
@@ -189,9 +179,6 @@ def debug_run(tmp_path_factory, data_dir):
 
   yield run
   monkeypatch.undo()
-  for key, value in before.items():
-    jax.config.update(key, value)
-  compilation_cache.reset_cache()
   root.handlers[:] = handlers
   root.setLevel(level)
   logging.captureWarnings(False)

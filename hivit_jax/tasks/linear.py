@@ -1,6 +1,7 @@
 """Linear probes as tasks: they train nothing but the last layer."""
 
 import dataclasses
+import types
 
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.segment import SegmentTask
@@ -27,4 +28,5 @@ class SegmentLinearTask(SegmentTask):
   """
 
   rules = ((r'backbone/.*', 'frozen'), *SegmentTask.rules)
+  required = types.MappingProxyType({'model.linear_levels': '(1,2,3)'})
   without_weights = _WITHOUT_WEIGHTS

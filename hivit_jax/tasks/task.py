@@ -1,6 +1,7 @@
 """What a task is: the contract between a model, its training and its evaluation."""
 
 import dataclasses
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -37,6 +38,7 @@ class Task(Protocol):
     object_classes: the same of examples with objects.
     any_images: images may have any channels and type; else they are bytes, RGB or grey.
     whole_batches: why a batch cannot be computed in parts, if it cannot.
+    required: settings that it cannot do without, which may be None for others, with an example.
     measures: sections of the config that its evaluators read: evaluation, knn, rankme, pictures.
     without_weights: warning for a run that starts from random parameters, if it needs one.
     example: arguments of `python -m hivit_jax.tools.` for a finished run, {workdir} in them.
@@ -55,6 +57,7 @@ class Task(Protocol):
   object_classes: ClassVar[bool] = False
   any_images: ClassVar[bool] = False
   whole_batches: ClassVar[str | None] = None
+  required: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
   measures: ClassVar[frozenset[str]] = frozenset()
   without_weights: ClassVar[str | None] = None
   example: ClassVar[str | None] = None

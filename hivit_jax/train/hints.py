@@ -26,6 +26,14 @@ def _not_read(field: str) -> Callable[[_Config], str | None]:
   return reason
 
 
+def _not_reduced(config: _Config) -> str | None:
+  """Why JPEGs are decoded whole: beside label maps and objects they always are."""
+  task = assemble.task_class(config)
+  if task.pixel_classes or task.object_classes:
+    return f'task={config.task}'
+  return _not_read('transforms')(config)
+
+
 def _not_measured(section: str) -> Callable[[_Config], str | None]:
   """Why the task does not evaluate by a section."""
   return lambda c: None if section in assemble.task_class(c).measures else f'task={c.task}'
@@ -70,7 +78,7 @@ _READERS: tuple[tuple[Mapping[str, Any], Callable[[_Config], str | None]], ...] 
   ),
   (
     {'data.reduce_jpegs': False},
-    lambda c: f'task={c.task}' if c.task == 'detect' else _not_read('transforms')(c),
+    _not_reduced,
   ),
   ({'optim.power': 1.0}, lambda c: _not_in(c, 'poly')),
   ({'optim.warmup_prefix': True}, lambda c: _not_in(c, 'cosine')),

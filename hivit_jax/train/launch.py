@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from hivit_jax import settings
+from hivit_jax.buckets.bucket import is_address
 from hivit_jax.errors import UserError, suggest
 from hivit_jax.runtime import compilation_cache
 from hivit_jax.train import run as runs
@@ -23,7 +24,7 @@ def run(
   config: str | ml_collections.ConfigDict,
   workdir: str | os.PathLike[str],
   overrides: Mapping[str, Any] | None = None,
-) -> pathlib.Path:
+) -> pathlib.Path | str:
   """Trains what a config describes, as `main.py` does: the same call again resumes.
 
   It blocks until the run ends; an interrupt, such as a notebook's stop button, saves a checkpoint
@@ -33,11 +34,12 @@ def run(
   Args:
     config: the name of a recipe, with its variant after a colon, such as 'mae_hivit_b:800' or
       'demo:finetune'; or a ConfigDict, which stays as it is.
-    workdir: directory of everything that the run leaves; created if needed.
+    workdir: directory of everything that the run leaves, created if needed; or an address in a
+      bucket, such as 'gs://bucket/runs/mae'.
     overrides: dotted settings, such as {'batch_size': 256, 'optim.lr': 1e-3}.
 
   Returns:
-    The absolute path of `workdir`, for `create_model(weights=...)`.
+    The absolute path of `workdir`, or its address, for `create_model(weights=...)`.
 
   Raises:
     UserError: an unknown recipe or setting, a value that does not fit, or what else a run refuses.
@@ -53,10 +55,10 @@ def run(
   overrides = overrides or {}
   for key, value in overrides.items():
     _override(own, key, value)
-  path = pathlib.Path(workdir).expanduser().absolute()
+  place = workdir if is_address(workdir) else pathlib.Path(workdir).expanduser().absolute()
   compilation_cache.turn_on()
-  runs.train(own, str(path), overrides.keys())
-  return path
+  runs.train(own, str(place), overrides.keys())
+  return place
 
 
 def recipe(name: str) -> ml_collections.ConfigDict:

@@ -216,8 +216,9 @@ def check(config: ml_collections.ConfigDict, given: Collection[str] = ()) -> Non
   if not assemble.mixes_units(config):
     check_lengths(config)
   further_sets(config)
-  if config.task == 'segment_linear' and not config.model.linear_levels:
-    raise UserError('config.task=segment_linear needs config.model.linear_levels, such as (1,2,3)')
+  for key, example in assemble.task_class(config).required.items():
+    if not get(config, key):
+      raise UserError(f'config.task={config.task} needs config.{key}, such as {example}')
   if config.augment.rand_augment:
     randaugment.rand_augment(config.augment.rand_augment, tuple(config.data.mean))
   _check_pixels(config)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hivit_jax.train.checkpoint import Checkpoints
-from tests.runs import STEPS, content, error_of
+from tests.runs import BEFORE_LAST, STEPS, content, error_of
 
 CELL = 160 + 8  # the tiny run's 32 pixels five times, and a margin
 
@@ -86,7 +86,7 @@ def test_without_images_evaluation_images_of_the_run_are_drawn(reconstruct, work
   np.testing.assert_array_equal(originals, by_the_run)
 
 
-@pytest.mark.parametrize('below', ['checkpoints', f'checkpoints/{STEPS - 4}'])
+@pytest.mark.parametrize('below', ['checkpoints', f'checkpoints/{BEFORE_LAST}'])
 def test_a_checkpoint_given_directly_stays_as_it_is(reconstruct, workdir, photographs, below):
   before = content(workdir)
   done = reconstruct(f'--workdir={workdir}/{below}', f'--images={photographs[0]}')

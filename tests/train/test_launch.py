@@ -42,6 +42,11 @@ def test_a_config_stays_as_it_is(started, tmp_path):
   assert config.to_dict() == demo.get_config().to_dict()
 
 
+def test_a_workdir_in_a_bucket(started):
+  assert hivit_jax.run('demo', 'gs://bucket/runs/demo') == 'gs://bucket/runs/demo'
+  assert started[0][1] == 'gs://bucket/runs/demo'
+
+
 @pytest.mark.parametrize(
   ('config', 'overrides', 'message'),
   [
@@ -62,6 +67,13 @@ def test_mistakes(started, tmp_path, config, overrides, message):
   with pytest.raises(UserError, match=message):
     hivit_jax.run(config, tmp_path, overrides)
   assert not started
+
+
+def test_optional_packages_are_those_that_the_tests_have():
+  extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['optional-dependencies']
+  tested = (ROOT / 'requirements-dev.txt').read_text().splitlines()
+  assert set(extras) == {'gcs', 's3', 'hub', 'export', 'wandb', 'mlflow'}
+  assert {requirement for extra in extras.values() for requirement in extra} <= set(tested)
 
 
 def test_the_wheel_holds_the_recipes():

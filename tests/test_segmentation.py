@@ -12,6 +12,7 @@ from tests.runs import metrics, on_devices
 
 CONFIG = 'configs/segment_hivit_t.py:debug'
 MEASURED = ('miou', 'macc', 'aacc')
+VIEWS = 'slide 64x64, stride 43x43, scale 1'
 
 
 def _command(workdir, *arguments: str, config: str = CONFIG, **settings) -> list[str]:
@@ -36,6 +37,8 @@ def test_it_leaves_metrics_tables_and_pictures(trained):
   assert sum(row['share'] for row in found['classes']) == pytest.approx(1, abs=1e-3)
   table = (trained / 'eval_classes' / f'step_{STEPS:08}.txt').read_text()
   assert table.splitlines()[-1].startswith(f'mIoU {100 * last["eval/miou"]:.2f}')
+  assert found['views'] == VIEWS
+  assert table.endswith(f' ({VIEWS})\n')
   for name in ('segmentations', 'eval_confusion'):
     assert (trained / name / f'step_{STEPS:08}.png').exists()
 
@@ -101,6 +104,7 @@ def test_any_devices_and_processes_measure_the_same(runs, trained):
   assert done.returncode == 0, done.stderr
   assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(own, rel=1e-5)
   assert 'mIoU' in done.stderr  # the table
+  assert f' at {VIEWS} on test[:8] of photo_scenes (8 examples): ' in done.stderr
   with runs.job(command, devices=1) as job:
     assert [process.wait() for process in job] == [0, 0], [process.output() for process in job]
     lines = job[0].output().splitlines()

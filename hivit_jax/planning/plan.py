@@ -20,7 +20,7 @@ from hivit_jax.errors import UserError
 from hivit_jax.planning import roofline
 from hivit_jax.planning.collectives import collectives
 from hivit_jax.planning.flops import matmul_bytes, matmul_flops
-from hivit_jax.train import assemble, sharding, synthetic, validate
+from hivit_jax.train import assemble, hints, sharding, synthetic, validate
 
 # libtpu asks the cloud where it runs, complains where that is none, and wants to be alone.
 _LIBTPU_ALONE = {
@@ -147,7 +147,8 @@ def plan(
 
   Returns:
     Numbers by name: bytes, operations and seconds, of one step on each device. If the program does
-    not fit, `refusal` is the compiler's message (None: none), and its numbers are missing.
+    not fit, `refusal` is the compiler's message (None: none), `helps` says how to need
+    less, and its numbers are missing.
 
   Raises:
     UserError: a setting makes no sense, or does not fit the devices.
@@ -183,6 +184,7 @@ def plan(
   state = sum(report['memory'][part] for part in ('parameters', 'optimizer', 'average'))
   # The state is read and written once, if nothing else is.
   report['memory_traffic'] = matmul_bytes(train_step, abstract, batch) / mesh.size + 2 * state
+  helps = hints.for_memory(config, batches=())
   start = time.perf_counter()
   try:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells Pallas for which GPU
@@ -190,11 +192,11 @@ def plan(
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    return report | {'fits': False, 'refusal': str(error).splitlines()[0]}
+    return report | {'fits': False, 'refusal': str(error).splitlines()[0], 'helps': helps}
   report |= {'fits': True, 'compile_seconds': time.perf_counter() - start}
   report['memory'] |= _program_memory(compiled, sum(report['memory'].values()))
   if chip and report['memory']['total'] > chip.hbm:  # XLA for GPUs refuses nothing
-    return report | {'fits': False, 'refusal': None}
+    return report | {'fits': False, 'refusal': None, 'helps': helps}
   report['collectives'] = collectives(compiled.as_text(), mesh.size)
   if chip:
     report['estimate'] = roofline.estimate(

@@ -198,6 +198,9 @@ class SegmentTask(Task):
       metrics[f'{prefix}pixel_accuracy'] = right / batch['labelled']
     return total, metrics
 
+  def protocol(self) -> str:
+    return str(self.views)
+
   def evaluators(self, context: Context) -> list[Evaluator]:
     """mIoU on each set, and pictures."""
     return segmentation.evaluators(context, self)

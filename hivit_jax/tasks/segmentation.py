@@ -25,7 +25,8 @@ class Segmentation:
 
   The model sees windows of one size only, in batches of one size, on all devices. What follows are
   products with matrices for the rows and columns, see `views`; their sizes are rounded up, so that
-  few programs are compiled. No logits leave the devices.
+  images with the same `bucket` of each side and as many windows share a program. No logits leave
+  the devices.
 
   Args:
     graphdef: static half of the segmenter.
@@ -45,7 +46,9 @@ class Segmentation:
     self._logits = jax.jit(logits, out_shardings=self._whole)
 
   def __call__(self, params: Any, examples: Sequence[Example]) -> Iterator[jax.Array]:
-    """For each example (H', W') int32 classes, H' >= H and W' >= W: the rest means nothing.
+    """For each example its classes, (H', W') with H' >= H and W' >= W: the rest means nothing.
+
+    They are uint8, with more than 256 classes uint16.
 
     Args:
       params: of the model, on all devices of this process.
@@ -109,7 +112,8 @@ def _add_view(total, windows, rows, columns, weight, count):
 
 @jax.jit
 def _likeliest(probabilities: jax.Array) -> jax.Array:
-  return probabilities.argmax(axis=-1).astype(jnp.int32)
+  dtype = jnp.uint8 if probabilities.shape[-1] <= 256 else jnp.uint16
+  return probabilities.argmax(axis=-1).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -148,17 +152,19 @@ class MeanIoU:
         examples = rows(batch)
         counts = []
         for example, found in zip(examples, self._segment(params, examples), strict=True):
-          labels = np.full(found.shape, ignored, np.int32)
-          height, width = example['label_map'].shape
-          labels[:height, :width] = example['label_map']
+          own = example['label_map']  # of a type that has room for the ignored label
+          labels = np.full(found.shape, ignored, own.dtype)
+          labels[: own.shape[0], : own.shape[1]] = own
           counts.append(_confusion(found, labels, classes, ignored))
         total += sum(np.asarray(count, np.int64) for count in counts)
     return total
 
   def _keep(self, step: int, name: str, confusion: np.ndarray) -> None:
     names = segmentation_pictures.class_names(self._source, self._task.num_classes)
-    found = {'classes': miou.rows(confusion, names), **miou.means(confusion)}
-    self._context.keep(step, name, miou.table(confusion, names), json.dumps(found, indent=1))
+    views = str(self._task.views)
+    found = {'classes': miou.rows(confusion, names), **miou.means(confusion), 'views': views}
+    text = f'{miou.table(confusion, names)} ({views})'
+    self._context.keep(step, name, text, json.dumps(found, indent=1))
     if self._context.draws:
       picture = segmentation_pictures.confusion(confusion, names)
       self._context.draw(step, f'{self._name}_{_CONFUSION}', picture)

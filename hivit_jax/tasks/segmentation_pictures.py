@@ -36,7 +36,7 @@ def colour(labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
   """(H, W) integers -> (H, W, 3) uint8; white where a label is no class."""
   known = (labels >= 0) & (labels < len(colours))
   table = np.concatenate([colours, np.array([_UNKNOWN], np.uint8)])
-  return table[np.where(known, labels, len(colours))]
+  return table[np.where(known, labels.astype(np.int32), len(colours))]
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:

@@ -118,6 +118,10 @@ class Task(Protocol):
     """
     ...
 
+  def protocol(self) -> str:
+    """How evaluations show an image to the model, if scores depend on it, for logs."""
+    return ''
+
   def evaluators(self, context: Context) -> list[Evaluator]:
     """What measures a model of this task; the same for training and for `--mode=evaluate`."""
     del context

@@ -83,6 +83,16 @@ class Views:
         f'stride={self.stride}: expected (rows, columns) from 1 to the crop, {self.crop}'
       )
 
+  def __str__(self) -> str:
+    """What a score has to say, such as: slide 640x640, stride 426x426, scale 1, mirrored."""
+    parts = ['{} {}x{}'.format(self.inference, *self.crop)]
+    if self.inference == 'slide':
+      parts.append('stride {}x{}'.format(*self.stride))
+      parts.append(
+        f'scale{"s" * (len(self.scales) > 1)} {" ".join(f"{scale:g}" for scale in self.scales)}'
+      )
+    return ', '.join([*parts, *(['mirrored'] * self.flip)])
+
   def of(self, size: Size) -> list[View]:
     """The views of an image of (height, width) pixels; equal ones are one, with their weights."""
     weights: dict[Size, float] = {}

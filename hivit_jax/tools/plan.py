@@ -57,8 +57,7 @@ def format_report(report: dict[str, Any]) -> str:
     f'memory traffic     {r["memory_traffic"] / 1e9:9.3f} GB at least',
   ]
   if not r['fits']:
-    helps = '--config.accumulate_steps=2, --config.model.remat=True, a smaller batch or more chips'
-    return '\n'.join([*lines, f'what helps         {helps}'])
+    return '\n'.join([*lines, f'what helps         {r["helps"]}, a smaller batch'])
   lines += [
     f'compiled in        {r["compile_seconds"]:9.0f} s',
     '',

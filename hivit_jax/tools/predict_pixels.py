@@ -86,7 +86,7 @@ class PixelClasses:
     return self._views({'image': data})
 
   def __call__(self, examples: Sequence[dict[str, np.ndarray]]) -> Iterator[np.ndarray]:
-    """(H, W) integers of each example."""
+    """(H, W) of each example, uint8, with more than 256 classes uint16."""
     for example, found in zip(examples, self._segment(self._params, examples), strict=True):
       height, width = example['image'].shape[:2]
       yield np.asarray(found)[:height, :width]
@@ -154,10 +154,10 @@ def _write(
   folder: str, path: str, image: np.ndarray, labels: np.ndarray, palette: np.ndarray
 ) -> None:
   if len(palette) <= 256:
-    indices = Image.fromarray(labels.astype(np.uint8), 'P')
+    indices = Image.fromarray(labels, 'P')
     indices.putpalette(palette.tobytes())
   else:
-    indices = Image.fromarray(labels.astype(np.uint16))
+    indices = Image.fromarray(labels)
   drawn = [
     indices,
     Image.fromarray(segmentation_pictures.colour(labels, palette)),

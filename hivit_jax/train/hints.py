@@ -1,7 +1,7 @@
 """What a user may want to change in a config, as flags that can be copied."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -124,12 +124,21 @@ def without_effect(config: _Config, given: Collection[str] = ()) -> list[str]:
   return [f'{key}={settings.get(config, key)} ({why})' for key, why in unread.items()]
 
 
-def for_memory(config: _Config) -> str:
-  """Ways to use less device memory."""
-  ways = [flag('accumulate_steps', 2 * config.accumulate_steps)]
+def for_memory(
+  config: _Config, batches: Sequence[str] = ('batch_size', 'evaluation.batch_size')
+) -> str:
+  """Ways to use less device memory.
+
+  Args:
+    config: see configs/base.py.
+    batches: settings that may become smaller.
+  """
+  ways = []
+  if assemble.task_class(config).whole_batches is None:
+    ways.append(flag('accumulate_steps', 2 * config.accumulate_steps))
   if not config.model.remat:
     ways.append(flag('model.remat', True))
-  for key in ('batch_size', 'evaluation.batch_size'):
+  for key in batches:
     if settings.get(config, key) > 1:
       ways.append(flag(key, settings.get(config, key) // 2))
   return ', '.join([*ways, 'more devices'])

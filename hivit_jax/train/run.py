@@ -151,9 +151,10 @@ def _evaluate(
     metrics |= evaluator.run(0, {'params': params}) or {}
   source = setup.eval_source
   shown = ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
+  how = setup.task.protocol() or '{}x{} pixels'.format(*setup.config.image_size)
   _log.info(
-    '%s at %dx%d pixels on %s of %s (%d examples): %s',
-    state.source, *setup.config.image_size, source.split, source.name, len(source), shown,
+    '%s at %s on %s of %s (%d examples): %s',
+    state.source, how, source.split, source.name, len(source), shown,
   )  # fmt: skip
   return metrics
 

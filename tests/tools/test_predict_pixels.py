@@ -9,6 +9,7 @@ from PIL import Image
 
 from hivit_jax.data import class_lists
 from hivit_jax.errors import UserError
+from hivit_jax.tasks import segmentation, segmentation_pictures
 from hivit_jax.tools import loaded, predict_pixels
 from tests.helpers import random_model
 
@@ -73,6 +74,24 @@ def test_pictures_shares_and_broken_images(model, tmp_path, capsys):
     best = rows[str(tmp_path / f'{name}.png')][0]
     assert best['share'] == pytest.approx((labels == NAMES.index(best['label'])).mean())
   assert (out / 'legend.png').exists()
+
+
+def test_more_than_256_classes_have_numbers_of_two_bytes(tmp_path):
+  expected = np.array([[0, 255, 256], [299, 1, 2]])
+  labels = np.asarray(segmentation._likeliest(np.eye(300, dtype=np.float32)[expected]))
+  assert labels.dtype == np.uint16
+  np.testing.assert_array_equal(labels, expected)
+  image, palette = np.zeros((2, 3, 3), np.uint8), class_lists.distinct_colours(300)
+  predict_pixels._write(str(tmp_path), 'a.jpg', image, labels, palette)
+  with Image.open(tmp_path / 'a.png') as picture:
+    assert picture.mode == 'I;16'
+    np.testing.assert_array_equal(picture, expected)
+  colours = np.asarray(Image.open(tmp_path / 'a_colour.png'))
+  np.testing.assert_array_equal(colours, palette[expected])
+  few = np.asarray(segmentation._likeliest(np.eye(256, dtype=np.float32)[[[255, 7]]]))
+  assert few.dtype == np.uint8
+  found = segmentation_pictures.colour(few, palette[:256])
+  np.testing.assert_array_equal(found, palette[[[255, 7]]])
 
 
 def test_a_run_brings_its_views_and_known_classes_their_colours(model):

@@ -5,7 +5,15 @@ import sys
 
 import pytest
 
-from configs import base, demo, finetune_hivit_b, linear_hivit_b, mae_hivit_b, simmim_swin_b
+from configs import (
+  base,
+  demo,
+  finetune_hivit_b,
+  linear_hivit_b,
+  mae_hivit_b,
+  segment_hivit_b,
+  simmim_swin_b,
+)
 from hivit_jax import settings
 from hivit_jax.train import hints
 from tests.runs import warnings_of
@@ -78,6 +86,19 @@ def test_the_ways_to_finite_numbers_start_from_what_there_is():
   assert shlex.split(hints.for_finite_numbers(config).replace(', ', ' ')) == [
     '--config.optim.clip_norm=2.0', '--config.optim.base_lr=5e-05', '--config.model.dtype=float32',
   ]  # fmt: skip
+
+
+def test_the_ways_to_less_memory_are_those_that_the_task_allows():
+  config = segment_hivit_b.get_config()
+  assert hints.for_memory(config) == (
+    '--config.model.remat=True, --config.batch_size=16, --config.evaluation.batch_size=8, more '
+    'devices'
+  )
+  config = mae_hivit_b.get_config()
+  config.accumulate_steps = 2
+  assert hints.for_memory(config, batches=()) == (
+    '--config.accumulate_steps=4, --config.model.remat=True, more devices'
+  )
 
 
 def test_the_way_to_more_data_uses_cores_that_there_are(monkeypatch):

@@ -61,17 +61,18 @@ def _losses(logits, auxiliary, labels):
   return total, found | {'total': total}
 
 
-def _run(graphdef, params, dtype, function):
-  """Gradients of `function(model) -> (value, results)`, the results, and the statistics then."""
+def _run(graphdef, params, dtype, function, *inputs):
+  """Of `function(model, *inputs) -> (value, results)`: gradients, results, statistics then."""
 
-  def loss(params):
+  def loss(params, *inputs):
     model = nnx.merge(graphdef, params)
-    value, results = function(model)
+    value, results = function(model, *inputs)
     return value, (results, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
   with jax.enable_x64(dtype == 'float64'):
     params = jax.tree.map(lambda x: np.asarray(x, dtype), params)
-    return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
+    of = tuple(range(1 + len(inputs)))
+    return jax.device_get(jax.jit(jax.grad(loss, of, has_aux=True))(params, *inputs))
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE)
@@ -99,26 +100,33 @@ def test_heads(dtype):
       'eval/logits': logits,
       'eval/aux_logits': auxiliary,
       'large': resize.bilinear(logits, labels.shape[1:]),
+      'auxiliary': resize.bilinear(auxiliary, labels.shape[1:]),
     }
 
   _, (found, statistics) = _run(graphdef, params, dtype, evaluated)
-  large = found.pop('large')
+  large, second = found.pop('large'), found.pop('auxiliary')
   for name, value in found.items():
     close(name, _nchw(value))
   close('eval/resized_logits_0', _nchw(large[0]))
+  close('eval/aux_resized_logits_0_class_0', second[0, ..., 0])
   np.testing.assert_array_equal(large.argmax(axis=-1), arrays['eval/prediction'])
   for name, value in torch_gradients(statistics).items():  # untouched
     close(f'param/{name}', value)
 
-  def trained(model):
+  def trained(model, maps):
     logits = model.decode_head(maps, train=True)
     auxiliary = model.auxiliary_head(maps[2], train=True)
     total, losses = _losses(logits, auxiliary, labels)
     return total, (losses, logits, auxiliary)
 
-  grads, ((losses, logits, auxiliary), statistics) = _run(graphdef, params, dtype, trained)
+  (grads, of_maps), ((losses, logits, auxiliary), statistics) = _run(
+    graphdef, params, dtype, trained, maps
+  )
+  for i in (2, 3):
+    close(f'grad_feature_{i}', _nchw(of_maps[i]))
   for name, value in losses.items():
     close(f'train/{name}', value)
+  close('train/accuracy_check', losses['decode.acc_seg'][0])
   close('train/logits', _nchw(logits))
   close('train/aux_logits', _nchw(auxiliary))
   labelled = (labels != IGNORED).mean()
@@ -192,7 +200,7 @@ def test_model(name, options, dtype):
     total, losses = _losses(logits, auxiliary, labels)
     return total, (results, losses, logits)
 
-  grads, ((found, losses, logits), statistics) = _run(graphdef, params, dtype, trained)
+  (grads,), ((found, losses, logits), statistics) = _run(graphdef, params, dtype, trained)
   for key, value in found.items():
     close(key, _nchw(value))
   large = np.asarray(resize.bilinear(np.asarray(found['eval/logits']), labels.shape[1:]))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import segment_hivit_b
 from hivit_jax.errors import UserError
 from hivit_jax.interop import torch_names
 from hivit_jax.tasks.segment import SegmentTask
@@ -118,8 +119,10 @@ def test_one_example_is_no_batch(model):
 
 def test_learning_rates_and_decay_of_every_parameter_are_the_published_ones():
   golden = json.loads((GOLDEN / 'segmentation_layer_decay.json').read_text())
-  _, params = abstract_model('segment_hivit_base', image_size=640)
-  scales = optim.layer_scales(params, 0.75, SegmentTask.encoder, SegmentTask.stem_is_one_layer)
+  config = segment_hivit_b.get_config()
+  _, params = abstract_model(config.model.name, image_size=config.image_size)
+  decay = config.optim.layer_decay
+  scales = optim.layer_scales(params, decay, SegmentTask.encoder, SegmentTask.stem_is_one_layer)
   statistics = ((r'.*/(mean|var)', 'frozen'),)
   labels = rules.apply_rules((*statistics, *SegmentTask.rules), params)
   scales, labels = torch_names.flatten(scales), torch_names.flatten(labels)
@@ -127,7 +130,7 @@ def test_learning_rates_and_decay_of_every_parameter_are_the_published_ones():
   for path, leaf in torch_names.flatten(params).items():
     name, _ = torch_names.to_torch(path, np.empty((0,) * len(leaf.shape)))
     if labels[path] != 'frozen':
-      found[name] = scales[path], 0.05 if labels[path] == 'decay' else 0.0
+      found[name] = scales[path], config.optim.weight_decay if labels[path] == 'decay' else 0.0
   assert set(found) == set(golden)
   for name, (scale, decay) in golden.items():
     assert found[name] == (pytest.approx(scale, rel=1e-6), decay), name

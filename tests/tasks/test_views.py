@@ -1,6 +1,9 @@
 """Inference on images of any size against mmsegmentation's: windows, scales, mirroring, means."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -8,6 +11,7 @@ from PIL import Image
 
 from hivit_jax.data.segmentation_transforms import ClassMap
 from hivit_jax.errors import UserError
+from hivit_jax.models import resize
 from hivit_jax.tasks import images, segmentation, views
 from hivit_jax.tasks.segment import SegmentTask
 from tests.helpers import abstract_model, assert_close, golden_params, load_golden
@@ -89,6 +93,19 @@ def test_views_have_the_sizes_and_weights_of_the_published_scales():
   assert sum(view.weight for view in own) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+  ('options', 'said'),
+  [
+    ({}, 'slide 64x64, stride 43x43, scale 1'),
+    ({'scales': (0.5, 1.0, 1.75)}, 'slide 64x64, stride 43x43, scales 0.5 1 1.75'),
+    ({'mirrored': True}, 'slide 64x64, stride 43x43, scale 1, mirrored'),
+    ({'inference': 'whole'}, 'whole 64x64'),
+  ],
+)
+def test_views_say_what_a_score_was_measured_with(options, said):
+  assert str(_task(**options).views) == said
+
+
 def test_sliding_windows():
   graphdef, params = _model()
   image = _nhwc(ARRAYS['slide/image_nchw'])[0]
@@ -106,6 +123,8 @@ def test_sliding_windows():
   run = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
   both = np.stack([*windows(image), *windows(image[:, ::-1])])
   logits, mirrored = np.split(np.asarray(run(params, both)), 2)
+  first = resize.bilinear(logits[:1], CROP)
+  assert_close(first, _nhwc(ARRAYS['slide/first_crop_logits']), relative=TOLERANCE)
   out = tuple(CONFIG['slide_ori_shape'])
   for name, at in (('logits', size), ('rescaled_logits', out)):
     expected = _nhwc(ARRAYS[f'slide/{name}'])[0]
@@ -122,13 +141,15 @@ def test_a_whole_image():
   image = _nhwc(ARRAYS['whole/image_nchw'])
   crop, out = image.shape[1:3], tuple(CONFIG['whole_ori_shape'])
   graphdef, params = _model(whole=True, image_size=crop)
-  logits = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))(params, image)[0]
+  logits = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))(params, image)
+  enlarged = resize.bilinear(logits, crop)
+  assert_close(enlarged, _nhwc(ARRAYS['whole/logits']), relative=TOLERANCE)
   sizes = (
     ((0,), crop[0], CONFIG['whole_img_shape'][0]),
     ((0,), crop[1], CONFIG['whole_img_shape'][1]),
   )
   rows, columns = (views.matrix(*along, side) for along, side in zip(sizes, out, strict=True))
-  found = np.einsum('Hh,hwk,Ww->HWk', rows, logits, columns)
+  found = np.einsum('Hh,hwk,Ww->HWk', rows, logits[0], columns)
   assert_close(found, _nhwc(ARRAYS['whole/rescaled_logits'])[0], relative=TOLERANCE)
   assert_close(_softmax(found), _nhwc(ARRAYS['whole/probabilities'])[0], relative=TOLERANCE)
 
@@ -150,17 +171,63 @@ def test_all_scales_and_mirrored(monkeypatch):
   monkeypatch.undo()
   graphdef, params = _model()
   segment = segmentation.Segmentation(graphdef, task, 4, jax.local_devices()[:1])
-  likeliest = segmentation._likeliest
-  seen = []
-  monkeypatch.setattr(
-    segmentation, '_likeliest', lambda total: seen.append(np.asarray(total)) or likeliest(total)
-  )
+  add, totals = segmentation._add_view, [np.zeros((), np.float32)]
+
+  def recorded(*args):
+    total = add(*args)
+    totals.append(np.array(total))  # a copy: the next view takes its memory
+    return total
+
+  monkeypatch.setattr(segmentation, '_add_view', recorded)
   (found,) = segment(params, [example])
   height, width = image.shape[:2]
+  shown, first = task.views.of((height, width)), 0
+  normalised = images.normalize_padded(example['windows'], example['extent'], MEAN, STD)
+  for view, before, after in zip(shown, totals, totals[1:], strict=False):
+    name = 'tta/{}x{}'.format(*view.size) + '_flip' * view.mirrored
+    if not view.mirrored:
+      corner = ARRAYS[f'{name}/image_normalised_0_0']
+      assert_close(normalised[first, :4, :4], _nhwc(corner), name=name, relative=1e-6)
+    first += len(view.tops) * len(view.lefts)
+    own = ((after - before) / view.weight)[:height, :width]
+    assert_close(own, _nhwc(ARRAYS[f'{name}/probabilities'])[0], name=name, relative=TOLERANCE)
+  assert len(totals) == len(shown) + 1 == 9
   assert_close(
-    seen[0][:height, :width], _nhwc(ARRAYS['tta/mean_probabilities'])[0], relative=TOLERANCE
+    totals[-1][:height, :width], _nhwc(ARRAYS['tta/mean_probabilities'])[0], relative=TOLERANCE
   )
   np.testing.assert_array_equal(found[:height, :width], ARRAYS['tta/prediction'])
+
+
+def test_images_of_many_sizes_share_few_programs():
+  """One for each pair of rounded sides and number of windows, whatever the sizes and scales."""
+  task = _StubTask(image_size=(16, 16), stride=(16, 16), num_classes=2, mirrored=True)
+  graphdef, params = nnx.split(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+  segment = segmentation.Segmentation(graphdef, task, 4, jax.local_devices()[:1])
+  sizes = [(h, w) for h in range(33, 49, 3) for w in range(33, 65, 8)]
+  assert len(sizes) == 24
+  made = _unlabelled(task)
+  examples = [made({'image': np.zeros((*size, 3), np.uint8)}) for size in sizes]
+  before = segmentation._add_view._cache_size()
+  for size, found in zip(sizes, segment(nnx.to_pure_dict(params), examples), strict=True):
+    assert found.shape == tuple(map(segmentation.bucket, size))
+  views_of = {size: task.views.of(size)[0] for size in sizes}
+  shared = {
+    (*map(segmentation.bucket, size), len(view.tops), len(view.lefts))
+    for size, view in views_of.items()
+  }
+  assert segmentation._add_view._cache_size() - before <= len(shared) <= 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _StubTask(SegmentTask):
+  """Segmentation with logits that cost nothing."""
+
+  mean: tuple[float, ...] = MEAN
+  std: tuple[float, ...] = STD
+  inference: str = 'slide'
+
+  def logits(self, model, windows, extent):
+    return jnp.zeros((len(windows), 4, 4, self.num_classes))
 
 
 def _unlabelled(task):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
+from configs import base, detect_hivit_b, segment_hivit_b, segment_vit_b
 from hivit_jax.errors import UserError
 from hivit_jax.interop import files
 from hivit_jax.train import assemble, initialise, validate
@@ -108,18 +108,19 @@ def assert_equal_in_steps(schedule: Schedule, steps, rates, scale: float = 1.0) 
   np.testing.assert_allclose(compiled, rates, rtol=3e-7)
 
 
-@pytest.mark.parametrize('name', ['official_80k', 'short', 'mae_160k'])
-def test_poly_is_that_of_mmsegmentation(name):
-  theirs = official('segmentation_lr_schedule.json')[name]
-  config = configured(
-    steps=theirs['iterations'],
-    optim__schedule='poly',
-    optim__power=theirs['power'],
-    optim__lr=theirs['lr'],
-    optim__end_lr=theirs['min_lr'],
-    optim__warmup_steps=theirs['warmup_iterations'],
-    optim__warmup_start_lr=theirs['lr'] * theirs['warmup_ratio'],
-  )
+@pytest.mark.parametrize(
+  ('name', 'module', 'changes'),
+  [
+    ('official_80k', segment_hivit_b, {}),
+    ('short', segment_hivit_b, {'steps': 1000, 'optim.warmup_steps': 100}),
+    ('mae_160k', segment_vit_b, {}),
+  ],
+)
+def test_poly_is_that_of_mmsegmentation(name, module, changes):
+  """With the numbers of the recipes."""
+  theirs, config = official('segmentation_lr_schedule.json')[name], module.get_config()
+  config.update_from_flattened_dict(changes)
+  assert config.steps == theirs['iterations']
   schedule = assemble.schedule(config, 123.0)  # the size of the data does not matter
   steps, rates = zip(*theirs['points'], strict=True)
   assert_equal_in_steps(schedule, steps, rates)
@@ -128,21 +129,13 @@ def test_poly_is_that_of_mmsegmentation(name):
 
 
 def test_step_is_that_of_mmdetection():
-  """Milestones in epochs, at exactly their step, and a warmup in steps."""
-  theirs = official('detection_lr_schedule.json')
-  config = configured(
-    epochs=float(theirs['epochs']),
-    optim__schedule='step',
-    optim__lr=theirs['base_lr'],
-    optim__milestones=tuple(theirs['milestones_epochs']),
-    optim__milestone_factor=theirs['gamma'],
-    optim__warmup_steps=theirs['warmup_steps'],
-    optim__warmup_start_lr=theirs['base_lr'] * theirs['warmup_ratio'],
-  )
+  """With the recipe's milestones in epochs, at exactly their step, and its warmup in steps."""
+  theirs, config = official('detection_lr_schedule.json'), detect_hivit_b.get_config()
+  assert config.epochs == theirs['epochs']
   schedule = assemble.schedule(config, 1 / theirs['steps_per_epoch'])
   steps, rates, lowest = zip(*theirs['points'], strict=True)
   assert_equal_in_steps(schedule, steps, rates)
-  assert_equal_in_steps(schedule, steps, lowest, scale=0.9**21)
+  assert_equal_in_steps(schedule, steps, lowest, scale=config.optim.layer_decay**21)
 
 
 @pytest.mark.parametrize('name', ['pretrain', 'finetune'])

@@ -35,6 +35,16 @@ _SUPERVISED = {
   'swin_base_mlp_stem': {'drop_path': 0.5, 'clip': 5.0, 'group': 64},
 }
 
+# Model -> settings of its segmenter, with crops of 512 and 160 000 steps of 16; from
+# mmsegmentation's configs/mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py and
+# configs/swin/swin-base-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py.
+_SEGMENTATION_BASELINES = {
+  'vit_base': {'init': 'mae_vit_b', 'head': 768, 'drop_path': 0.1, 'lr': 1e-4, 'layer_decay': 0.65,
+               'weight_decay': 0.05},
+  'swin_base': {'init': 'supervised_swin_b', 'head': 512, 'drop_path': 0.3, 'lr': 6e-5,
+                'layer_decay': None, 'weight_decay': 0.01},
+}  # fmt: skip
+
 # Model -> drop path and layer decay of its detector; ViT's are ViTDet's (arXiv 2203.16527).
 _DETECTION = {
   'hivit_tiny': (0.1, 0.9),
@@ -197,14 +207,18 @@ def segment(model: str, variant: str | None = None) -> ml_collections.ConfigDict
 
   The numbers are those of the published HiViT-B: crops of 640, 80 000 steps of 32 images. With 512,
   twice as many steps of half as many images, as in the other recipes of mmsegmentation; HiViT was
-  not published so, and its rate is halved with the batch. `linear` starts from MAE's
-  weights, with an optimizer of our own choice.
+  not published so, and its rate is halved with the batch. ViT and Swin have their own numbers,
+  in the table above. `linear` starts from pretraining, with an optimizer of our own choice.
 
   Args:
     model: a HiViT, ViT or Swin, such as hivit_base.
-    variant: '512', 'linear', 'debug' or None.
+    variant: '512' (HiViT alone), 'linear', 'debug' or None.
   """
   config = base.get_config()
+  baseline = _SEGMENTATION_BASELINES.get(model)
+  known = ('linear', 'debug') if baseline else ('512', 'linear', 'debug')
+  if variant and variant not in known:
+    raise unknown(variant, *known)
   config.task = 'segment'
   config.init = f'workdirs/finetune_{_short(model)}'
   config.model.update(name=f'segment_{model}', drop_path_rate=0.1)
@@ -215,21 +229,32 @@ def segment(model: str, variant: str | None = None) -> ml_collections.ConfigDict
   config.segment.reduce_zero_label = True
   config.optim.update(lr=1e-3, warmup_start_lr=1e-9, warmup_steps=750, schedule='poly', b2=0.999)
   config.optim.layer_decay = 0.75
-  if variant == '512':
+  if model.startswith('swin'):
+    config.model.window_size = 8  # instead of 7: divides all maps
+  if variant == 'linear':
+    _linear_pixels(config, model)
+  elif baseline:
+    config.init = f'workdirs/{baseline["init"]}'
+    config.model.update(head_channels=baseline['head'], drop_path_rate=baseline['drop_path'])
+    _crops_of_512(config, steps=160_000, lr=baseline['lr'])
+    config.optim.update({key: baseline[key] for key in ('layer_decay', 'weight_decay')})
+  elif variant == '512':
     _crops_of_512(config, steps=160_000, lr=5e-4)
-  elif variant == 'linear':
-    config.task = 'segment_linear'
-    config.init = f'workdirs/mae_{_short(model)}'
-    config.model.update(drop_path_rate=0.0, linear_levels=(1, 2, 3))
-    _crops_of_512(config, steps=40_000, lr=1e-3)
-    config.optim.update(weight_decay=1e-4, layer_decay=None)
-  elif variant and variant != 'debug':
-    raise unknown(variant, '512 (pixels of a crop)', 'linear', 'debug')
   config.checkpoint.keep_every_epochs = 0.0
   config.evaluation.update(every_epochs=12.5, batch_size=16)  # about 8000 steps of 32
   config.knn.every_epochs = 0.0
   config.pictures.every_epochs = 12.5
   return debug(config) if variant == 'debug' else config
+
+
+def _linear_pixels(config: ml_collections.ConfigDict, model: str) -> None:
+  """A linear classifier on what pretraining left; HiViT's fourth level is its third, pooled."""
+  config.task = 'segment_linear'
+  config.init = f'workdirs/{"simmim" if model.startswith("swin") else "mae"}_{_short(model)}'
+  levels = (1, 2, 3) if model.startswith('hivit') else (1, 2, 3, 4)
+  config.model.update(drop_path_rate=0.0, linear_levels=levels)
+  _crops_of_512(config, steps=40_000, lr=1e-3)
+  config.optim.update(weight_decay=1e-4, layer_decay=None)
 
 
 def _crops_of_512(config: ml_collections.ConfigDict, *, steps: int, lr: float) -> None:

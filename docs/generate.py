@@ -196,14 +196,19 @@ def _row(name: str, config: ml_collections.ConfigDict, parameters: int | None) -
     what.split(';')[0],
     ' '.join(f'`:{variant}`' for variant in variants(name)),
     f'`{config.model.name}`' if config.model.name else 'of the weights',
-    '' if parameters is None else f'{parameters:,}'.replace(',', ' '),
+    '' if parameters is None else _grouped(parameters),
     'x'.join(map(str, config.image_size)),
   ]
   if parameters is None:
     cells += ['', '', '']
   else:
-    cells += [f'{config.epochs:g}', str(config.batch_size), f'{rate:.3g}']
+    length = f'{config.epochs:g}' if config.steps is None else f'{_grouped(config.steps)} steps'
+    cells += [length, str(config.batch_size), f'{rate:.3g}']
   return f'| {" | ".join(cells)} |'
+
+
+def _grouped(number: int) -> str:
+  return f'{number:,}'.replace(',', ' ')
 
 
 def _differences(loaded: dict[str, ml_collections.ConfigDict]) -> list[str]:
@@ -211,7 +216,7 @@ def _differences(loaded: dict[str, ml_collections.ConfigDict]) -> list[str]:
   defaults = dotted(base.get_config())
   order = [setting.key for setting in _settings() if setting.key in defaults]
   flat = {name: dotted(config) for name, config in loaded.items()}
-  in_table = {'model.name', 'image_size', 'epochs', 'batch_size'}
+  in_table = {'model.name', 'image_size', 'epochs', 'steps', 'batch_size'}
   changed = [
     key
     for key in order

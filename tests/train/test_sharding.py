@@ -20,6 +20,7 @@ from hivit_jax.ops import barriers
 from hivit_jax.planning.collectives import collectives
 from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.mae import MAETask
+from hivit_jax.tasks.segment import SegmentTask
 from hivit_jax.train import optim, sharding, step
 from tests import patience
 from tests.helpers import TINY, abstract_model, marks_of, random_model
@@ -183,26 +184,41 @@ class _Mixing(ClassifyTask):
     return value, metrics | {'noise': each.sum() / batch['count']}  # a part's share in the mean
 
 
+class _Distorting(SegmentTask):
+  """The task, telling an average of its distorted images and dropout noise as a metric."""
+
+  def loss(self, model, batch):
+    value, metrics = super().loss(model, batch)
+    each = batch['image'].mean(axis=(1, 2, 3)) + 100 * batch['dropout_noise'].mean(axis=1)
+    return value, metrics | {'noise': each.mean()}
+
+
 # Groups of six in a batch of 16, the last of four: they lie across devices.
 _GROUP = 6
 
 
-def _start(mesh, accumulate_steps: int, *, classify: bool, group: int | None = _GROUP):
+def _start(mesh, accumulate_steps: int, name: str, group: int | None = _GROUP):
   """A training state, where its leaves lie, and the step."""
   size = {
     'image_size': 32, 'embed_dim': 16, 'depths': (1, 1, 1), 'num_heads': 2, 'drop_path_rate': 0.3
   }  # fmt: skip
   statistics = (0.5,) * 3, (0.25,) * 3
-  if classify:
+  if name == 'classify':
     graphdef, params = random_model('hivit_tiny', **size, num_classes=10)
     augment = {'erase': 0.5, 'mixup': 0.8, 'cutmix': 1.0, 'mix_group': group}
     task = _Mixing(*statistics, 10, label_smoothing=0.1, **augment)
+  elif name == 'segment':
+    # With BatchNorm, but without UPerNet, which compiles for long; test_segmentation trains that.
+    head = {'num_classes': 10, 'linear_levels': (1, 3), 'position_image_size': 32}
+    graphdef, params = random_model('segment_hivit_tiny', **size, **head)
+    task = _Distorting(*statistics, (32, 32), 10, photometric=True, mean_over='labelled')
   else:
     decoder = {'decoder_embed_dim': 8, 'decoder_depth': 1, 'decoder_num_heads': 2}
     graphdef, params = random_model('mae_hivit_tiny', **size, **decoder)
     task = _Recording(*statistics)
+  frozen = ((r'.*/(mean|var)', 'frozen'),)  # BatchNorm's
   optimizer = optim.adamw(
-    params, rules=ClassifyTask.rules if classify else MAETask.rules,
+    params, rules=(*frozen, *task.rules),
     b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05, clip_norm=None,
   )  # fmt: skip
   state = {
@@ -230,17 +246,20 @@ def _start(mesh, accumulate_steps: int, *, classify: bool, group: int | None = _
 def _batch(number: int, mesh) -> dict:
   images = np.random.default_rng(number).integers(0, 256, (16, 32, 32, 3), np.uint8)
   labels = np.arange(16, dtype=np.int32) % 10
-  batch = sharding.put_batch({'image': images, 'label': labels}, mesh)
+  maps = (images[..., 0] // 26).copy()
+  maps[1, :30] = 255  # not counted: examples, and so devices, differ in what they have
+  own = {'label': labels, 'label_map': maps, 'extent': np.full((16, 2), 32, np.int32)}
+  batch = sharding.put_batch({'image': images, **own}, mesh)
   np.testing.assert_array_equal(sharding.fetch(batch['image']), images)
   return batch
 
 
-def train(data: int, fsdp: int, accumulate_steps: int, *, classify: bool = False) -> dict:
-  """Ten steps on some of this process's devices: numbers, and where things lie."""
+def train(data: int, fsdp: int, accumulate_steps: int, name: str) -> dict:
+  """Some steps on some of this process's devices: numbers, and where things lie."""
   mesh = sharding.make_mesh(data, fsdp)
-  state, shardings, train_step = _start(mesh, accumulate_steps, classify=classify)
+  state, shardings, train_step = _start(mesh, accumulate_steps, name)
   losses, noise = [], []
-  for number in range(10):
+  for number in range(_STEPS):
     batch = _batch(number, mesh)
     state, metrics = train_step(state, batch)
     losses.append(float(metrics['loss']))
@@ -264,13 +283,20 @@ def _norm(tree) -> float:
 
 
 # (data, fsdp, accumulate_steps)
-_SPLITS = ((8, 1, 2), (1, 8, 1), (2, 4, 2))
+_SPLITS = {
+  'mae': ((8, 1, 2), (1, 8, 1), (2, 4, 2)),
+  'classify': ((8, 1, 2), (2, 4, 2)),
+  'segment': ((2, 4, 1),),  # BatchNorm needs the whole batch
+}
+_STEPS = 10
 
 
 def _on_eight_devices(code: str) -> Any:
   """What an expression gives as JSON in a process of its own with eight simulated devices."""
   environment = os.environ | on_devices(8) | {'JAX_PLATFORMS': 'cpu'}
-  code = f'import json; from tests.train import test_sharding; print(json.dumps({code}))'
+  # What it compiles is found the next time.
+  cached = 'from hivit_jax.runtime import compilation_cache as cache; cache.turn_on()'
+  code = f'import json; from tests.train import test_sharding; {cached}; print(json.dumps({code}))'
   child = subprocess.run(
     [sys.executable, '-c', code],
     cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience.limit(300),
@@ -280,14 +306,15 @@ def _on_eight_devices(code: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('classify', [False, True], ids=['mae', 'classify'])
-def test_the_number_of_devices_and_what_they_share_changes_nothing(classify):
-  """Masks, mixing and losses as on one."""
-  code = f'[test_sharding.train(*split, classify={classify}) for split in {_SPLITS}]'
-  one = train(1, 1, 1, classify=classify)
+@pytest.mark.parametrize('name', _SPLITS)
+def test_the_number_of_devices_and_what_they_share_changes_nothing(name):
+  """Masks, mixing, distortion, dropout, statistics of BatchNorm and losses as on one."""
+  splits = _SPLITS[name]
+  code = f'[test_sharding.train(*split, {name!r}) for split in {splits}]'
+  one = train(1, 1, 1, name)
   assert one['shards'] == [16]
-  assert len(set(one['losses'])) == 10
-  for (_, fsdp, _), eight in zip(_SPLITS, _on_eight_devices(code), strict=True):
+  assert len(set(one['losses'])) == _STEPS
+  for (_, fsdp, _), eight in zip(splits, _on_eight_devices(code), strict=True):
     assert eight['shards'] == [2] * 8
     assert 1 / fsdp <= eight['share'] < 1 / fsdp + 0.2
     np.testing.assert_allclose(eight['local_norm'], eight['norm'], rtol=1e-5)
@@ -299,7 +326,7 @@ def test_the_number_of_devices_and_what_they_share_changes_nothing(classify):
 def moved(group: int | None) -> dict[str, int]:
   """Bytes that the compiled step of a classifier moves between devices, sums aside, by kind."""
   mesh = sharding.make_mesh(8, 1)
-  state, _, train_step = _start(mesh, 1, classify=True, group=group)
+  state, _, train_step = _start(mesh, 1, 'classify', group)
   text = train_step.lower(state, _batch(0, mesh)).compile().as_text()
   sizes = {'collective-permute': 0, 'all-gather': 0, 'all-to-all': 0}
   for found in collectives(text, mesh.size):

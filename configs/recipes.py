@@ -35,7 +35,8 @@ _SUPERVISED = {
   'swin_base_mlp_stem': {'drop_path': 0.5, 'clip': 5.0, 'group': 64},
 }
 
-# Model -> drop path and layer decay of its detector; ViT's are ViTDet's (arXiv 2203.16527).
+# Model -> drop path and layer decay of its detector; ViT's are ViTDet's (arXiv 2203.16527), Swin's
+# those of the official Cascade Mask R-CNN, see configs/detect_swin_b.py.
 _DETECTION = {
   'hivit_tiny': (0.1, 0.9),
   'hivit_small': (0.1, 0.9),

@@ -67,6 +67,9 @@ class Disk:
     """The record of a checkpoint that is all on the disk afterwards, verified; `Damaged`."""
     return manifest.read_verified(path)
 
+  def push(self) -> None:
+    """Copies what the run has written, checkpoints aside, to where it stays; UserError."""
+
   def publish(self, path: pathlib.Path, step: int) -> None:
     """Makes a checkpoint, all on the disk, one that the next start finds."""
 
@@ -129,9 +132,12 @@ class Remote(Disk):
   def read(self, path: pathlib.Path) -> manifest.Record:
     return _complete(self._bucket, path)
 
-  def publish(self, path: pathlib.Path, step: int) -> None:
-    if self._mirror is not None:  # metrics first: a checkpoint's rows are there when it is
+  def push(self) -> None:
+    if self._mirror is not None:
       self._mirror.push()
+
+  def publish(self, path: pathlib.Path, step: int) -> None:
+    self.push()  # metrics first: a checkpoint's rows are there when it is
     self._lease.check()
     below = _below(step)
     self._bucket.delete(self._bucket.sizes(below))

@@ -261,6 +261,7 @@ def _begin(setup: Setup, place: places.Disk, stack: contextlib.ExitStack) -> loo
     )
   )
   context.writer = writer
+  place.push()  # the ids of trackers: after a kill, the same command continues their runs
   return loop.Run(
     state=state,
     train_step=training.train_step,

@@ -14,7 +14,7 @@ import pytest
 from hivit_jax.buckets.bucket import Bucket
 from hivit_jax.errors import UserError
 from hivit_jax.interop import files
-from hivit_jax.train import places, weights
+from hivit_jax.train import manifest, places, weights
 from hivit_jax.train.checkpoint import Checkpoints, load_metadata, load_params
 from tests.buckets.servers import serve
 from tests.runs import STEPS, assert_same_params, content, error_of, metrics, on_devices
@@ -132,6 +132,15 @@ def test_files_of_the_run_are_copied_and_found_again(address):
     assert not (run / 'pictures').exists()
 
 
+def test_files_can_be_copied_before_there_is_a_checkpoint(address):
+  with contextlib.ExitStack() as stack:
+    place = places.of(address)
+    place.open(stack)
+    (place.directory / 'trackers.json').write_text('{}')
+    place.push()
+    assert Bucket(address).read('trackers.json').content == b'{}'
+
+
 def test_who_has_lost_the_lock_writes_nothing_more(address):
   def run():
     with opened(address) as checkpoints:
@@ -147,13 +156,22 @@ def test_who_has_lost_the_lock_writes_nothing_more(address):
   assert b'process 1 on another' in Bucket(address).read('lock').content
 
 
-def test_weights_are_read_from_files_directories_and_the_best_checkpoint(address, tmp_path):
+def test_weights_are_read_from_files_and_directories(address, tmp_path):
   files.write(tmp_path / 'model.safetensors', {'head.weight': np.ones((2, 3), np.float32)})
   Bucket(address).upload({'model.safetensors': tmp_path / 'model.safetensors'})
   for path in (f'{address}/model.safetensors', address):
     assert weights.read(path).arrays['head.weight'].shape == (2, 3)
   with pytest.raises(UserError, match=f'{address}/nothing does not exist'):
     weights.read(f'{address}/nothing')
+
+
+def test_the_best_checkpoint_is_read_by_its_name(address):
+  with opened(address) as checkpoints:
+    checkpoints.best = manifest.Best('eval/top1:max', 0.5, 1)
+    for step in (1, 2):
+      checkpoints.save(step, make_state(step), {})
+  assert load_params(address).step == 2
+  assert load_params(f'{address}/best').step == 1
 
 
 def test_without_its_package_a_bucket_is_refused_in_one_line(monkeypatch):
@@ -239,7 +257,7 @@ def test_killed_while_it_saves_and_without_a_server_for_a_while_a_run_ends_with_
     reached, go_on = threading.Event(), threading.Event()
 
     def hold(method, path):
-      if method == 'PUT' and 'checkpoints/8/SHA256SUMS' in path:
+      if method == 'PUT' and 'checkpoints/16/SHA256SUMS' in path:
         reached.set()
         go_on.wait(60)
         raise ConnectionError
@@ -255,7 +273,7 @@ def test_killed_while_it_saves_and_without_a_server_for_a_while_a_run_ends_with_
     s3.before = None
 
     def away(method, path):
-      if method == 'PUT' and 'checkpoints/20/SHA256SUMS' in path:
+      if method == 'PUT' and 'checkpoints/24/SHA256SUMS' in path:
         s3.before = None
         threading.Thread(target=pause).start()
         raise ConnectionError
@@ -268,8 +286,8 @@ def test_killed_while_it_saves_and_without_a_server_for_a_while_a_run_ends_with_
     s3.before = away
     done = runs.finish(command, environment)
     assert done.returncode == 0, done.stderr
-    assert f'removed the incomplete checkpoint {address}/checkpoints/8' in done.stderr
-    assert f'resuming at step 4 of {STEPS}' in done.stderr
+    assert f'removed the incomplete checkpoint {address}/checkpoints/16' in done.stderr
+    assert f'resuming at step 8 of {STEPS}' in done.stderr
     assert f'finished: checkpoint {address}/checkpoints/{STEPS}' in done.stderr
     again = runs.finish(command, environment)
     assert f'this run is finished: {address}/checkpoints/{STEPS}' in again.stderr

@@ -34,15 +34,16 @@ def fields(tmp_path):
   """Reflectances as satellites deliver them: a small part of the range of 16 bits."""
   rng = np.random.default_rng(0)
   for split, count in (('train', 4), ('val', 2)):
-    (tmp_path / split).mkdir()
     for i in range(count):
+      folder = tmp_path / split / 'ab'[i % 2]
+      folder.mkdir(parents=True, exist_ok=True)
       bands = rng.integers(1000 * np.arange(1, 14), 1000 * np.arange(1, 14) + 1500, (40, 50, 13))
       bands = bands.astype(np.uint16)
       if i % 2:
-        np.save(tmp_path / split / f'{i}.npy', bands)
+        np.save(folder / f'{i}.npy', bands)
       else:
         planes = np.moveaxis(bands, -1, 0)
-        tifffile.imwrite(tmp_path / split / f'{i}.tif', planes, photometric='minisblack')
+        tifffile.imwrite(folder / f'{i}.tif', planes, photometric='minisblack')
   return tmp_path
 
 
@@ -61,10 +62,10 @@ def gradients(setup, batch):
   return gradient(params, batch)
 
 
-def first_batch(folder, **own):
+def first_batch(folder, module=mae_hivit_t, **own):
   """Of a run on a folder, with the statistics measured there: its setup, and a batch."""
   found = statistics.measure(open_source(f'folder:{folder}', 'train'), 0)
-  config = _config(**{
+  config = _config(module, **{
     'data.name': f'folder:{folder}', 'data.train_split': 'train', 'data.eval_split': 'val',
     'data.mean': tuple(map(float, found.mean)), 'data.std': tuple(map(float, found.std)),
     'batch_size': 4, 'knn.every_epochs': 0.0, 'model.embed_dim': 16, 'model.depths': (0, 0, 1),
@@ -90,6 +91,15 @@ def test_from_a_folder_to_gradients_of_every_band(fields):
   predicted = np.asarray(found['decoder_pred']['kernel'][...])
   assert (np.abs(predicted.reshape(-1, 256, 13)).max(axis=(0, 1)) > 0).all()
   assert split_units(images).shape[-1] == 13
+
+
+def test_bands_are_erased_and_mixed(fields):
+  mixed = {'augment.rand_augment': None, 'augment.erase': 1.0, 'augment.mixup': 0.8}
+  setup, batch = first_batch(fields, finetune_hivit_b, **mixed | {'augment.cutmix': 1.0})
+  assert (batch['image'].shape[-1], batch['image'].dtype) == (13, np.uint16)
+  kernel = np.asarray(gradients(setup, batch)['patch_embed']['proj']['kernel'][...])
+  assert np.isfinite(kernel).all()
+  assert (np.abs(kernel).max(axis=(0, 1, 3)) > 0).all()
 
 
 def test_one_band_of_floats_reaches_task_and_gradients_in_its_own_units(tmp_path):

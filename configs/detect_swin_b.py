@@ -1,4 +1,11 @@
-"""Mask R-CNN on Swin-B, on COCO after SimMIM: a baseline; variants :cascade, :debug."""
+"""Mask R-CNN on Swin-B, on COCO after SimMIM: a baseline; variants :cascade, :debug.
+
+Rates, schedule, augmentation, drop path of 0.3, no layer decay, and heads are those of Swin-B's
+official Cascade Mask R-CNN (SwinTransformer/Swin-Transformer-Object-Detection, configs/swin/
+cascade_mask_rcnn_swin_base_patch4_window7_mstrain_480-800_giou_4conv1f_adamw_3x_coco.py), which
+starts from labels; no plain Mask R-CNN on Swin-B was published there. SimMIM's weights in its place
+and the one canvas are ours, the first for the comparison in HiViT's paper.
+"""
 
 from hivit_jax.configs import recipes
 

@@ -45,7 +45,8 @@ _SEGMENTATION_BASELINES = {
                 'layer_decay': None, 'weight_decay': 0.01},
 }  # fmt: skip
 
-# Model -> drop path and layer decay of its detector; ViT's are ViTDet's (arXiv 2203.16527).
+# Model -> drop path and layer decay of its detector; ViT's are ViTDet's (arXiv 2203.16527), Swin's
+# those of the official Cascade Mask R-CNN, see configs/detect_swin_b.py.
 _DETECTION = {
   'hivit_tiny': (0.1, 0.9),
   'hivit_small': (0.1, 0.9),

@@ -1,7 +1,13 @@
-"""Detection from the command line, in two buckets: kills and devices change nothing."""
+"""Detection from the command line, in two buckets: files, evaluation, kills, devices."""
+
+import json
 
 import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
+from hivit_jax.data.coco import KINDS
 from tests.data import coco_on_disk
 from tests.data.scenes_on_disk import put
 from tests.dense_runs import assert_same_after_a_kill, command_line
@@ -10,6 +16,7 @@ from tests.runs import metrics
 CONFIG = 'configs/detect_hivit_t.py:debug'
 # Images of three sizes, upright or not, end on one of two canvases, and so do those evaluated.
 CANVASES = '((32,64),(64,32))'
+PLURALS = {'box': 'boxes', 'mask': 'masks'}
 SETTINGS = {
   'max_steps': 4,
   'seed': 1,  # both canvases come in these steps
@@ -18,7 +25,8 @@ SETTINGS = {
   'ema_decay': 0.5,
   'checkpoint__every_epochs': 0.1,  # after every step
   'evaluation__every_epochs': 0.1,
-  'pictures__every_epochs': 0.0,
+  'pictures__every_epochs': 4.0,  # and at the start and the end
+  'pictures__count': 2,
   'model__score_threshold': 0.0,  # nothing is learnt in so few steps, but much is found
   'detect__short_sides': '(24,32)',
   'detect__buckets': CANVASES,
@@ -28,9 +36,14 @@ SETTINGS = {
 
 
 @pytest.fixture(scope='module')
-def command(tmp_path_factory):
+def root(tmp_path_factory):
+  """A folder with COCO's files."""
+  return put(tmp_path_factory.mktemp('coco'), coco_on_disk.official(train=12, val=6))
+
+
+@pytest.fixture(scope='module')
+def command(root):
   """A function from a workdir and changed settings to the command of a run."""
-  root = put(tmp_path_factory.mktemp('coco'), coco_on_disk.official(train=12, val=6))
   data = {'data__name': f'coco:{root}', 'data__train_split': 'train', 'data__eval_split': 'val'}
 
   def command(workdir, **changed) -> list[str]:
@@ -49,6 +62,34 @@ def trained(runs, command, tmp_path_factory):
     for canvas in ('32x64 (1 of 2)', '64x32 (2 of 2)'):
       assert f'compiling {what} for {canvas}' in done.stderr
   return workdir
+
+
+def test_results_files_have_the_metrics_and_an_evaluation_leaves_the_same(
+  runs, command, trained, root
+):
+  last = metrics(trained)[-1]
+  assert last['step'] == SETTINGS['max_steps']
+  own = {key: value for key, value in last.items() if 'ema_' not in key and key[:5] == 'eval/'}
+  files = {kind: trained / 'results' / f'eval_{name}.json' for kind, name in PLURALS.items()}
+  truth = COCO(root / 'annotations' / 'instances_val2017.json')
+  for kind, file in files.items():
+    measured = COCOeval(truth, truth.loadRes(str(file)), KINDS[kind])
+    measured.evaluate()
+    measured.accumulate()
+    measured.summarize()
+    ours = [own[f'eval/{kind}_{metric}'] for metric in ('ap', 'ar_100')]
+    assert [measured.stats[0], measured.stats[8]] == pytest.approx(ours, abs=1e-9)
+  for step in (0, last['step']):
+    with Image.open(trained / 'detections' / f'step_{step:08}.png') as picture:
+      assert picture.width > 2 * 320
+  before = {file: json.loads(file.read_text()) for file in files.values()}
+  assert min(map(len, before.values())) > 10  # though after four steps none is right
+  for file in files.values():
+    file.unlink()
+  done = runs.finish([*command(trained), '--mode=evaluate'])
+  assert done.returncode == 0, done.stderr
+  assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(own)
+  assert {file: json.loads(file.read_text()) for file in files.values()} == before
 
 
 def test_killed_in_a_save_it_ends_with_the_same_bits(runs, command, trained, tmp_path):

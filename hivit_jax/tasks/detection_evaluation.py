@@ -19,6 +19,12 @@ _SIDES = 128  # pixels: canvases of single images have sides that are multiples 
 _NAME = 'detections'  # of the pictures' directory
 
 
+def canvas_of(size: tuple[int, int]) -> tuple[int, int]:
+  """The canvas of a single image that has become (height, width)."""
+  height, width = (-(-side // _SIDES) * _SIDES for side in size)
+  return height, width
+
+
 class Detector:
   """Detections in one image of any size: `detect(params, image)`.
 
@@ -36,8 +42,7 @@ class Detector:
     model = nnx.merge(self._graphdef, params)
     if model.any_canvas:
       # Few canvases, so that few programs are compiled; the result does not depend on them.
-      size = self._transform.size(image.shape[:2])
-      height, width = (-(-side // _SIDES) * _SIDES for side in size)
+      height, width = canvas_of(self._transform.size(image.shape[:2]))
     else:
       height, width = model.image_size
     row = self._transform({'image': image}, shape=(height, width))

@@ -123,7 +123,10 @@ class Context(Protocol):
     ...
 
   def store(self, name: str, data: str) -> None:
-    """Keeps a text, such as JSON, as results/NAME in the workdir, instead of the one before."""
+    """Keeps a text, such as JSON, as results/NAME, instead of the one before.
+
+    In the workdir, or for weights that are in none in the current directory.
+    """
     ...
 
   def draw(self, step: int, name: str, picture: Any) -> None:

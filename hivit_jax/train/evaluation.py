@@ -32,7 +32,7 @@ class EvaluationContext:
     setup: config, devices and data.
     graphdef: of the model.
     directory: of the run; None: pictures have no place to go.
-    results: directory of a run that only results go to; None: as `directory`.
+    results: where results go without a run that is going on; None: as `directory`.
     writer: of the run, as soon as there is one, for pictures in TensorBoard.
   """
 

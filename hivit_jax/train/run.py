@@ -137,9 +137,7 @@ def _evaluate(
   state = weights.read(path, ema=config.init_ema)
   setup = set_up(initialise.config_for(config, state, given), evaluated=state)
   graphdef, params = _evaluated(setup, state)
-  run = pathlib.Path(path).expanduser()
-  results = run if (run / 'checkpoints').is_dir() else None
-  context = evaluation.EvaluationContext(setup, graphdef, results=results)
+  context = evaluation.EvaluationContext(setup, graphdef, results=_place_of_results(path))
   evaluators = evaluation.evaluators(context)
   if not evaluators:
     raise UserError(
@@ -157,6 +155,12 @@ def _evaluate(
     state.source, how, source.split, source.name, len(source), shown,
   )  # fmt: skip
   return metrics
+
+
+def _place_of_results(path: str) -> pathlib.Path:
+  """Where evaluated weights leave results: in their run, or in the current directory."""
+  run = pathlib.Path(path).expanduser()
+  return run if (run / 'checkpoints').is_dir() else pathlib.Path.cwd()
 
 
 def _evaluated(setup: Setup, state: files.StateDict) -> tuple[nnx.GraphDef, Any]:

@@ -14,12 +14,17 @@ SETS = json.loads((GOLDEN / 'coco_eval.json').read_text())['sets']
 @pytest.mark.parametrize('kind', coco.KINDS)
 @pytest.mark.parametrize('name', SETS)
 def test_the_twelve_numbers_and_those_of_the_categories_are_the_official_ones(name, kind):
+  """Of the ten IoUs two are among the twelve numbers, and so is the mean over all."""
   case, theirs = SETS[name], coco.KINDS[kind]
   metrics, of_category = coco.evaluate(case['groundtruth'], case['predictions'][theirs], kind)
   expected = case['results'][theirs]
   assert list(metrics) == list(coco.METRICS)
   np.testing.assert_allclose(list(metrics.values()), expected['stats'], atol=1e-9)
   assert of_category == pytest.approx({int(k): v for k, v in expected['per_category'].items()})
+  of_iou = expected['per_iou']
+  assert len(of_iou) == 10
+  wanted = [of_iou['0.50'], of_iou['0.75'], np.mean(list(of_iou.values()))]
+  assert [metrics[key] for key in ('ap50', 'ap75', 'ap')] == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize('kind', coco.KINDS)

@@ -1,5 +1,6 @@
 """Images with objects: against mmdetection's transforms, and what they do not show."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image
 from hivit_jax.data import detection_transforms as transforms
 from hivit_jax.data.decode import BrokenImage
 from hivit_jax.errors import UserError
-from tests.helpers import load_golden
+from hivit_jax.tasks.images import normalize_padded
+from tests.helpers import assert_close, load_golden
 
 CONFIG, ARRAYS = load_golden('detection_augment.npz')
 
@@ -44,6 +46,17 @@ def test_chains_equal_the_official_ones(scene, number):
   np.testing.assert_allclose(found.boxes, ARRAYS[f'{number}/boxes'], atol=1e-4)
   np.testing.assert_array_equal(found.labels, ARRAYS[f'{number}/labels'])
   np.testing.assert_array_equal(found.masks, unpack(ARRAYS[f'{number}/masks'], size))
+
+
+def test_a_normalised_and_padded_image_equals_the_official_one(scene):
+  """By ImageNet's statistics, with zeros beside it and not the colour that black becomes."""
+  (case,) = (case for case in CONFIG['cases'] if 'final' in case)
+  found = chain_of(case)(scene)
+  image = dataclasses.replace(found, image=ARRAYS['3/image'])  # a grey level apart in some pixels
+  arrays = transforms.to_arrays(image, tuple(case['pad_shape']), 6)
+  mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+  (final,) = normalize_padded(arrays['image'][None], arrays['size'][None], mean, std)
+  assert_close(final[::3, ::3], ARRAYS['3/final'])
 
 
 @pytest.mark.parametrize('number', range(len(CONFIG['cases'])))

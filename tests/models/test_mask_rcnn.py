@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +126,7 @@ def test_the_proposal_head_its_losses_and_gradients_equal_the_official_ones(head
     model = part.model(params)
     levels = [model(x) for x in maps]
     logits, deltas = (jnp.concatenate(x, axis=1) for x in zip(*levels, strict=True))
-    total = 0
+    total = jnp.zeros(2)
     for image in range(2):
       of_image = [arrays[f'rpn/{kind}_inds/{image}'] for kind in ('pos', 'neg')]
       index = np.concatenate(of_image)
@@ -136,20 +137,48 @@ def test_the_proposal_head_its_losses_and_gradients_equal_the_official_ones(head
       of_class, of_box = losses.rpn_sums(
         logits[image], deltas[image], jnp.asarray(every), gt, sample
       )
-      total += (of_class + of_box) / (2 * config['rpn_samples'])
-    return total, levels
+      total += jnp.stack([of_class, of_box]) / (2 * config['rpn_samples'])
+    return sum(total), (total, levels)
 
   with jax.enable_x64(True):
-    (value, levels), (grads, of_maps) = jax.jit(
+    (value, (parts, levels)), (grads, of_maps) = jax.jit(
       jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     )(part.params, maps)
   assert_close(value, arrays['rpn/loss'])
+  for part, kind in zip(parts, ('cls', 'bbox'), strict=True):  # theirs are those of five levels
+    assert_close(part, sum(arrays[f'rpn/loss_{kind}/{i}'] for i in range(5)))
   for i, (logits, deltas) in enumerate(levels):
     shape = (2, *shapes[i], -1)
     assert_close(first(logits.reshape(shape)), arrays[f'rpn/cls/{i}'])
     assert_close(first(deltas.reshape(shape)), arrays[f'rpn/reg/{i}'])
     assert_close(first(of_maps[i]), arrays[f'rpn/grad_input/{i}'])
   assert_gradients(grads, arrays, 'grad/rpn_head.')
+
+
+def test_proposals_equal_the_official_ones(heads):
+  """Of two images, one smaller than the canvas, all of which takes part; 100 of each, and 20."""
+  config, arrays = heads
+  settings = types.SimpleNamespace(nms_pre=(200, 0), proposals=100, anchor_scale=8.0)
+  maps = {}
+  for name in ('cls', 'reg'):
+    maps[name] = [np.moveaxis(arrays[f'rpn/{name}/{i}'], 1, -1) for i in range(5)]
+
+  @jax.jit
+  def run(logits, deltas):
+    logits = [x.reshape(2, -1) for x in logits]
+    deltas = [x.reshape(2, -1, 4) for x in deltas]
+    model = types.SimpleNamespace(settings=settings)
+    sizes = np.asarray(config['image_sizes'], np.int32)
+    return MaskRCNN.proposals(model, logits, deltas, config['feature_shapes'], sizes, train=True)
+
+  found = run(maps['cls'], maps['reg'])
+  assert found.valid.all()
+  boxes, scores = np.asarray(found.boxes), np.asarray(nnx.sigmoid(found.scores))
+  for kind, count in (('medium', 100), ('small', 20)):
+    for i in range(2):
+      expected = arrays[f'rpn/proposals_{kind}/{i}']
+      assert_close(boxes[i, :count], expected[:, :4])
+      assert_close(scores[i, :count], expected[:, 4])
 
 
 def test_the_box_head_its_losses_gradients_and_statistics_equal_the_official_ones(heads):
@@ -173,18 +202,22 @@ def test_the_box_head_its_losses_gradients_and_statistics_equal_the_official_one
     model = part.model(params)
     logits, deltas = model(features, valid)
     sums = losses.box_sums(logits, deltas, *slots, valid)
+    background = slots[0], np.full_like(slots[1], 5), slots[2]
+    without = losses.box_sums(logits, deltas, *background, valid)
     statistics = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-    return (sums['class'] + sums['box']) / count, (sums, logits, deltas, statistics)
+    return (sums['class'] + sums['box']) / count, ((sums, without), logits, deltas, statistics)
 
   with jax.enable_x64(True):
     (_, (sums, logits, deltas, statistics)), (grads, of_features) = jax.jit(
       jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     )(part.params, padded(features, 9.0))
     evaluated = jax.jit(lambda params: part.model(params)(features))(part.params)
-    sums = jax.device_get(sums)
+    sums, without = jax.device_get(sums)
   assert_close(sums['class'] / count, arrays['box/loss_cls'])
   assert_close(sums['box'] / count, arrays['box/loss_bbox'])
   assert_close(100 * sums['right'] / count, arrays['box/acc'][0])
+  assert_close(without['class'] / count, arrays['box/no_positive/loss_cls'])
+  assert without['box'] == arrays['box/no_positive/loss_bbox'] == 0
   assert_close(logits[:count], arrays['box/cls_score'])
   assert_close(deltas[:count].reshape(count, -1), arrays['box/bbox_pred'])
   assert_close(first(of_features[:count]), arrays['box/grad_feats'])
@@ -272,14 +305,20 @@ def test_detections_of_an_image_equal_the_official_ones_stage_by_stage():
   @jax.jit
   def run(params):
     model: MaskRCNN = nnx.merge(graphdef, params)
+    encoded = model.maps(images, None, None)
     maps = model.pyramid(images)
     logits, deltas = model.rpn(maps)
     shapes = [x.shape[1:3] for x in maps]
     proposals = model.proposals(logits, deltas, shapes, sizes, train=False)
-    return maps, logits, deltas, proposals, model.detect(images, sizes)
+    features = model.roi_features(maps, proposals.boxes, 7)
+    ((head, _),) = model.box_heads
+    of_rois = features, *head(features)
+    return encoded, maps, logits, deltas, proposals, of_rois, model.detect(images, sizes)
 
   with jax.enable_x64(True):
-    maps, logits, deltas, proposals, found = run(params)
+    encoded, maps, logits, deltas, proposals, of_rois, found = run(params)
+  for i, x in enumerate(encoded):
+    assert_close(first(x), arrays[f'backbone/{i}'])
   for i, x in enumerate(maps):
     assert_close(first(x), arrays[f'fpn/{i}'])
     assert_close(first(logits[i].reshape(*x.shape[:3], 3)), arrays[f'rpn_cls/{i}'])
@@ -287,8 +326,14 @@ def test_detections_of_an_image_equal_the_official_ones_stage_by_stage():
   assert proposals.valid.all()
   assert_close(proposals.boxes[0], arrays['proposals'][:, :4])
   assert_close(nnx.sigmoid(proposals.scores[0]), arrays['proposals'][:, 4])
+  features, class_logits, box_deltas = of_rois
+  assert_close(first(features[:6]), arrays['bbox_feats'])
+  assert_close(class_logits, arrays['cls_score'])
+  assert_close(box_deltas.reshape(len(class_logits), -1), arrays['bbox_pred'])
   assert found.valid.all()
   np.testing.assert_array_equal(found.labels[0], arrays['det_labels'])
+  own = arrays['mask_logits'][np.arange(12), arrays['det_labels']]
+  assert_close(found.masks[0], nnx.sigmoid(own))
   scale = np.asarray(config['scale_factor'])
   original = np.asarray(found.boxes[0]) / scale
   assert_close(original, arrays['det_bboxes'][:, :4])

@@ -11,10 +11,12 @@ from flax import nnx
 
 import hivit_jax
 from hivit_jax.data import masks
+from hivit_jax.detection import boxes as box_ops
 from hivit_jax.detection import mask_targets
 from hivit_jax.detection.assign import Sample
 from hivit_jax.interop import torch_names
-from hivit_jax.models.mask_rcnn import MASK_CELLS, STAGES
+from hivit_jax.models import mask_rcnn
+from hivit_jax.models.mask_rcnn import MASK_CELLS, STAGES, MaskRCNN
 from hivit_jax.tasks import detect
 from hivit_jax.tasks import detection_targets as targets
 from hivit_jax.train import optim, rules
@@ -30,7 +32,7 @@ from tests.helpers import (
 )
 from tests.models.test_mask_rcnn import DETECTOR
 
-SLOTS = 4
+SLOTS = 100
 KEY = jax.random.key(0)
 LOSSES = ('rpn_class', 'rpn_box', 'class', 'box', 'mask')
 # Pixels of the golden images are normalised already; the task gets these as they are.
@@ -120,7 +122,10 @@ class OfImages(detect.DetectTask):
 
 
 def test_losses_gradients_and_statistics_equal_the_official_ones(golden, monkeypatch):
-  """Given the official mask targets, from which those made of crops differ in few pixels."""
+  """And so do proposals, RoIs and what the heads make of these.
+
+  Given the official mask targets, from which those made of crops differ in few pixels.
+  """
   arrays, batch, _ = golden
   official = unpack(arrays['rcnn/mask_targets'], 28, 28).reshape(2, 4, 28, 28)
   graphdef, abstract = abstract_model('detect_hivit_tiny', **DETECTOR, dtype='float64')
@@ -131,20 +136,46 @@ def test_losses_gradients_and_statistics_equal_the_official_ones(golden, monkeyp
   mask_sum = detect.losses.mask_sum
 
   def with_official_targets(logits, wanted, positive):
-    sent['wanted'] = wanted
+    sent.update(wanted=wanted, masks=logits)
     return mask_sum(logits, official.reshape(-1, MASK_CELLS, MASK_CELLS), positive)
 
+  box_sums, propose = detect.losses.box_sums, MaskRCNN.proposals
+
+  def remembered_sums(logits, deltas, rois, labels, *rest):
+    sent.update(logits=logits, deltas=deltas, rois=rois, labels=labels)
+    return box_sums(logits, deltas, rois, labels, *rest)
+
+  def remembered_proposals(*args, **kwargs):
+    sent['proposals'] = propose(*args, **kwargs)
+    return sent['proposals']
+
   monkeypatch.setattr(detect.losses, 'mask_sum', with_official_targets)
+  monkeypatch.setattr(detect.losses, 'box_sums', remembered_sums)
+  monkeypatch.setattr(MaskRCNN, 'proposals', remembered_proposals)
 
   def loss(params):
     model = nnx.merge(graphdef, params)
     value, metrics = task.losses(model, batch, None)
-    return value, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), sent['wanted'])
+    return value, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), sent)
 
   with jax.enable_x64(True):
-    (value, (metrics, statistics, wanted)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+    (value, (metrics, statistics, stages)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
       params
     )
+  stages = jax.device_get(stages)
+  for i in range(2):
+    proposals = arrays[f'proposals/{i}']
+    assert_close(stages['proposals'].boxes[i], proposals[:, :4])
+    assert_close(nnx.sigmoid(stages['proposals'].scores[i]), proposals[:, 4])
+    assert_close(stages['rois'].reshape(2, -1, 4)[i], arrays[f'rcnn/boxes/{i}'])
+    np.testing.assert_array_equal(
+      stages['labels'].reshape(2, -1)[i, :4], arrays[f'rcnn/pos_labels/{i}']
+    )
+  # After BatchNorm their float32 is good to about 1e-5.
+  assert_close(stages['logits'], arrays['rcnn/cls_score'], relative=3e-5)
+  assert_close(stages['deltas'].reshape(32, -1), arrays['rcnn/bbox_pred'], relative=3e-5)
+  own = np.concatenate([arrays[f'rcnn/pos_labels/{i}'] for i in range(2)])
+  assert_close(stages['masks'], arrays['rcnn/mask_pred'][np.arange(8), own])
   assert_close(metrics['loss_rpn_class'], arrays['loss/loss_rpn_cls'].sum())
   assert_close(metrics['loss_rpn_box'], arrays['loss/loss_rpn_bbox'].sum())
   assert_close(metrics['loss_class'], arrays['loss/loss_cls'])
@@ -159,8 +190,46 @@ def test_losses_gradients_and_statistics_equal_the_official_ones(golden, monkeyp
   for name, statistic in torch_gradients(statistics).items():
     assert_close(statistic, arrays[f'after/{name}'], name=name)
   clear = ~unpack(arrays['rcnn/mask_targets_at_half'], 28, 28).astype(bool)
-  differ = (np.asarray(wanted).reshape(-1, 28, 28) != official.reshape(-1, 28, 28)) & clear
+  differ = (stages['wanted'].reshape(-1, 28, 28) != official.reshape(-1, 28, 28)) & clear
   assert differ.mean() < 0.01, differ.mean()
+
+
+def test_in_bfloat16_boxes_scores_overlaps_and_losses_are_float32(monkeypatch):
+  """Coordinates above 256 would be two pixels off."""
+  graphdef, params = abstract_model('detect_hivit_tiny', **DETECTOR, dtype='bfloat16')
+  seen = {}
+
+  def remember(module, name):
+    function = getattr(module, name)
+
+    def remembered(*args, **kwargs):
+      seen.setdefault(name, []).append((args, kwargs))
+      return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, remembered)
+
+  for name in ('rpn_sums', 'box_sums', 'mask_sum'):
+    remember(detect.losses, name)
+  for name in ('intersection_and_union', 'encode', 'decode', 'clip'):
+    remember(box_ops, name)
+  remember(mask_rcnn, 'roi_align')
+
+  def run(params, batch):
+    model = nnx.merge(graphdef, params)
+    return TASK.loss(model, TASK.prepare(model, batch, KEY)), TASK.detections(model, batch)
+
+  def types(tree):
+    found = {x.dtype for x in jax.tree.leaves(tree) if hasattr(x, 'dtype')}
+    return {t.name for t in found if jnp.issubdtype(t, jnp.floating)}
+
+  batch = batch_of((64, 64), sizes=((64, 64), (64, 61)), slots=4)
+  results = jax.eval_shape(run, params, batch | {'original': batch['size']})
+  for (maps, rois, *_), _ in seen.pop('roi_align'):
+    assert types(maps) == {'bfloat16'}
+    assert types(rois) == {'float32'}
+  assert len(seen) == 7
+  for calls in (results, *seen.values()):
+    assert types(calls) == {'float32'}
 
 
 def test_layer_and_weight_decay_are_the_official_ones():
@@ -184,23 +253,23 @@ def test_crops_are_as_large_as_the_data_make_them():
   assert mask_targets.CROP == masks.CROP
 
 
-def batch_of(canvas, *, sizes=((90, 120), (64, 61)), objects=2, seed=0):
+def batch_of(canvas, *, sizes=((90, 120), (64, 61)), objects=2, slots=SLOTS, seed=0):
   """Two images of noise and boxes on a canvas."""
   examples = []
   for image, (height, width) in enumerate(sizes):
     rng = np.random.default_rng((seed, image))
     picture = np.zeros((*canvas, 3), np.uint8)
     picture[:height, :width] = rng.integers(0, 256, (height, width, 3))
-    corner = rng.random((SLOTS, 2)) * np.array([width, height]) * 0.4
-    side = rng.random((SLOTS, 2)) * np.array([width, height]) * 0.3 + 8
+    corner = rng.random((slots, 2)) * np.array([width, height]) * 0.4
+    side = rng.random((slots, 2)) * np.array([width, height]) * 0.3 + 8
     examples.append(
       {
         'image': picture,
         'size': np.array([height, width], np.int32),
         'boxes': np.concatenate([corner, corner + side], 1).astype(np.float32),
-        'labels': rng.integers(0, 5, SLOTS).astype(np.int32),
-        'exists': np.arange(SLOTS) < objects,
-        'masks': rng.integers(0, 256, (SLOTS, 112, 112)).astype(np.uint8),
+        'labels': rng.integers(0, 5, slots).astype(np.int32),
+        'exists': np.arange(slots) < objects,
+        'masks': rng.integers(0, 256, (slots, 112, 112)).astype(np.uint8),
       }
     )
   return stack(examples)
@@ -296,7 +365,7 @@ def test_more_canvas_changes_no_loss_and_no_gradient(gradients, prepare):
 
 
 @pytest.mark.parametrize('objects', [0, SLOTS])
-def test_no_object_and_full_slots_give_finite_losses_and_gradients(gradients, prepare, objects):
+def test_no_object_and_a_hundred_give_finite_losses_and_gradients(gradients, prepare, objects):
   total, metrics, grads = gradients(prepare(batch_of((96, 128), objects=objects)))
   assert_close(total, sum(metrics[f'loss_{name}'] for name in LOSSES), relative=1e-6)
   assert np.isfinite(total)
@@ -324,9 +393,12 @@ def test_one_pixel_objects_do_no_harm(gradients, prepare):
 
 
 def test_the_order_of_objects_changes_nothing(gradients, prepare):
-  """Each has its random number, as it has its label; whose number is larger is sampled."""
-  batch = batch_of((96, 128), objects=SLOTS)
-  order = np.array([2, 0, 3, 1])
+  """Each has its random number, as it has its label; whose number is larger is sampled.
+
+  Empty slots may stand between them.
+  """
+  batch = batch_of((96, 128), objects=4)
+  order = np.random.default_rng(0).permutation(SLOTS)
   permuted = batch | {key: batch[key][:, order] for key in ('boxes', 'labels', 'exists', 'masks')}
   prepared, other = prepare(batch), prepare(permuted)
   other['roi_priorities'] = prepared['roi_priorities'].copy()
@@ -397,7 +469,7 @@ def test_a_cascade_finds_with_the_mean_of_the_scores_of_its_heads():
 def test_it_learns_two_scenes_by_heart():
   """The loss falls tenfold: every part of it can be learnt, and what it learns from is there."""
   size = 64
-  batch = batch_of((size, size), sizes=((size, size), (size, size)), objects=2)
+  batch = batch_of((size, size), sizes=((size, size), (size, size)), objects=2, slots=4)
   batch['masks'][:] = 255
   for image, boxes, labels in zip(batch['image'], batch['boxes'], batch['labels'], strict=True):
     boxes[:] = np.round(boxes)

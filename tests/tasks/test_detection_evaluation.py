@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hivit_jax.data import coco
+from hivit_jax.data import coco, detection_transforms
 from hivit_jax.data.detection_transforms import ScaleJitter
 from hivit_jax.data.sources import subset
 from hivit_jax.errors import UserError
@@ -155,6 +155,19 @@ def test_swin_takes_images_of_any_size_on_the_canvas_of_the_model(monkeypatch):
       assert 0 <= left <= left + across <= width + 1e-2
       assert 0 <= top <= top + down <= height + 1e-2
   assert found > 0
+
+
+def test_single_images_of_all_shapes_are_on_21_canvases():
+  """Of the published sizes; each canvas is a program, and the guide has their number."""
+  sides = np.arange(1, 1600)
+  shapes = np.stack([sides, np.full_like(sides, 600)], axis=1)
+  sizes = detection_transforms.fitted_sizes(
+    np.concatenate([shapes, shapes[:, ::-1], 10 * shapes]), TASK.eval_short_side, TASK.long_side
+  )
+  canvases = {detection_evaluation.canvas_of((h, w)) for h, w in sizes.tolist()}
+  assert len(canvases) == 21
+  assert (896, 896) in canvases
+  assert {max(canvas) for canvas in canvases if min(canvas) < 896} == {1408}
 
 
 class Sizes:

@@ -15,6 +15,7 @@ from flax import nnx
 
 from hivit_jax.interop import torch_names
 from hivit_jax.tasks.classify import ClassifyTask
+from hivit_jax.tasks.detect import DetectTask
 from hivit_jax.tasks.segment import SegmentTask
 from hivit_jax.train import optim, sharding, step
 from tests import patience
@@ -59,8 +60,29 @@ def _upernet():
   return graphdef, params, task, {'label_map': labels, 'extent': extent}
 
 
+def _detection():
+  """An image a device, of two sizes; three of eight have no object, one has all five slots full."""
+  model = {'image_size': SIDE, 'position_image_size': SIDE, 'embed_dim': 16, 'depths': (1, 1, 1)}
+  model |= {'num_heads': 2, 'num_classes': 3, 'window_size': 2, 'global_blocks': (0,)}
+  model |= {'neck_channels': 4, 'hidden': 8, 'nms_pre': (16, 16), 'proposals': 8}
+  model |= {'anchor_scale': 4.0, 'drop_path_rate': 0.3, 'dtype': 'float64'}
+  graphdef, params = random_model('detect_hivit_tiny', **model)
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  task = DetectTask(**STATISTICS, num_classes=3, anchors=12, rois=8)
+  rng, slots, objects = np.random.default_rng(2), 5, np.array([0, 5, 1, 0, 3, 2, 0, 4])
+  corner = rng.uniform(0, 12, (8, slots, 2))
+  return graphdef, params, task, {
+    'image': rng.integers(0, 256, (8, SIDE, SIDE, 3), np.uint8),
+    'size': np.array([[SIDE, SIDE], [SIDE, 24]] * 4, np.int32),
+    'boxes': np.concatenate([corner, corner + rng.uniform(4, 12, (8, slots, 2))], axis=2),
+    'labels': rng.integers(0, 3, (8, slots)).astype(np.int32),
+    'exists': np.arange(slots) < objects[:, None],
+    'masks': rng.integers(0, 256, (8, slots, 112, 112)).astype(np.uint8),
+  }  # fmt: skip
+
+
 KINDS = {'classify': _classification, 'segment': _segmentation}
-WHOLE = {'upernet': _upernet}  # BatchNorm does not allow parts
+WHOLE = {'upernet': _upernet, 'detect': _detection}  # BatchNorm takes others from parts
 
 
 def _remembering(params) -> optim.Optimizer:
@@ -100,10 +122,12 @@ def _gradients(kind: str, devices: int, accumulate_steps: int) -> dict:
   }
 
 
-def _on_eight_devices(kind: str, parts: tuple[int, ...] = (1, 4)) -> list[dict]:
+def _on_eight_devices(*cases: tuple[str, int]) -> list[dict]:
+  """`gradients` of kinds in so many parts, in a process with eight simulated devices."""
   code = (
-    'import json; from tests.train import test_normalisers as t; '
-    f'print(json.dumps([t.gradients({kind!r}, 8, parts) for parts in {parts}]))'
+    'import json; from hivit_jax.runtime import compilation_cache; compilation_cache.turn_on(); '
+    'from tests.train import test_normalisers as t; '
+    f'print(json.dumps([t.gradients(kind, 8, parts) for kind, parts in {cases}]))'
   )
   child = subprocess.run(
     [sys.executable, '-c', code],
@@ -118,7 +142,7 @@ def _on_eight_devices(kind: str, parts: tuple[int, ...] = (1, 4)) -> list[dict]:
 def test_what_is_ignored_is_ignored_on_any_number_of_devices_and_in_any_parts(kind):
   whole = gradients(kind, 1, 1)
   assert all(np.any(value) for value in whole['gradients'].values())
-  for split in (gradients(kind, 1, 4), *_on_eight_devices(kind)):
+  for split in (gradients(kind, 1, 4), *_on_eight_devices((kind, 1), (kind, 4))):
     assert split['metrics'] == pytest.approx(whole['metrics'], rel=1e-5)
     for name, expected in whole['gradients'].items():
       difference = np.linalg.norm(np.subtract(split['gradients'][name], expected).ravel())
@@ -126,13 +150,19 @@ def test_what_is_ignored_is_ignored_on_any_number_of_devices_and_in_any_parts(ki
 
 
 def test_batch_norm_has_the_statistics_of_all_devices():
-  """And ignored pixels, dropout, drop path and photometric distortion are those of the batch."""
-  whole, (split,) = gradients('upernet', 1, 1), _on_eight_devices('upernet', (1,))
-  assert split['metrics'] == pytest.approx(whole['metrics'], rel=1e-6)
-  found, expected = (
-    np.concatenate([np.ravel(x) for x in one['gradients'].values()]) for one in (split, whole)
-  )
-  assert np.linalg.norm(found - expected) <= 1e-9 * np.linalg.norm(expected)
+  """And ignored pixels, dropout, drop path and photometric distortion are those of the batch.
+
+  So are anchors, proposals, RoIs and their losses, however few objects an image has.
+  """
+  for kind, split in zip(WHOLE, _on_eight_devices(*((kind, 1) for kind in WHOLE)), strict=True):
+    whole = gradients(kind, 1, 1)
+    assert split['metrics'] == pytest.approx(whole['metrics'], rel=1e-6), kind
+    found, expected = (
+      np.concatenate([np.ravel(x) for x in one['gradients'].values()]) for one in (split, whole)
+    )
+    assert np.linalg.norm(found - expected) <= 1e-9 * np.linalg.norm(expected), kind
+    if kind == 'detect':
+      assert all(whole['metrics'][f'loss_{name}'] > 0 for name in ('rpn_box', 'box', 'mask'))
 
 
 @pytest.mark.parametrize('kind', KINDS)

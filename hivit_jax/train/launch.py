@@ -55,7 +55,10 @@ def run(
   overrides = overrides or {}
   for key, value in overrides.items():
     _override(own, key, value)
-  place = workdir if is_address(workdir) else pathlib.Path(workdir).expanduser().absolute()
+  if isinstance(workdir, str) and is_address(workdir):
+    place: pathlib.Path | str = workdir
+  else:
+    place = pathlib.Path(workdir).expanduser().absolute()
   compilation_cache.turn_on()
   runs.train(own, str(place), overrides.keys())
   return place

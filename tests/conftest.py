@@ -23,7 +23,8 @@ from tests.runs import QUICK, ROOT, STEPS, Forks, Runs
 jax.config.update('jax_disable_most_optimizations', True)
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {QUICK}'.strip()
-# What this process and those of the tests compile is found by the other ones and the next time.
+# Programs compiled here, or by processes that tests start, are kept for all of them and for the
+# next run.
 os.environ['XDG_CACHE_HOME'] = str(ROOT / '.pytest_cache')
 compilation_cache.turn_on()
 

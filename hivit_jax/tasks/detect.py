@@ -67,8 +67,8 @@ class DetectTask(ImageTask):
 
   model_class = MaskRCNN
   model_kind = 'detector'
-  # As published: HiViT's position embeddings decay, too, because the exemption names them in vain;
-  # Swin's tables do not.
+  # As published: HiViT's position embeddings decay, because the official exemption matches no
+  # name; Swin's tables do not.
   rules = (
     (r'(.*/)?(bias|scale)', 'no_decay'),
     (r'.*/relative_position_bias_table', 'no_decay'),
@@ -211,9 +211,9 @@ class DetectTask(ImageTask):
     ones there are depends on the proposals, so these losses are means over the part, weighted by
     its share in the images; with the whole batch in one part they are plain means.
 
-    The box head's BatchNorm has the statistics of the part, too. Unlike segmentation, parts are
-    allowed all the same: a single image has hundreds of RoIs of 49 cells each to take them from,
-    and without parts the published batch needs several GPUs.
+    The box head's BatchNorm takes its statistics from the part as well. Segmentation refuses
+    parts for this; here they are allowed, because a single image has hundreds of RoIs of 49
+    cells each to take them from, and without parts the published batch needs several GPUs.
     """
     return self.losses(model, batch, own_canvas(batch['size']))
 

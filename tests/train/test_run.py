@@ -26,7 +26,7 @@ def test_full_memory_is_told_with_the_ways_out():
 
 
 def test_results_are_in_the_run_or_in_the_current_directory(tmp_path, monkeypatch, caplog):
-  """Weights that are no run, such as a file of mmdetection, have results, too."""
+  """Weights outside a run, such as mmdetection's files, leave results as well."""
   (tmp_path / 'run' / 'checkpoints').mkdir(parents=True)
   monkeypatch.chdir(tmp_path)
   for path, expected in (('run', 'run/results'), ('epoch_36.pth', 'results')):

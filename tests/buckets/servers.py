@@ -5,8 +5,10 @@ it ignores `ifGenerationMatch`. Both keep objects in memory, also while they are
 """
 
 import contextlib
+import io
 import logging
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -28,8 +30,8 @@ class Server:
   Attributes:
     scheme: 's3' or 'gs'.
     environment: of processes that shall use it.
-    before: called before each request, with its method and its path, query included; may raise or
-      wait, or return a status with which the request is refused.
+    before: called before each request, with its method and its path, query and name of what is
+      uploaded included; may raise or wait, or return a status with which the request is refused.
   """
 
   def __init__(self, scheme: str):
@@ -102,12 +104,18 @@ def _gcs_handler(server: Server):
       pass
 
     def _route(self, method: str) -> None:
-      refused = server.before and server.before(method, self.path)
+      connection, body = self.rfile, self.rfile.read(int(self.headers.get('Content-Length', 0)))
+      named = re.search(rb'"name": "([^"]+)"', body[:1000])  # not in the path
+      path = f'{self.path}&name={named[1].decode()}' if named else self.path
+      refused = server.before and server.before(method, path)
       if refused:
-        self.rfile.read(int(self.headers.get('Content-Length', 0)))
         return self.send_error(refused.value)
-      with writing:
-        emulator.Router(self).handle(method)
+      self.rfile = io.BytesIO(body)
+      try:
+        with writing:
+          emulator.Router(self).handle(method)
+      finally:
+        self.rfile = connection
 
     def do_GET(self):
       self._route('GET')

@@ -246,23 +246,28 @@ def test_of_two_processes_only_the_first_needs_the_bucket_and_both_get_the_same_
 
 # Whole runs
 
+_WRITING = ('PUT', 'POST')
 
+
+@pytest.mark.parametrize('scheme', ['s3', 'gs'])
 def test_killed_while_it_saves_and_without_a_server_for_a_while_a_run_ends_with_the_same_bits(
-  runs, forks, finished, tmp_path
+  runs, forks, finished, tmp_path, scheme
 ):
-  with serve('s3') as s3:
-    address = s3.address('killed')
+  with serve(scheme) as server:
+    address = server.address('killed')
     command = runs.command(address)
-    environment = {**s3.environment, 'TMPDIR': str(tmp_path)}
-    reached, go_on = threading.Event(), threading.Event()
+    environment = {**server.environment, 'TMPDIR': str(tmp_path)}
+    copied, reached, go_on = [], threading.Event(), threading.Event()
 
     def hold(method, path):
-      if method == 'PUT' and 'checkpoints/16/SHA256SUMS' in path:
+      if method in _WRITING and 'config.json' in path:
+        copied.append(process.output())
+      if method in _WRITING and 'checkpoints/16/SHA256SUMS' in path:
         reached.set()
         go_on.wait(60)
         raise ConnectionError
 
-    s3.before = hold
+    server.before = hold
     with runs.start(command, environment) as process:
       process.wait_until(reached.is_set, 'the last object of a checkpoint')
       error = error_of(forks(*command[1:], **environment))
@@ -270,27 +275,26 @@ def test_killed_while_it_saves_and_without_a_server_for_a_while_a_run_ends_with_
       process.send(signal.SIGKILL)
       process.wait()
     go_on.set()
-    s3.before = None
+    server.before = None
+    assert 'compiling' not in copied[0]  # files are copied before the first step
 
     def away(method, path):
-      if method == 'PUT' and 'checkpoints/24/SHA256SUMS' in path:
-        s3.before = None
+      if method in _WRITING and 'checkpoints/24/SHA256SUMS' in path:
+        server.before = None
         threading.Thread(target=pause).start()
         raise ConnectionError
 
     def pause():
-      s3.stop()
+      server.stop()
       threading.Event().wait(2)
-      s3.start()
+      server.start()
 
-    s3.before = away
+    server.before = away
     done = runs.finish(command, environment)
     assert done.returncode == 0, done.stderr
     assert f'removed the incomplete checkpoint {address}/checkpoints/16' in done.stderr
     assert f'resuming at step 8 of {STEPS}' in done.stderr
     assert f'finished: checkpoint {address}/checkpoints/{STEPS}' in done.stderr
-    again = runs.finish(command, environment)
-    assert f'this run is finished: {address}/checkpoints/{STEPS}' in again.stderr
 
     copy = pathlib.Path(places.local(address))
     assert_same_params(copy, finished.workdir)
@@ -299,6 +303,18 @@ def test_killed_while_it_saves_and_without_a_server_for_a_while_a_run_ends_with_
     pictures = {n for n in content(finished.workdir) if n.startswith('reconstructions/')}
     assert pictures <= names
     assert 'config.json' in names
+    assert not list(tmp_path.glob('hivit_jax-[0-9a-f]*'))
+
+
+def test_a_finished_run_is_found_and_shows_what_it_reconstructs(runs, finished, tmp_path):
+  with serve('s3') as server:
+    address = server.address('finished')
+    command = runs.command(address)
+    environment = {**server.environment, 'TMPDIR': str(tmp_path)}
+    Bucket(address).upload({n: finished.workdir / n for n in content(finished.workdir)})
+    Bucket(address).delete(['lock'])
+    again = runs.finish(command, environment)
+    assert f'this run is finished: {address}/checkpoints/{STEPS}' in again.stderr
 
     picture = next((finished.workdir / 'reconstructions').iterdir())
     out = tmp_path / 'out.png'

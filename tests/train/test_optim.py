@@ -12,12 +12,15 @@ import hivit_jax
 from configs import finetune_hivit_t
 from hivit_jax.interop import torch_names
 from hivit_jax.tasks.classify import ClassifyTask
+from hivit_jax.tasks.detect import DetectTask
 from hivit_jax.tasks.linear import LinearTask
 from hivit_jax.tasks.mae import MAETask
+from hivit_jax.tasks.segment import SegmentTask
 from hivit_jax.train import assemble, optim, rules
 from tests.helpers import TINY, TINY_MAE, abstract_model
 
 ADAM = {'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.0, 'clip_norm': None}
+STATISTICS = ('mean', 'var')  # of BatchNorm
 SKIPPED = 'large|swin|detect|segment'
 MODELS = [(name, {}) for name in hivit_jax.list_models() if not re.search(SKIPPED, name)]
 MODELS += [
@@ -61,6 +64,20 @@ def test_everything_but_vectors_decays(name, overrides):
     fixed = path[-1] in ('decoder_pos_embed', 'pos_embed')
     expected[path] = 'frozen' if fixed else 'decay' if leaf.ndim > 1 else 'no_decay'
   assert labels == expected
+
+
+@pytest.mark.parametrize(
+  ('name', 'task'), [('segment_swin_base', SegmentTask), ('detect_swin_base', DetectTask)]
+)
+def test_tables_of_relative_positions_do_not_decay_in_dense_tasks(name, task):
+  """As in the configs of mmsegmentation and mmdetection for Swin."""
+  _, state = abstract_model(name)
+  params = {p: leaf for p, leaf in torch_names.flatten(state).items() if p[-1] not in STATISTICS}
+  labels = torch_names.flatten(rules.apply_rules(task.rules, torch_names.unflatten(params)))
+  tables = [path for path in labels if path[-1] == 'relative_position_bias_table']
+  assert len(tables) == 24
+  assert {labels[path] for path in tables} == {'no_decay'}
+  assert {label for path, label in labels.items() if path[-1] == 'kernel'} == {'decay'}
 
 
 @pytest.mark.parametrize(

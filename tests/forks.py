@@ -6,6 +6,8 @@ runs it. `{"wait": PID, "blocking": ...}`: its exit status, null while it runs. 
 imports is as in a process of its own: flags, JAX's devices, signals, exit.
 """
 
+import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -14,9 +16,15 @@ import sys
 import traceback
 
 import jax
-import tensorflow_datasets  # noqa: F401
 
-import hivit_jax.train.evaluation  # noqa: F401
+# What programs import on their way, some of them late.
+for module in (
+  *('hivit_jax.train.run', 'hivit_jax.configs.recipes', 'hivit_jax.configs.variants'),
+  *('hivit_jax.data.builders', 'tensorflow_datasets', 'pycocotools.cocoeval', 'scipy.interpolate'),
+  *('tensorboard.compat.proto.event_pb2', 'tensorboard.summary.writer.record_writer', 'torch'),
+):
+  with contextlib.suppress(ModuleNotFoundError):  # programs say what they miss
+    importlib.import_module(module)
 
 
 def _run(job: dict) -> int:

@@ -214,6 +214,19 @@ class Forks:
     return json.loads(self._server.stdout.readline())
 
 
+def on_eight_devices(forks: Forks, module: str, expression: str) -> Any:
+  """What an expression, in which `here` is a module, gives as JSON on eight simulated devices."""
+  # What it compiles is found the next time.
+  code = (
+    'import importlib, json, jax; jax.config.update("jax_platforms", "cpu"); '
+    'from hivit_jax.runtime import compilation_cache; compilation_cache.turn_on(); '
+    f'here = importlib.import_module({module!r}); print(json.dumps({expression}))'
+  )
+  ended = forks('-c', code, **on_devices(8))
+  assert ended.status == 0, ended.stderr
+  return json.loads(ended.stdout.splitlines()[-1])
+
+
 class Process:
   """A running program. What it says goes to a file, so that it never waits for us."""
 
@@ -246,7 +259,7 @@ class Process:
       ended = self._ended()
       return condition() or ended
 
-    in_time = patience.wait_until(decided, _PATIENCE, interval=0.002)
+    in_time = patience.wait_until(decided, _PATIENCE, interval=0.01)
     assert in_time, f'no "{name}" in time:\n{self.output()}'
     assert condition(), f'ended before "{name}":\n{self.output()}'
 

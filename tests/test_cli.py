@@ -167,22 +167,14 @@ def test_a_workdir_in_a_bucket_of_no_known_kind(main, mode):
   assert not (ROOT / 'az:').exists()
 
 
-def test_the_default_workdir_is_named_after_config_and_variant(runs, finished, tmp_path):
+def test_the_default_workdir_is_named_after_config_and_variant(forks, tmp_path):
   # Two variants in one directory would be one run that changes its mind.
   (tmp_path / 'workdirs').write_text('in the way')
   (tmp_path / 'main.py').write_text((ROOT / 'main.py').read_text())
   os.symlink(ROOT / 'configs', tmp_path / 'configs')
-  done = subprocess.run(
-    [sys.executable, 'main.py', DEBUG],
-    cwd=tmp_path,
-    env=runs.environment | {'PYTHONPATH': str(ROOT)},  # its data are prepared
-    capture_output=True,
-    text=True,
-    timeout=patience.limit(120),
-  )
-  assert f'{tmp_path}/workdirs/demo_debug: Not a directory' in error_of(
-    Ended(done.returncode, done.stderr)
-  )
+  there = f'import os, runpy, sys; os.chdir({str(tmp_path)!r}); sys.argv = sys.argv[1:]; '
+  ended = forks('-c', f'{there}runpy.run_path("main.py", run_name="__main__")', 'main.py', DEBUG)
+  assert f'{tmp_path}/workdirs/demo_debug: Not a directory' in error_of(ended)
 
 
 # The config file

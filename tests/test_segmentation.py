@@ -115,12 +115,13 @@ def test_any_devices_and_processes_measure_the_same(runs, trained):
 def test_two_processes_train_as_one(runs, trained, tmp_path):
   """Eight devices that share parameters and BatchNorm's statistics; later, rounding adds up."""
   workdir = tmp_path / 'run'
-  command = _command(workdir, **LONG | {'max_steps': 3}, mesh__fsdp=2)
+  command = _command(workdir, **LONG | {'max_steps': 2, 'ema_decay': None}, mesh__fsdp=2)
   with runs.job(command, devices=4) as job:
     assert [process.wait() for process in job] == [0, 0], [process.output() for process in job]
     assert 'float32 on 8 x cpu' in job[0].output()
-  for ours, expected in zip(metrics(workdir)[:3], metrics(trained)[:3], strict=True):
-    assert ours == pytest.approx(expected, rel=1e-5)
+  for ours, expected in zip(metrics(workdir), metrics(trained)[:3], strict=True):
+    keys = [key for key in expected if '/ema_' not in key]
+    assert [ours[key] for key in keys] == pytest.approx([expected[k] for k in keys], rel=1e-5)
 
 
 @pytest.mark.parametrize(

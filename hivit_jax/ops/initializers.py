@@ -1,4 +1,4 @@
-"""Initial values of parameters, drawn in pieces of one shape.
+"""Initial values of parameters: constant, or drawn in pieces of one shape.
 
 JAX compiles a program for every shape that it draws, which takes longer than the drawing: a model
 has dozens of shapes, here all share one program.
@@ -48,6 +48,22 @@ def normal(std: float) -> Callable:
 def uniform(bound: float) -> Callable:
   """Uniform in [-bound, bound)."""
   return functools.partial(_draw, _uniform, bound)
+
+
+def constant(value: float) -> Callable:
+  """All the same; NumPy makes them, for JAX would compile a program for every shape."""
+  return functools.partial(_filled, value)
+
+
+def _filled(
+  value: float,
+  key: jax.Array,
+  shape: tuple[int, ...],
+  dtype: Any = jnp.float32,
+  out_sharding: Any = None,
+) -> jax.Array:
+  del key, out_sharding
+  return jnp.asarray(np.full(shape, value, dtype), dtype)  # without a type it compiles, too
 
 
 @jax.jit

@@ -41,10 +41,8 @@ def linear(
   The reference draws from a normal of standard deviation `std` cut at +-2 (absolute, 100 standard
   deviations), which is a plain normal; biases start at zero.
   """
-  init = initializers.normal(std)
-  return Linear(
-    in_features, out_features, use_bias=use_bias, kernel_init=init, dtype=dtype, rngs=rngs
-  )
+  init = {'kernel_init': initializers.normal(std), 'bias_init': initializers.constant(0.0)}
+  return Linear(in_features, out_features, use_bias=use_bias, **init, dtype=dtype, rngs=rngs)
 
 
 class PatchConv(nnx.Conv):
@@ -80,7 +78,8 @@ def layer_norm(
   features: int, *, rngs: nnx.Rngs, dtype: Any, epsilon: float = LAYER_NORM_EPS
 ) -> LayerNorm:
   """LayerNorm with the epsilon of the reference."""
-  return LayerNorm(features, epsilon=epsilon, dtype=dtype, rngs=rngs)
+  init = {'scale_init': initializers.constant(1.0), 'bias_init': initializers.constant(0.0)}
+  return LayerNorm(features, epsilon=epsilon, **init, dtype=dtype, rngs=rngs)
 
 
 def batch_norm(features: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:

@@ -12,11 +12,14 @@ import os
 import pathlib
 import platform
 import re
+import time
+from collections.abc import Iterator
 
 import jax
 
 _log = logging.getLogger(__name__)
-_SIZE = 2**31  # bytes that are left when a run begins
+_SIZE = 2**31  # bytes that are left
+_PAUSE = 3600  # seconds after which all files are looked at again: there are thousands
 _TROUBLE = re.compile(
   r"Error (reading|writing) persistent compilation cache entry for '(\w+)': (.*)"
 )
@@ -68,17 +71,32 @@ def _cpu(cpuinfo: pathlib.Path = pathlib.Path('/proc/cpuinfo')) -> str:
 
 
 def _make_room(root: pathlib.Path) -> None:
-  """Deletes the files that were not used for longest, beyond `_SIZE`."""
+  """Deletes the files that were not used for longest, beyond `_SIZE`, at most once in `_PAUSE`."""
+  looked = root / 'looked'
+  with contextlib.suppress(FileNotFoundError):
+    if 0 <= time.time() - looked.stat().st_mtime < _PAUSE:
+      return
+  looked.touch()
   files = []
-  for path in filter(pathlib.Path.is_file, root.rglob('*')):
+  for entry in _entries(root):
     with contextlib.suppress(FileNotFoundError):  # other runs do the same
-      status = path.stat()
-      files.append((max(status.st_atime, status.st_mtime), status.st_size, path))
+      status = entry.stat()
+      files.append((max(status.st_atime, status.st_mtime), status.st_size, entry.path))
   total = 0
   for _, size, path in sorted(files, reverse=True):
     total += size
     if total > _SIZE:
-      path.unlink(missing_ok=True)
+      pathlib.Path(path).unlink(missing_ok=True)
+
+
+def _entries(directory: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
+  """All files below a directory; for the thousands there, `rglob` takes a third of a second."""
+  with os.scandir(directory) as entries:
+    for entry in entries:
+      if entry.is_dir(follow_symlinks=False):
+        yield from _entries(entry.path)
+      else:
+        yield entry
 
 
 class _Repair(logging.Filter):

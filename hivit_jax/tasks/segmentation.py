@@ -127,10 +127,9 @@ class MeanIoU:
   They are NAME/miou and so on for the parameters, NAME/ema_miou for their average.
   """
 
-  def __init__(self, context: Context, task: Any, source: Any, name: str):
+  def __init__(self, context: Context, task: Any, source: Any, name: str, *, segment: Segmentation):
     self._context, self._task, self._source, self._name = context, task, source, name
-    batch = context.setting('evaluation.batch_size')
-    self._segment = Segmentation(context.graphdef, task, batch, context.devices)
+    self._segment = segment
 
   def __call__(self, step: int, state: Mapping[str, Any]) -> Metrics:
     metrics = {}
@@ -177,23 +176,24 @@ def rows(batch: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
 
 
 def evaluators(context: Context, task: Any) -> list[Evaluator]:
-  """What a `SegmentTask` measures and draws."""
-  return of_sets(context, task, MeanIoU, _pictures)
+  """What a `SegmentTask` measures and draws, with one program for all sets and the pictures."""
+  batch = context.setting('evaluation.batch_size')
+  segment = Segmentation(context.graphdef, task, batch, context.devices)
+  measure, pictures = (functools.partial(f, segment=segment) for f in (MeanIoU, _pictures))
+  return of_sets(context, task, measure, pictures)
 
 
-def _pictures(context: Context, task: Any) -> Callable[[int, Any], Metrics]:
+def _pictures(
+  context: Context, task: Any, *, segment: Segmentation
+) -> Callable[[int, Any], Metrics]:
   """Draws the same evaluation images each time: image, truth, prediction, overlay."""
   source = context.some(next(iter(context.sets.values())), context.setting('pictures.count'))
   examples = rows(context.examples(source))
-  segment = Segmentation(context.graphdef, task, len(examples), context.devices[:1])
   names = segmentation_pictures.class_names(source, task.num_classes)
   palette = segmentation_pictures.palette(source, task.num_classes)
 
   def run(step: int, state: Any) -> Metrics:
-    params = context.here(state['params'])
-    if params is None:
-      return {}
-    shown = []
+    params, shown = context.local(state['params']), []
     for example, found in zip(examples, segment(params, examples), strict=True):
       height, width = example['image'].shape[:2]
       found = np.asarray(found)[:height, :width]

@@ -70,7 +70,9 @@ def init_state(
     'opt_state': jax.jit(optimizer.tx.init, out_shardings=shardings['opt_state'])(trained),
   }
   if 'ema' in abstract:
-    state['ema'] = jax.tree.map(jnp.copy, params)
+    # One program: called outside of one, `jnp.copy` compiles for every shape.
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings['ema'])
+    state['ema'] = copy(params)
   return state
 
 

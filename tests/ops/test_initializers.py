@@ -47,6 +47,16 @@ def test_shapes_share_one_program_and_shapes_alone_compute_nothing():
   assert jax.eval_shape(lambda: draw(KEY, huge)).shape == huge
 
 
+def test_constants_compile_nothing(caplog):
+  with jax.log_compiles():
+    values = initializers.constant(0.25)(KEY, (3, 1, 4, 1, 59))
+    assert not caplog.text
+    jnp.full((3, 1, 4, 1, 60), 0.25)
+    assert 'Compiling' in caplog.text
+  assert (values.shape, values.dtype) == ((3, 1, 4, 1, 59), np.float32)
+  assert np.all(np.asarray(values) == 0.25)
+
+
 def test_the_keys_are_those_of_flax():
   ours, flax = initializers.keys(3), nnx.Rngs(3)
   for _ in range(3):

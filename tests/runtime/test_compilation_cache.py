@@ -23,6 +23,15 @@ compilation_cache.turn_on()
 print(jax.jit(lambda x: 3 * x, donate_argnums=())(2), sum('cache_hits' in e for e in events))
 """
 
+# Runs a program that says what it compiles and what it finds.
+_TOLD = """
+import runpy, sys
+import jax
+jax.config.update('jax_log_compiles', True)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
 
 def environment(caches: os.PathLike, **settings: str) -> dict[str, str]:
   """This process's, without JAX's settings of caches."""
@@ -31,40 +40,31 @@ def environment(caches: os.PathLike, **settings: str) -> dict[str, str]:
   return inherited | {'XDG_CACHE_HOME': str(caches)} | settings
 
 
-def compile_one(caches: os.PathLike, **settings: str) -> tuple[int, str]:
+def compile_one(forks, caches: os.PathLike) -> tuple[int, str]:
   """Compiles a small program; returns how many were found, and the log."""
-  done = subprocess.run(
-    [sys.executable, '-c', _COMPILE],
-    cwd=ROOT, env=environment(caches, **settings), capture_output=True, text=True,
-    timeout=patience.limit(120),
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  result, found = done.stdout.split()
+  ended = forks('-c', _COMPILE, XDG_CACHE_HOME=str(caches))
+  assert ended.status == 0, ended.stderr
+  result, found = ended.stdout.split()
   assert result == '6'
-  return int(found), done.stderr
+  return int(found), ended.stderr
 
 
 def programs(caches: pathlib.Path) -> dict[str, bytes]:
   return {path.name: path.read_bytes() for path in caches.rglob('*-cache')}
 
 
-def test_a_run_finds_what_another_has_compiled_and_ends_with_the_same_bits(runs, tmp_path):
-  def run(name: str, **settings: str) -> str:
-    command = [sys.executable, 'main.py', '--config=configs/demo.py:debug', *less]
-    done = subprocess.run(
-      [*command, f'--workdir={tmp_path / name}'],
-      cwd=ROOT, env=environment(tmp_path / 'caches', **data, **settings),
-      capture_output=True, text=True, timeout=patience.limit(240),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+def test_a_run_finds_what_another_has_compiled_and_ends_with_the_same_bits(forks, tmp_path):
+  def run(name: str) -> str:
+    less = ('--config.knn.every_epochs=0', '--config.pictures.every_epochs=0')  # to compile
+    command = ('main.py', '--config=configs/demo.py:debug', f'--workdir={tmp_path / name}', *less)
+    ended = forks('-c', _TOLD, *command, XDG_CACHE_HOME=str(tmp_path / 'caches'))
+    assert ended.status == 0, ended.stderr
+    return ended.stderr
 
-  less = ('--config.knn.every_epochs=0', '--config.pictures.every_epochs=0')  # to compile
-  data = {'TFDS_DATA_DIR': runs.environment['TFDS_DATA_DIR']}
   run('first')
   compiled = programs(tmp_path / 'caches')
   assert any(name.startswith('jit_step-') for name in compiled)
-  log = run('second', JAX_LOG_COMPILES='true')
+  log = run('second')
   assert "Persistent compilation cache hit for 'jit_step'" in log
   assert programs(tmp_path / 'caches') == compiled
   first, second = tmp_path / 'first', tmp_path / 'second'
@@ -73,20 +73,20 @@ def test_a_run_finds_what_another_has_compiled_and_ends_with_the_same_bits(runs,
   assert_same_params(first, second, 2)
 
 
-def test_half_a_file_is_replaced_with_one_line_about_it(tmp_path):
-  assert compile_one(tmp_path) == (0, '')
+def test_half_a_file_is_replaced_with_one_line_about_it(forks, tmp_path):
+  assert compile_one(forks, tmp_path) == (0, '')
   whole = programs(tmp_path)
   for path in tmp_path.rglob('*-cache'):
     path.write_bytes(path.read_bytes()[:-10])  # as a kill or a full disk leaves it
-  _, log = compile_one(tmp_path)
+  _, log = compile_one(forks, tmp_path)
   assert log.count('\n') == len(whole)
   assert f'could not be read from {tmp_path}/hivit_jax/xla/' in log
   assert programs(tmp_path).keys() == whole.keys()
-  assert compile_one(tmp_path) == (len(whole), '')
+  assert compile_one(forks, tmp_path) == (len(whole), '')
 
 
-def test_without_a_place_for_it_a_run_goes_on_with_one_line(tmp_path):
-  found, log = compile_one('/dev/null')
+def test_without_a_place_for_it_a_run_goes_on_with_one_line(forks, tmp_path):
+  found, log = compile_one(forks, '/dev/null')
   assert found == 0
   assert log.count('\n') == 1
   assert 'compiled programs are not kept for the next run: ' in log
@@ -94,11 +94,18 @@ def test_without_a_place_for_it_a_run_goes_on_with_one_line(tmp_path):
 
 
 def test_settings_of_jax_win(tmp_path):
+  """In processes of their own: JAX reads them when it is imported."""
+
+  def compile_one(**settings: str) -> None:
+    child = [sys.executable, '-c', _COMPILE]
+    inherited = environment(caches, **settings)
+    subprocess.run(child, cwd=ROOT, env=inherited, check=True, timeout=patience.limit(120))
+
   caches, other = tmp_path / 'caches', tmp_path / 'other'
   settings = {'JAX_COMPILATION_CACHE_DIR': str(other)}
-  compile_one(caches, **settings, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0')
+  compile_one(**settings, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0')
   assert programs(other)
-  compile_one(caches, JAX_ENABLE_COMPILATION_CACHE='false')
+  compile_one(JAX_ENABLE_COMPILATION_CACHE='false')
   assert not caches.exists()
 
 
@@ -112,6 +119,12 @@ def test_what_was_not_used_for_longest_is_deleted(tmp_path, monkeypatch):
   os.utime(tmp_path / 'of-older' / 'older-cache', (10**9 + 1, 10**9 - 4))  # but read since
   compilation_cache._make_room(tmp_path)
   assert sorted(programs(tmp_path)) == ['newer-cache', 'older-cache']
+  monkeypatch.setattr(compilation_cache, '_SIZE', 0)
+  compilation_cache._make_room(tmp_path)  # so soon, nobody looks again
+  assert len(programs(tmp_path)) == 2
+  os.utime(tmp_path / 'looked', (0, 0))
+  compilation_cache._make_room(tmp_path)
+  assert not programs(tmp_path)
 
 
 @pytest.mark.parametrize('differing', [{'flags': 'fpu avx2'}, {'model name': 'EPYC 2'}])

@@ -6,11 +6,19 @@ import jax
 import pytest
 from PIL import Image
 
-from hivit_jax.tools import report, report_page
+from hivit_jax.tools import report, report_page, timing
 from hivit_jax.tools.report import Entry
 from hivit_jax.tools.timing import TrainingStep
+from hivit_jax.train import sharding
 
 TINY = Entry('tiny', 'mae_hivit_t:debug', profiled=True)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+  """What steps are compared with, so small that it takes no time."""
+  monkeypatch.setattr(timing, '_MATMUL_SIDE', {'cpu': 128})
+  monkeypatch.setattr(report, '_COPIED', 2**20)
 
 
 @pytest.mark.slow
@@ -60,10 +68,16 @@ def test_steps_are_compiled_side_by_side():
 
 
 def test_a_step_that_does_not_run_is_named(monkeypatch):
-  def row(step, *_):
-    raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')
+  class Step(TrainingStep):
+    def __init__(self, config, *, batch_size):
+      config.batch_size = batch_size
+      self.config, self.mesh, self.dtype = config, sharding.make_mesh(), 'float32'
+      self.compile_seconds = self.memory = 1
 
-  monkeypatch.setattr(report, '_row', row)
+    def start(self):
+      raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')
+
+  monkeypatch.setattr(report, 'TrainingStep', Step)
   found = report.measure((TINY,), batch_size=1, rounds=1)
   assert found['missing'] == {'tiny': 'RuntimeError: RESOURCE_EXHAUSTED: out of memory'}
 

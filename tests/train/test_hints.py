@@ -115,8 +115,8 @@ def test_the_way_to_more_data_uses_cores_that_there_are(monkeypatch):
 
 
 def test_a_run_warns_once_of_all_settings_without_effect(runs, tmp_path):
-  changed = {'augment__mixup': 0.5, 'optim__momentum': 0.5, 'max_steps': 1, 'knn__every_epochs': 0}
-  done = runs.train(tmp_path / 'run', **changed)
+  changed = {'augment__mixup': 0.5, 'optim__momentum': 0.5, 'max_steps': 1}
+  done = runs.train(tmp_path / 'run', **changed, knn__every_epochs=0, pictures__every_epochs=0)
   assert done.returncode == 0, done.stderr
   assert warnings_of(done.stderr) == [
     'settings without effect in this run: augment.mixup=0.5 (task=mae), optim.momentum=0.5 '

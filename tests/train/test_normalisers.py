@@ -1,11 +1,5 @@
 """What is ignored in a batch changes no gradient, however the batch is split."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +12,10 @@ from hivit_jax.tasks.classify import ClassifyTask
 from hivit_jax.tasks.detect import DetectTask
 from hivit_jax.tasks.segment import SegmentTask
 from hivit_jax.train import optim, sharding, step
-from tests import patience
 from tests.helpers import random_model
 from tests.own.dense import IGNORED, DenseModel, DenseTask
-from tests.runs import on_devices
+from tests.runs import on_eight_devices
 
-ROOT = pathlib.Path(__file__).parents[2]
 STATISTICS = {'mean': (0.5,) * 3, 'std': (0.25,) * 3}
 BATCH, SIDE = 32, 32
 
@@ -122,39 +114,31 @@ def _gradients(kind: str, devices: int, accumulate_steps: int) -> dict:
   }
 
 
-def _on_eight_devices(*cases: tuple[str, int]) -> list[dict]:
+def _on_eight_devices(forks, *cases: tuple[str, int]) -> list[dict]:
   """`gradients` of kinds in so many parts, in a process with eight simulated devices."""
-  code = (
-    'import json; from hivit_jax.runtime import compilation_cache; compilation_cache.turn_on(); '
-    'from tests.train import test_normalisers as t; '
-    f'print(json.dumps([t.gradients(kind, 8, parts) for kind, parts in {cases}]))'
-  )
-  child = subprocess.run(
-    [sys.executable, '-c', code],
-    cwd=ROOT, env=os.environ | on_devices(8) | {'JAX_PLATFORMS': 'cpu'},
-    capture_output=True, text=True, timeout=patience.limit(300),
-  )  # fmt: skip
-  assert child.returncode == 0, child.stderr
-  return json.loads(child.stdout.splitlines()[-1])
+  code = f'[here.gradients(kind, 8, parts) for kind, parts in {cases}]'
+  return on_eight_devices(forks, __name__, code)
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_what_is_ignored_is_ignored_on_any_number_of_devices_and_in_any_parts(kind):
+def test_what_is_ignored_is_ignored_on_any_number_of_devices_and_in_any_parts(forks, kind):
   whole = gradients(kind, 1, 1)
   assert all(np.any(value) for value in whole['gradients'].values())
-  for split in (gradients(kind, 1, 4), *_on_eight_devices((kind, 1), (kind, 4))):
+  for split in (gradients(kind, 1, 4), *_on_eight_devices(forks, (kind, 1), (kind, 4))):
     assert split['metrics'] == pytest.approx(whole['metrics'], rel=1e-5)
     for name, expected in whole['gradients'].items():
       difference = np.linalg.norm(np.subtract(split['gradients'][name], expected).ravel())
       assert difference <= 1e-5 * np.linalg.norm(np.ravel(expected)), name
 
 
-def test_batch_norm_has_the_statistics_of_all_devices():
+def test_batch_norm_has_the_statistics_of_all_devices(forks):
   """And ignored pixels, dropout, drop path and photometric distortion are those of the batch.
 
   So are anchors, proposals, RoIs and their losses, however few objects an image has.
   """
-  for kind, split in zip(WHOLE, _on_eight_devices(*((kind, 1) for kind in WHOLE)), strict=True):
+  for kind, split in zip(
+    WHOLE, _on_eight_devices(forks, *((kind, 1) for kind in WHOLE)), strict=True
+  ):
     whole = gradients(kind, 1, 1)
     assert split['metrics'] == pytest.approx(whole['metrics'], rel=1e-6), kind
     found, expected = (

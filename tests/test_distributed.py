@@ -78,38 +78,6 @@ def test_two_processes_train_as_one_and_end_together_when_one_is_killed(runs, al
   assert_same_metrics(workdir, alone)
 
 
-def test_two_processes_continue_what_one_saved_and_stop_at_one_step(runs, alone, tmp_path):
-  workdir = shutil.copytree(alone, tmp_path / 'run')
-  keep_first_half(workdir)
-  with runs.job(runs.command(workdir, max_steps=10**6, **SETTINGS), found_by='slurm') as job:
-    job[0].wait_for(f'resuming at step {HALF} of {10**6}')
-    job[0].wait_until(lambda: last_step(workdir) > ALL, f'more than {ALL} steps')
-    job[1].send(signal.SIGTERM)
-    assert [process.wait(END) for process in job] == [143, 143]
-    ends = [process.output().splitlines()[-1] for process in job]
-  told, by_signal = (
-    re.fullmatch(rf'(.*): stopped at step (\d+), saved {workdir}/checkpoints/(\d+); .*', end)
-    for end in ends
-  )
-  assert (told[1], by_signal[1]) == ('a signal to another process', 'SIGTERM')
-  assert told[2] == told[3] == by_signal[2] == by_signal[3]
-  assert (workdir / 'checkpoints' / told[2]).is_dir()
-  assert_same_metrics(workdir, alone)
-
-
-def test_of_three_processes_two_end_with_one_line_each(runs, tmp_path):
-  command = runs.command(tmp_path / 'run', batch_size=12, evaluation__batch_size=12, **BARE)
-  with runs.job(command, command, command, devices=1) as job:
-    job[0].wait_for('compiling the training step')
-    job[1].send(signal.SIGKILL)
-    ends = [process.wait(END) for process in job]
-    logs = [process.output() for process in job]
-  assert ends == [143, -signal.SIGKILL, 143], logs
-  name = r'process 1 on \S+ ended without a message'
-  for index in (0, 2):
-    assert re.match(f'process {index} of 3 stops: {name}', logs[index].splitlines()[-1]), logs
-
-
 _SLOW = """
 import sys, time
 from hivit_jax.train import integrity
@@ -124,19 +92,39 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
-def test_no_process_ends_before_the_checkpoint_is_complete(runs, tmp_path):
-  """Process 0 writes the sums of all files, which takes its time."""
-  workdir = tmp_path / 'run'
-  python, *arguments = runs.command(workdir, checkpoint__every_epochs=0, **BARE)
-  with runs.job([python, '-c', _SLOW, *arguments], devices=1) as job:
-    job[0].wait_until(lambda: last_step(workdir) >= 6, 'step 6')
-    for process in job:
-      process.send(signal.SIGTERM)
+def test_two_processes_continue_what_one_saved_and_stop_at_one_step(runs, alone, tmp_path):
+  """Neither ends before the checkpoint is complete: process 0 takes its time with the sums."""
+  workdir = shutil.copytree(alone, tmp_path / 'run')
+  keep_first_half(workdir)
+  settings = SETTINGS | {'max_steps': 10**6, 'checkpoint__every_epochs': 0}
+  python, *arguments = runs.command(workdir, **settings)
+  with runs.job([python, '-c', _SLOW, *arguments], found_by='slurm') as job:
+    job[0].wait_for(f'resuming at step {HALF} of {10**6}')
+    job[0].wait_until(lambda: last_step(workdir) > ALL, f'more than {ALL} steps')
+    job[1].send(signal.SIGTERM)
     assert [process.wait(END) for process in job] == [143, 143]
     ends = [process.output().splitlines()[-1] for process in job]
-  assert all('SIGTERM: stopped at step' in end for end in ends), ends
-  (step,) = (path.name for path in (workdir / 'checkpoints').iterdir())
-  assert f'saved {workdir}/checkpoints/{step}; ' in ends[0]
+  told, by_signal = (
+    re.fullmatch(rf'(.*): stopped at step (\d+), saved {workdir}/checkpoints/(\d+); .*', end)
+    for end in ends
+  )
+  assert (told[1], by_signal[1]) == ('a signal to another process', 'SIGTERM')
+  assert told[2] == told[3] == by_signal[2] == by_signal[3]
+  assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {str(HALF), told[2]}
+  assert_same_metrics(workdir, alone)
+
+
+def test_of_three_processes_two_end_with_one_line_each(runs, tmp_path):
+  command = runs.command(tmp_path / 'run', batch_size=12, evaluation__batch_size=12, **BARE)
+  with runs.job(command, command, command, devices=1) as job:
+    job[0].wait_for('compiling the training step')
+    job[1].send(signal.SIGKILL)
+    ends = [process.wait(END) for process in job]
+    logs = [process.output() for process in job]
+  assert ends == [143, -signal.SIGKILL, 143], logs
+  name = r'process 1 on \S+ ended without a message'
+  for index in (0, 2):
+    assert re.match(f'process {index} of 3 stops: {name}', logs[index].splitlines()[-1]), logs
 
 
 def test_a_process_that_fails_tells_the_others_why(runs, tmp_path):

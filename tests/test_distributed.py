@@ -127,6 +127,19 @@ def test_of_three_processes_two_end_with_one_line_each(runs, tmp_path):
     assert re.match(f'process {index} of 3 stops: {name}', logs[index].splitlines()[-1]), logs
 
 
+def test_a_signal_to_all_processes_stops_them_at_one_step(runs, tmp_path):
+  workdir = tmp_path / 'run'
+  with runs.job(runs.command(workdir, checkpoint__every_epochs=0, **BARE), devices=1) as job:
+    job[0].wait_until(lambda: last_step(workdir) >= 3, 'step 3')
+    for process in job:
+      process.send(signal.SIGTERM)
+    assert [process.wait(END) for process in job] == [143, 143]
+    ends = [process.output().splitlines()[-1] for process in job]
+  (step,) = (path.name for path in (workdir / 'checkpoints').iterdir())
+  for end in ends:
+    assert f'SIGTERM: stopped at step {step}, saved {workdir}/checkpoints/{step}; ' in end
+
+
 def test_a_process_that_fails_tells_the_others_why(runs, tmp_path):
   """Here the second one's images are broken."""
   commands = []

@@ -41,8 +41,15 @@ def linear(
   The reference draws from a normal of standard deviation `std` cut at +-2 (absolute, 100 standard
   deviations), which is a plain normal; biases start at zero.
   """
-  init = {'kernel_init': initializers.normal(std), 'bias_init': initializers.constant(0.0)}
-  return Linear(in_features, out_features, use_bias=use_bias, **init, dtype=dtype, rngs=rngs)
+  return Linear(
+    in_features,
+    out_features,
+    use_bias=use_bias,
+    kernel_init=initializers.normal(std),
+    bias_init=initializers.constant(0.0),
+    dtype=dtype,
+    rngs=rngs,
+  )
 
 
 class PatchConv(nnx.Conv):
@@ -78,8 +85,14 @@ def layer_norm(
   features: int, *, rngs: nnx.Rngs, dtype: Any, epsilon: float = LAYER_NORM_EPS
 ) -> LayerNorm:
   """LayerNorm with the epsilon of the reference."""
-  init = {'scale_init': initializers.constant(1.0), 'bias_init': initializers.constant(0.0)}
-  return LayerNorm(features, epsilon=epsilon, **init, dtype=dtype, rngs=rngs)
+  return LayerNorm(
+    features,
+    epsilon=epsilon,
+    scale_init=initializers.constant(1.0),
+    bias_init=initializers.constant(0.0),
+    dtype=dtype,
+    rngs=rngs,
+  )
 
 
 def batch_norm(features: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:

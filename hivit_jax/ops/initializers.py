@@ -51,7 +51,7 @@ def uniform(bound: float) -> Callable:
 
 
 def constant(value: float) -> Callable:
-  """All the same; NumPy makes them, for JAX would compile a program for every shape."""
+  """All equal to `value`. NumPy fills them: JAX would compile a program for every shape."""
   return functools.partial(_filled, value)
 
 
@@ -63,7 +63,7 @@ def _filled(
   out_sharding: Any = None,
 ) -> jax.Array:
   del key, out_sharding
-  return jnp.asarray(np.full(shape, value, dtype), dtype)  # without a type it compiles, too
+  return jnp.asarray(np.full(shape, value, dtype), dtype)  # without the dtype this compiles as well
 
 
 @jax.jit

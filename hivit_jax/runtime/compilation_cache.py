@@ -12,14 +12,12 @@ import os
 import pathlib
 import platform
 import re
-import time
 from collections.abc import Iterator
 
 import jax
 
 _log = logging.getLogger(__name__)
-_SIZE = 2**31  # bytes that are left
-_PAUSE = 3600  # seconds after which all files are looked at again: there are thousands
+_SIZE = 2**31  # bytes that are left when a run begins
 _TROUBLE = re.compile(
   r"Error (reading|writing) persistent compilation cache entry for '(\w+)': (.*)"
 )
@@ -71,12 +69,7 @@ def _cpu(cpuinfo: pathlib.Path = pathlib.Path('/proc/cpuinfo')) -> str:
 
 
 def _make_room(root: pathlib.Path) -> None:
-  """Deletes the files that were not used for longest, beyond `_SIZE`, at most once in `_PAUSE`."""
-  looked = root / 'looked'
-  with contextlib.suppress(FileNotFoundError):
-    if 0 <= time.time() - looked.stat().st_mtime < _PAUSE:
-      return
-  looked.touch()
+  """Deletes the files that were not used for longest, beyond `_SIZE`."""
   files = []
   for entry in _entries(root):
     with contextlib.suppress(FileNotFoundError):  # other runs do the same
@@ -90,7 +83,7 @@ def _make_room(root: pathlib.Path) -> None:
 
 
 def _entries(directory: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
-  """All files below a directory; for the thousands there, `rglob` takes a third of a second."""
+  """All files below a directory: for thousands of them `rglob` takes five times as long."""
   with os.scandir(directory) as entries:
     for entry in entries:
       if entry.is_dir(follow_symlinks=False):

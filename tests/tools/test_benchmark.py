@@ -13,7 +13,7 @@ from tests.runs import error_of
 
 
 def test_a_step_is_measured(runs):
-  """Of a classifier; the next test has those of pretraining and of a linear probe."""
+  """A classifier's. The next test measures pretraining and a linear probe."""
   command = [sys.executable, '-m', 'hivit_jax.tools.benchmark', '--json', '--steps=1']
   config = '--config=configs/supervised_hivit_t.py:debug'
   done = runs.finish([*command, config, '--batch_size=2'])
